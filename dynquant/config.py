@@ -1,0 +1,109 @@
+"""The scheme of one quantized layer as a small value, and as the int that the ops carry.
+
+Bits of the int, lowest first (``csrc/config.h`` is the same table on the other side of the language border):
+
+====  ====================================================================
+0     activations: 0 per_token, 1 per_tensor
+1     weights: 0 per_channel, 1 per_tensor
+2-5   rotation: 0 none, else 1 + log2(block), block = 1, 2, 4 ... 128
+6-8   epilogue: 0 none, 1 relu, 2 gelu, 3 gelu_tanh, 4 silu
+9-11  out dtype: 0 the input's, 1 float32, 2 bfloat16, 3 float16, 4 float64
+====  ====================================================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+ACTIVATIONS = ("per_token", "per_tensor")
+WEIGHTS = ("per_channel", "per_tensor")
+EPILOGUES = ("none", "relu", "gelu", "gelu_tanh", "silu")
+OUT_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_ROTATION_BLOCK = 128
+_BITS = 12
+
+
+def one_of(name: str, value: object, allowed: tuple[object, ...]) -> int:
+    """Index of ``value`` in ``allowed``; a ValueError that lists them where it is not there."""
+    if value not in allowed:
+        words = ", ".join(repr(word) for word in allowed)
+        raise ValueError(f"dynquant: expected {name} to be one of {words}, got {value!r}")
+    return allowed.index(value)
+
+
+def rotation_block(in_features: int, block: int | None = None) -> int:
+    """Block size of the Hadamard rotation of a layer with ``in_features`` inputs.
+
+    Args:
+        block: a power of two up to 128 that divides ``in_features``; None takes the largest one.
+
+    Raises:
+        ValueError: where ``block`` is no such number.
+    """
+    largest = min(in_features & -in_features, MAX_ROTATION_BLOCK) if in_features else 1
+    if block is None:
+        return largest
+    if block < 1 or block & (block - 1) or block > largest:
+        raise ValueError(
+            f"dynquant: expected the rotation block to be a power of two that divides in_features "
+            f"({in_features}) and is at most {MAX_ROTATION_BLOCK}, got {block}"
+        )
+    return block
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one layer is quantized.
+
+    Attributes:
+        activations: ``"per_token"`` (qparams for each row of x) or ``"per_tensor"`` (for the whole of x).
+        weights: ``"per_channel"`` (a scale for each output) or ``"per_tensor"`` (one scale).
+        rotation_block: block size of the Hadamard rotation along K, 0 for no rotation.
+        epilogue: what is applied after the bias: ``"none"``, ``"relu"``, ``"gelu"``, ``"gelu_tanh"``, ``"silu"``.
+        out_dtype: dtype of the output; None for the input's.
+
+    Raises:
+        ValueError: for a word that is not among these, or a block that is no power of two up to 128.
+    """
+
+    activations: str = "per_token"
+    weights: str = "per_channel"
+    rotation_block: int = 0
+    epilogue: str = "none"
+    out_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        one_of("activations", self.activations, ACTIVATIONS)
+        one_of("weights", self.weights, WEIGHTS)
+        one_of("epilogue", self.epilogue, EPILOGUES)
+        one_of("out_dtype", self.out_dtype, OUT_DTYPES)
+        one_of("rotation_block", self.rotation_block, (0, 1, 2, 4, 8, 16, 32, 64, 128))
+
+    def encode(self) -> int:
+        """The int that the ops take."""
+        return (
+            ACTIVATIONS.index(self.activations)
+            | WEIGHTS.index(self.weights) << 1
+            | self.rotation_block.bit_length() << 2
+            | EPILOGUES.index(self.epilogue) << 6
+            | OUT_DTYPES.index(self.out_dtype) << 9
+        )
+
+    @staticmethod
+    @lru_cache(maxsize=None)
+    def decode(code: int) -> Config:
+        """The inverse of :meth:`encode`; a ValueError for an int that no Config encodes to."""
+        rotation, epilogue, out_dtype = code >> 2 & 15, code >> 6 & 7, code >> 9 & 7
+        known = 0 <= code < 1 << _BITS and rotation <= 8
+        if not known or epilogue >= len(EPILOGUES) or out_dtype >= len(OUT_DTYPES):
+            raise ValueError(f"dynquant: config {code} has bits that this version does not know")
+        return Config(
+            activations=ACTIVATIONS[code & 1],
+            weights=WEIGHTS[code >> 1 & 1],
+            rotation_block=1 << rotation >> 1,
+            epilogue=EPILOGUES[epilogue],
+            out_dtype=OUT_DTYPES[out_dtype],
+        )

@@ -1,0 +1,10 @@
+"""Dynamic int8 quantization for PyTorch: linear layers on CPU and CUDA, exact to the bit on every path."""
+
+from . import ops as _ops  # noqa: F401  registers torch.ops.dynquant
+from . import reference
+from .config import Config
+from .info import Info, available_isas, info, isa
+
+__version__ = "0.1.0"
+
+__all__ = ["Config", "Info", "__version__", "available_isas", "info", "isa", "reference"]

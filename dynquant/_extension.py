@@ -1,0 +1,79 @@
+"""Loads ``dynquant._C`` where it fits the running torch; says in one sentence why where it does not.
+
+An extension that was compiled for another torch crashes, or worse, computes nonsense, so it is judged by the
+record that the build left beside it (``_build.json``), before it is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import warnings
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+_FOLDER = Path(__file__).resolve().parent
+_FALLBACK = "every op runs on the PyTorch reference"
+_REBUILD = "`pip install --force-reinstall --no-deps .` in the repository builds it again"
+
+
+def read_record() -> dict[str, Any]:
+    """The build record, empty where there is none or where it cannot be read."""
+    try:
+        record = json.loads((_FOLDER / "_build.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _torch_name(version: str, cuda: str | None, cxx11_abi: bool) -> str:
+    old_abi = "" if cxx11_abi else ", pre-C++11 ABI"
+    return f"torch {version} ({f'CUDA {cuda}' if cuda else 'no CUDA'}{old_abi})"
+
+
+def _mismatch(file: Path, record: dict[str, Any]) -> str | None:
+    """Why the file must not be loaded, or None."""
+    try:
+        built_for = (record["torch"], record["torch_cuda"], record["cxx11_abi"])
+        built_file = record["file"]
+    except KeyError:
+        return f"{file.name} has no readable build record beside it, so {_FALLBACK}; {_REBUILD}"
+    if built_file != file.name:
+        return f"the build record is of {built_file}, not of {file.name}, so {_FALLBACK}; {_REBUILD}"
+    running = (torch.__version__, torch.version.cuda, torch.compiled_with_cxx11_abi())
+    if built_for != running:
+        return (
+            f"dynquant._C was built for {_torch_name(*built_for)}, but {_torch_name(*running)} is running, "
+            f"so {_FALLBACK}; {_REBUILD}"
+        )
+    return None
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    if os.environ.get("DYNQUANT_ISA") == "reference":
+        return None, f"DYNQUANT_ISA=reference is set, so {_FALLBACK}"
+    files = [_FOLDER / f"_C{suffix}" for suffix in EXTENSION_SUFFIXES]
+    file = next((candidate for candidate in files if candidate.exists()), None)
+    if file is None:
+        return None, f"dynquant._C is not built, so {_FALLBACK}; `pip install .` in the repository builds it"
+    record = read_record()
+    reason = _mismatch(file, record)
+    if reason is None:
+        try:
+            return importlib.import_module(
+                "dynquant._C"
+            ), f"dynquant._C is loaded, built for torch {record['torch']}"
+        except ImportError as error:
+            reason = f"dynquant._C cannot be loaded ({error}), so {_FALLBACK}; {_REBUILD}"
+    warnings.warn(reason, RuntimeWarning, stacklevel=2)
+    return None, reason
+
+
+extension: ModuleType | None
+status: str
+extension, status = _load()

@@ -1,0 +1,85 @@
+"""Which path runs, the extension or the PyTorch reference, and why."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+
+import torch
+
+from . import _extension
+
+
+@dataclass(frozen=True)
+class Info:
+    """What :func:`info` found; ``str()`` of it is the text that ``python -m dynquant info`` prints."""
+
+    version: str
+    path: str  # "extension" or "reference"
+    reason: str  # one sentence: why this path
+    isa: str
+    available_isas: tuple[str, ...]
+    cuda: str  # one sentence on the CUDA kernels
+    torch: str
+    python: str
+    threads: int
+
+    def __str__(self) -> str:
+        isas = ", ".join(self.available_isas) or "none"
+        rows = {
+            "dynquant": self.version,
+            "path": f"{self.path}: {self.reason}",
+            "CPU kernels": f"{self.isa} (available: {isas})",
+            "CUDA kernels": self.cuda,
+            "torch": f"{self.torch}, {self.threads} threads",
+            "python": self.python,
+        }
+        return "\n".join(f"{name:<13}{text}" for name, text in rows.items())
+
+
+def available_isas() -> list[str]:
+    """The instruction sets of this processor that the extension has kernels for, lowest first.
+
+    Empty where the reference runs.
+    """
+    if _extension.extension is None:
+        return []
+    return list(_extension.extension.available_isas())
+
+
+def isa() -> str:
+    """The instruction set that the CPU kernels run on; ``"reference"`` without the extension.
+
+    The environment variable ``DYNQUANT_ISA``, read when dynquant is imported, lowers it to one of
+    ``scalar``, ``avx2``, ``avxvnni``, ``avx512vl_vnni``, ``avx512vnni``; ``reference`` leaves the extension
+    out.
+    """
+    return "reference" if _extension.extension is None else str(_extension.extension.isa())
+
+
+def info() -> Info:
+    """Which path runs and why, with the versions that matter in a report of a fault."""
+    from . import __version__
+
+    loaded = _extension.extension is not None
+    return Info(
+        version=__version__,
+        path="extension" if loaded else "reference",
+        reason=_extension.status,
+        isa=isa(),
+        available_isas=tuple(available_isas()),
+        cuda=_cuda_sentence(loaded),
+        torch=f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}",
+        python=f"{platform.python_version()} on {platform.machine()}",
+        threads=torch.get_num_threads(),
+    )
+
+
+def _cuda_sentence(loaded: bool) -> str:
+    if not loaded:
+        return "none, the reference runs on every device"
+    built = _extension.read_record()["cuda"]
+    if not built["built"]:
+        return f"not built; {built['reason']}" if built["reason"] else "not built"
+    text = f"built with nvcc {built['nvcc']} for {', '.join(built['architectures'])}"
+    return text if torch.cuda.is_available() else f"{text}; no CUDA device here"

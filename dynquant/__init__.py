@@ -4,7 +4,19 @@ from . import ops as _ops  # noqa: F401  registers torch.ops.dynquant
 from . import reference
 from .config import Config
 from .info import Info, available_isas, info, isa
+from .nn import QLinear
+from .qtensor import QTensor
 
 __version__ = "0.1.0"
 
-__all__ = ["Config", "Info", "__version__", "available_isas", "info", "isa", "reference"]
+__all__ = [
+    "Config",
+    "Info",
+    "QLinear",
+    "QTensor",
+    "__version__",
+    "available_isas",
+    "info",
+    "isa",
+    "reference",
+]

@@ -1,0 +1,321 @@
+"""What ``.weight`` of a quantized layer is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._pytree import tree_map_only
+
+from .config import Config
+from .reference import FLOAT_DTYPES, rotate
+
+_ops = torch.ops.dynquant
+
+
+class QTensor(torch.Tensor):
+    """A packed int8 weight [N, K] that looks like the float tensor it replaces.
+
+    Shape, dtype and device are those of the float weight, and ``F.linear(x, w, bias)`` runs in int8. Any
+    other op sees the dequantized values, computed anew each time: no float copy is kept. It is read-only.
+
+    What torch's own quantized tensors answer, it answers too, as a method and, where torch has one, as a
+    function: ``int_repr()`` (int8 [N, K]; in the rotated basis where the config rotates), ``dequantize()``
+    (in this tensor's dtype), ``qscheme()``, ``q_scale()`` (per_tensor a float; per_channel fp32 [N, 1], so
+    that it multiplies ``int_repr()``), ``q_zero_point()`` (0), ``q_per_channel_scales()`` and
+    ``q_per_channel_zero_points()`` ([N]), ``q_per_channel_axis()`` (0). Calling it returns itself, since
+    torch.ao's layers have a method ``weight()``.
+
+    ``.to``, ``.half`` and the like, ``.detach``, ``.clone``, ``.contiguous`` and ``.data`` return a QTensor.
+
+    Attributes:
+        packed_weight, weight_sum: as ``torch.ops.dynquant.pack_weight`` returns them.
+        channel_scale: fp32 [N].
+        config: the :class:`Config` it was quantized with; it has no epilogue.
+    """
+
+    packed_weight: Tensor
+    weight_sum: Tensor
+    channel_scale: Tensor
+    config: Config
+
+    @staticmethod
+    def __new__(
+        cls,
+        packed_weight: Tensor,
+        weight_sum: Tensor,
+        channel_scale: Tensor,
+        config: Config,
+        shape: torch.Size,
+        dtype: torch.dtype,
+    ) -> QTensor:
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=packed_weight.device)
+        self.packed_weight, self.weight_sum, self.channel_scale = packed_weight, weight_sum, channel_scale
+        self.config = config
+        return self
+
+    @staticmethod
+    def quantize(weight: Tensor, config: Config) -> QTensor:
+        """Quantize and pack a float weight.
+
+        Args:
+            weight: [N, K], fp32, bf16, fp16 or fp64.
+            config: its epilogue is dropped.
+
+        Raises:
+            RuntimeError: for another dtype or shape, or a non-finite element, with its index.
+        """
+        config = Config(config.activations, config.weights, config.rotation_block)
+        with torch.no_grad(), torch.inference_mode(False):
+            weight_int8, weight_scale = _ops.quantize_weight(weight.detach(), config.encode())
+            return _pack(weight_int8, weight_scale, config, weight.dtype)
+
+    @staticmethod
+    def from_int8(weight: Tensor, weight_scale: Tensor, config: Config, dtype: torch.dtype) -> QTensor:
+        """Pack an int8 weight that comes from outside, such as a file, after checking all of it.
+
+        Args:
+            weight: int8 [N, K] in [-127, 127], as ``int_repr()`` returned it.
+            weight_scale: fp32, finite and positive; [N] per_channel, [1] per_tensor.
+            dtype: the float dtype that the tensor shows.
+
+        Raises:
+            ValueError: in words, for whatever does not fit.
+        """
+        if weight.dtype != torch.int8 or weight.dim() != 2:
+            raise ValueError(
+                f"expected weight to be int8 [N, K], got {weight.dtype} of shape {list(weight.shape)}"
+            )
+        scales = [weight.shape[0] if config.weights == "per_channel" else 1]
+        if weight_scale.dtype != torch.float32 or list(weight_scale.shape) != scales:
+            raise ValueError(
+                f"expected weight_scale to be float32 of shape {scales} ({config.weights}), got "
+                f"{weight_scale.dtype} of shape {list(weight_scale.shape)}"
+            )
+        if dtype not in FLOAT_DTYPES:
+            raise ValueError(f"expected the dtype of the weight to be one of {FLOAT_DTYPES}, got {dtype}")
+        k = weight.shape[1]
+        if config.rotation_block and k % config.rotation_block:
+            raise ValueError(
+                f"expected K to be a multiple of the rotation block {config.rotation_block}, got {k}"
+            )
+        if weight.device.type != "meta":
+            if (weight == -128).any():
+                raise ValueError("expected weight in [-127, 127], got -128")
+            bad = ~(weight_scale.isfinite() & (weight_scale > 0))
+            if bad.any():
+                index = int(bad.nonzero()[0])
+                raise ValueError(
+                    f"expected weight_scale to be finite and positive, got weight_scale[{index}] = "
+                    f"{weight_scale[index].item()}"
+                )
+        with torch.no_grad(), torch.inference_mode(False):
+            return _pack(weight, weight_scale, config, dtype)
+
+    def __call__(self) -> QTensor:
+        return self
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        values = repr(self.dequantize()).removeprefix("tensor(").removesuffix(")").replace("\n", "\n ")
+        config = self.config
+        rotation = f", rotation_block={config.rotation_block}" if config.rotation_block else ""
+        return f"QTensor({values}, weights={config.weights}, activations={config.activations}{rotation})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QTensor:
+        if id(self) not in memo:
+            memo[id(self)] = _held(self, Tensor.clone, self.dtype)
+        return cast(QTensor, memo[id(self)])
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _unpickle, (_int_repr(self), weight_scale(self), self.config.encode(), self.dtype)
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Config, torch.dtype]]:
+        return ["packed_weight", "weight_sum", "channel_scale"], (self.config, self.dtype)
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, Tensor],
+        context: tuple[Config, torch.dtype],
+        outer_size: torch.Size,
+        outer_stride: object,
+    ) -> QTensor:
+        return QTensor(**inner, config=context[0], shape=outer_size, dtype=context[1])
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _ANSWERS:
+            return _ANSWERS[func](*args, **kwargs)
+        if func in _WRITES_BY_VIEW and isinstance(args[0], QTensor):
+            raise _read_only(_WRITES_BY_VIEW[func])
+        if func in _NEEDS_STORAGE:
+            args = tree_map_only(QTensor, _dequantize, args)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Every op, below autograd: on the dequantized values."""
+        kwargs = kwargs or {}
+        if func in _ALIASES:
+            return return_and_correct_aliasing(func, args, kwargs, _alias(args[0]))
+        if func._schema.is_mutable:
+            arguments = func._schema.arguments
+            values = dict(zip((argument.name for argument in arguments), args, strict=False)) | kwargs
+            if any(
+                argument.is_write and isinstance(values[argument.name], QTensor) for argument in arguments
+            ):
+                raise _read_only(func.__name__)
+        args, kwargs = tree_map_only(QTensor, _dequantize, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _read_only(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"QTensor: {name} would write to a quantized weight, which is read-only; assign a float tensor to "
+        "the layer's .weight to quantize it anew"
+    )
+
+
+def weight_scale(w: QTensor) -> Tensor:
+    """fp32 [N] per_channel, [1] per_tensor."""
+    if w.config.weights == "per_channel":
+        return w.channel_scale
+    return w.channel_scale[:1].clone() if w.shape[0] else w.channel_scale.new_ones(1)
+
+
+def dequantize(w: QTensor) -> Tensor:
+    """fp32 [N, K] in the original basis."""
+    values = _int_repr(w) * w.channel_scale[:, None]
+    return rotate(values, w.config.rotation_block) if w.config.rotation_block else values
+
+
+def _pack(weight_int8: Tensor, weight_scale: Tensor, config: Config, dtype: torch.dtype) -> QTensor:
+    packed_weight, weight_sum = _ops.pack_weight(weight_int8)
+    channel_scale = weight_scale.detach().expand(weight_int8.shape[0]).contiguous()
+    return QTensor(packed_weight, weight_sum, channel_scale, config, weight_int8.shape, dtype)
+
+
+def _unpickle(weight_int8: Tensor, weight_scale: Tensor, config: int, dtype: torch.dtype) -> QTensor:
+    return QTensor.from_int8(weight_int8, weight_scale, Config.decode(config), dtype)
+
+
+def _dequantize(w: QTensor) -> Tensor:
+    return dequantize(w).to(w.dtype)
+
+
+def _int_repr(w: QTensor) -> Tensor:
+    weight_int8: Tensor = _ops.unpack_weight(w.packed_weight, *w.shape)
+    return weight_int8
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not isinstance(weight, QTensor) or isinstance(input, QTensor) or isinstance(bias, QTensor):
+        input, weight, bias = tree_map_only(QTensor, _dequantize, (input, weight, bias))
+        return F.linear(input, weight, bias)
+    if bias is not None:
+        bias = bias.to(torch.float32)
+    out: Tensor = _ops.linear_dynamic(
+        input, weight.packed_weight, weight.weight_sum, weight.channel_scale, bias, weight.config.encode()
+    )
+    return out
+
+
+def _to(w: QTensor, *args: Any, **kwargs: Any) -> Tensor:
+    """``Tensor.to``: a QTensor as long as the dtype is a float one."""
+    device, dtype = kwargs.get("device"), kwargs.get("dtype")
+    for arg in args:
+        if isinstance(arg, torch.dtype):
+            dtype = arg
+        elif isinstance(arg, Tensor):
+            device, dtype = arg.device, arg.dtype
+        elif isinstance(arg, (str, torch.device)) or type(arg) is int:
+            device = arg
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        return _dequantize(w).to(*args, **kwargs)
+    return moved(w, lambda tensor: tensor.to(device), dtype or w.dtype)
+
+
+def moved(w: QTensor, move: Callable[[Tensor], Tensor], dtype: torch.dtype) -> QTensor:
+    """w with ``move`` applied to what it holds, repacked for a device that wants another layout."""
+    if move(w.channel_scale[:0]).device.type == w.device.type:
+        out = _held(w, move, dtype)
+        return w if out.packed_weight is w.packed_weight and dtype == w.dtype else out
+    with torch.no_grad(), torch.inference_mode(False):
+        return _pack(move(_int_repr(w)), move(w.channel_scale), w.config, dtype)
+
+
+def _held(w: QTensor, function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> QTensor:
+    """The QTensor of ``function`` of each tensor that w holds."""
+    with torch.no_grad(), torch.inference_mode(False):
+        packed_weight, weight_sum, scale = map(function, (w.packed_weight, w.weight_sum, w.channel_scale))
+        return QTensor(packed_weight, weight_sum, scale, w.config, w.shape, dtype)
+
+
+def _alias(w: QTensor, *args: Any, **kwargs: Any) -> QTensor:
+    """Another QTensor of the same tensors: what they hold is never written to, so a clone may share it."""
+    return _held(w, lambda tensor: tensor, w.dtype)
+
+
+def _q_scale(w: QTensor) -> float | Tensor:
+    scale = weight_scale(w)
+    return scale.item() if w.config.weights == "per_tensor" else scale[:, None]
+
+
+def _qscheme(w: QTensor) -> torch.qscheme:
+    return torch.per_channel_affine if w.config.weights == "per_channel" else torch.per_tensor_affine
+
+
+# nn.MultiheadAttention's function asks has_torch_function before it comes to F.linear, and would come back
+# here for ever. The same code without that question reaches F.linear with the QTensor.
+_attention = FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**vars(F), "has_torch_function": lambda tensors: False},
+    argdefs=F.multi_head_attention_forward.__defaults__,
+)
+
+_ANSWERS: dict[Any, Any] = {
+    F.linear: _linear,
+    F.multi_head_attention_forward: _attention,
+    Tensor.to: _to,
+    Tensor.cpu: lambda w, *args, **kwargs: _to(w, "cpu"),
+    Tensor.cuda: lambda w, device="cuda", *args, **kwargs: _to(w, device),
+    Tensor.float: lambda w, *args, **kwargs: _to(w, torch.float32),
+    Tensor.half: lambda w, *args, **kwargs: _to(w, torch.float16),
+    Tensor.bfloat16: lambda w, *args, **kwargs: _to(w, torch.bfloat16),
+    Tensor.double: lambda w, *args, **kwargs: _to(w, torch.float64),
+    Tensor.detach: _alias,
+    torch.detach: _alias,
+    Tensor.clone: _alias,
+    torch.clone: _alias,
+    Tensor.contiguous: lambda w, *args, **kwargs: w,
+    vars(torch._C.TensorBase)["data"].__get__: _alias,
+}
+
+for _name, _answer in {
+    "int_repr": _int_repr,
+    "dequantize": _dequantize,
+    "qscheme": _qscheme,
+    "q_scale": _q_scale,
+    "q_zero_point": lambda w: 0,
+    "q_per_channel_scales": lambda w: w.channel_scale,
+    "q_per_channel_zero_points": lambda w: torch.zeros_like(w.channel_scale, dtype=torch.int64),
+    "q_per_channel_axis": lambda w: 0,
+}.items():
+    _ANSWERS |= {getattr(owner, _name): _answer for owner in (torch, Tensor) if hasattr(owner, _name)}
+
+_NEEDS_STORAGE = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__}
+_ALIASES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
+_WRITES_BY_VIEW = {
+    Tensor.__setitem__: "__setitem__",
+    vars(torch._C.TensorBase)["data"].__set__: ".data =",
+}

@@ -1,0 +1,31 @@
+// The scheme of a layer, decoded from the int that the ops carry. dynquant/config.py is the same table in Python.
+#pragma once
+
+#include <cstdint>
+
+namespace dynquant {
+
+enum class Epilogue : int { kNone, kRelu, kGelu, kGeluTanh, kSilu };
+enum class OutDtype : int { kInput, kFloat32, kBFloat16, kFloat16, kFloat64 };
+
+struct Config {
+  bool per_tensor;          // activations: one range for all of x instead of one for each row
+  bool weight_per_tensor;   // weights: one scale instead of one for each output channel
+  int rotation_block;       // 0: no rotation, else 1, 2, 4 ... 128
+  Epilogue epilogue;
+  OutDtype out_dtype;
+};
+
+constexpr int kOutDtypeShift = 9;
+
+constexpr bool is_valid_config(int64_t code) {
+  return code >= 0 && code < (1 << 12) && ((code >> 2) & 15) <= 8 && ((code >> 6) & 7) <= 4 &&
+         ((code >> kOutDtypeShift) & 7) <= 4;
+}
+
+constexpr Config decode_config(int64_t code) {
+  return Config{(code & 1) != 0, (code & 2) != 0, static_cast<int>((1 << ((code >> 2) & 15)) >> 1),
+                static_cast<Epilogue>((code >> 6) & 7), static_cast<OutDtype>((code >> kOutDtypeShift) & 7)};
+}
+
+}  // namespace dynquant

@@ -1,0 +1,25 @@
+// AVX512VL + VNNI: the AVX-VNNI body in its EVEX encoding, so that it can be tested on AVX-512 machines.
+#include "isa.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "kernels.h"
+#include "target.h"
+
+#define DYNQUANT_DPBUSD _mm256_dpbusd_epi32
+DYNQUANT_TARGET_BEGIN("avx2,f16c,avx512f,avx512bw,avx512vl,avx512vnni")
+
+namespace dynquant::cpu {
+namespace {
+#include "bfloat16.h"
+#include "vector_256.h"
+#include "dot_vnni_256.h"
+#include "kernel_body.h"
+}  // namespace
+
+extern const Kernels kAvx512VlVnni = make_kernels("avx512vl_vnni", 300.0);
+}  // namespace dynquant::cpu
+
+DYNQUANT_TARGET_END
+#endif

@@ -1,0 +1,59 @@
+// AVX512-VNNI: vpdpbusd on zmm registers.
+#include "isa.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "kernels.h"
+#include "target.h"
+
+// GCC 12 takes the intrinsics' own undefined vectors for uninitialized ones.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
+DYNQUANT_TARGET_BEGIN("avx2,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+
+namespace dynquant::cpu {
+namespace {
+#include "bfloat16.h"
+#include "vector_512.h"
+
+// vpdpbusd multiplies unsigned by signed bytes: the operand is q + 128, and 128 * weight_sum is taken off again.
+struct Dot {
+  static constexpr int kSteps = 1;
+  static constexpr int kGroupBytes = 4;
+  static constexpr int32_t kOffset = 128;
+
+  template <int>
+  static V::I load_weight(const int8_t* b) {
+    return _mm512_loadu_si512(b);
+  }
+
+  template <int>
+  static V::I broadcast_operand(const uint8_t* a) {
+    int32_t group;
+    __builtin_memcpy(&group, a, sizeof(group));
+    return _mm512_set1_epi32(group);
+  }
+
+  static V::I multiply_add(V::I acc, V::I a, V::I b) { return _mm512_dpbusd_epi32(acc, a, b); }
+
+  static void store_operand(uint8_t* p, V::I q0, V::I q1, V::I q2, V::I q3) {
+    const V::I quads[4] = {q0, q1, q2, q3};
+    for (int i = 0; i < 4; ++i) {
+      const V::I shifted = _mm512_add_epi32(quads[i], _mm512_set1_epi32(kOffset));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 16 * i), _mm512_cvtepi32_epi8(shifted));
+    }
+  }
+};
+
+#include "kernel_body.h"
+}  // namespace
+
+extern const Kernels kAvx512Vnni = make_kernels("avx512vnni", 420.0);
+}  // namespace dynquant::cpu
+
+DYNQUANT_TARGET_END
+#endif

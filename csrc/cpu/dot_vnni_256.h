@@ -1,0 +1,32 @@
+// The dot product of VNNI on ymm registers: DYNQUANT_DPBUSD is its VEX or its EVEX form, the same instruction in two
+// encodings. Included inside an instruction set's namespace and target region, after vector_256.h.
+
+// vpdpbusd multiplies unsigned by signed bytes: the operand is q + 128, and 128 * weight_sum is taken off again.
+struct Dot {
+  static constexpr int kSteps = 1;
+  static constexpr int kGroupBytes = 4;
+  static constexpr int32_t kOffset = 128;
+
+  template <int>
+  static V::I load_weight(const int8_t* b) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
+  }
+
+  template <int>
+  static V::I broadcast_operand(const uint8_t* a) {
+    int32_t group;
+    __builtin_memcpy(&group, a, sizeof(group));
+    return _mm256_set1_epi32(group);
+  }
+
+  static V::I multiply_add(V::I acc, V::I a, V::I b) { return DYNQUANT_DPBUSD(acc, a, b); }
+
+  static void store_operand(uint8_t* p, V::I q0, V::I q1, V::I q2, V::I q3) {
+    const V::I offset = _mm256_set1_epi32(kOffset);
+    const __m256i words01 = _mm256_packs_epi32(_mm256_add_epi32(q0, offset), _mm256_add_epi32(q1, offset));
+    const __m256i words23 = _mm256_packs_epi32(_mm256_add_epi32(q2, offset), _mm256_add_epi32(q3, offset));
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm256_permutevar8x32_epi32(_mm256_packus_epi16(words01, words23), order));
+  }
+};

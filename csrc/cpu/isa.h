@@ -1,0 +1,13 @@
+// The instruction sets that are compiled in, lowest first: (name, table, what the CPU must have).
+#pragma once
+
+#if defined(__x86_64__)
+#define DYNQUANT_X86_ISAS(ISA)                                                     \
+  ISA(avx2, kAvx2, cpu.avx2 && cpu.f16c)                                           \
+  ISA(avxvnni, kAvxVnni, cpu.avx2 && cpu.f16c && cpu.avxvnni)                      \
+  ISA(avx512vl_vnni, kAvx512VlVnni, cpu.avx512 && cpu.avx512vnni)                  \
+  ISA(avx512vnni, kAvx512Vnni, cpu.avx512 && cpu.avx512vnni)
+#else
+#define DYNQUANT_X86_ISAS(ISA)
+#endif
+#define DYNQUANT_ISAS(ISA) ISA(scalar, kScalar, true) DYNQUANT_X86_ISAS(ISA)

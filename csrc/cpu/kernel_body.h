@@ -1,0 +1,598 @@
+// The body of every kernel, written once over the vector type V (vector_*.h) and the dot product Dot of an
+// instruction set. Each of scalar.cpp, avx2.cpp, ... includes it inside a namespace and target region of its own, so
+// nothing here may call an inline function from outside: it could be compiled with instructions that not every CPU has.
+
+using F = V::F;
+using I = V::I;
+constexpr int W = V::kLanes;
+constexpr int kChunk = 4 * W;  // elements that the quantizers handle at a time
+
+#define DYNQUANT_INLINE inline __attribute__((always_inline))
+#define DYNQUANT_UNROLL _Pragma("GCC unroll 8")
+
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t round_up(int64_t a, int64_t unit) { return (a + unit - 1) / unit * unit; }
+
+template <typename T>
+F load_part(const T* p, int64_t count) {  // zeros beyond count
+  T lanes[W] = {};
+  __builtin_memcpy(lanes, p, count * sizeof(T));
+  return V::load(lanes);
+}
+
+template <typename T>
+void store_part(T* p, F x, int64_t count) {
+  T lanes[W];
+  V::store(lanes, x);
+  __builtin_memcpy(p, lanes, count * sizeof(T));
+}
+
+// ---- rows of x -----------------------------------------------------------------------------------------------------
+
+// Rotates blocks of kVectors * W elements, all stages in registers: strides below W inside each, then across them.
+template <int kVectors, int kStages, typename T>
+void rotate_blocks(const T* x, int64_t k, float* out) {
+  int64_t i = 0;
+  for (; i + kVectors * W <= k; i += kVectors * W) {
+    F v[kVectors];
+    for (int j = 0; j < kVectors; ++j) {
+      v[j] = V::load(x + i + j * W);
+      if constexpr (kStages >= 1) v[j] = V::butterfly<1>(v[j]);
+      if constexpr (kStages >= 2) v[j] = V::butterfly<2>(v[j]);
+      if constexpr (kStages >= 3 && W >= 8) v[j] = V::template butterfly<4>(v[j]);
+      if constexpr (kStages >= 4 && W >= 16) v[j] = V::template butterfly<8>(v[j]);
+    }
+    for (int stride = 1; stride < kVectors; stride *= 2) {
+      for (int j = 0; j < kVectors; ++j) {
+        if (j & stride) continue;
+        const F a = v[j], b = v[j + stride];
+        v[j] = V::add(a, b);
+        v[j + stride] = V::sub(a, b);
+      }
+    }
+    for (int j = 0; j < kVectors; ++j) V::store(out + i + j * W, v[j]);
+  }
+  if (i < k) {  // only blocks smaller than a vector leave a rest, and it holds whole blocks
+    T rest[kVectors * W] = {};
+    __builtin_memcpy(rest, x + i, (k - i) * sizeof(T));
+    float rotated[kVectors * W];
+    rotate_blocks<kVectors, kStages>(rest, kVectors * W, rotated);
+    __builtin_memcpy(out + i, rotated, (k - i) * sizeof(float));
+  }
+}
+
+template <int kBlockSize, typename T>
+void rotate_span_by(const T* x, int64_t k, float* out) {
+  constexpr int kStages = __builtin_ctz(kBlockSize);
+  rotate_blocks<(kBlockSize > W ? kBlockSize / W : 1), kStages>(x, k, out);
+}
+
+template <typename T>
+void rotate_span(const T* x, int64_t k, int block, float* out) {
+  switch (block) {
+    case 2: return rotate_span_by<2>(x, k, out);
+    case 4: return rotate_span_by<4>(x, k, out);
+    case 8: return rotate_span_by<8>(x, k, out);
+    case 16: return rotate_span_by<16>(x, k, out);
+    case 32: return rotate_span_by<32>(x, k, out);
+    case 64: return rotate_span_by<64>(x, k, out);
+    case 128: return rotate_span_by<128>(x, k, out);
+    default: return rotate_span_by<1>(x, k, out);
+  }
+}
+
+// Calls body(pointer to row m), in x's dtype, or in fp32 from the scratch row when it is rotated.
+template <typename Body>
+void with_row(const Rows& x, int64_t m, float* row, Body body) {
+  const int64_t at = m * x.stride;
+  const auto typed = [&](const auto* data) {
+    if (x.rotation_block > 0) {
+      rotate_span(data + at, x.k, x.rotation_block, row);
+      body(static_cast<const float*>(row));
+    } else {
+      body(data + at);
+    }
+  };
+  switch (x.dtype) {
+    case Dtype::kFloat32: return typed(static_cast<const float*>(x.data));
+    case Dtype::kBFloat16: return typed(static_cast<const BFloat16*>(x.data));
+    case Dtype::kFloat16: return typed(static_cast<const Half*>(x.data));
+  }
+}
+
+void rotate(const Rows& x, int64_t m, float* out) {
+  with_row(x, m, out, [](const auto*) {});
+}
+
+// ---- range ---------------------------------------------------------------------------------------------------------
+
+// Running minimum, maximum and largest magnitude. minps and maxps drop a NaN, so it is found among the magnitudes:
+// as integers, NaNs are larger than every number.
+struct RangeLanes {
+  F lo, hi;
+  I magnitude;
+
+  DYNQUANT_INLINE RangeLanes() : lo(V::broadcast(0.0f)), hi(lo), magnitude(V::broadcast(0)) {}
+
+  DYNQUANT_INLINE void take(F x) {
+    lo = V::min(lo, x);
+    hi = V::max(hi, x);
+    magnitude = V::max(magnitude, V::bit_and(V::as_int(x), V::broadcast(0x7fffffff)));
+  }
+};
+
+constexpr int32_t kInfinityBits = 0x7f800000;
+
+int32_t largest_lane(I x) {
+  int32_t lanes[W], largest = 0;
+  V::store(lanes, x);
+  for (int i = 0; i < W; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
+  return largest;
+}
+
+Range merge(Range a, Range b) {
+  if (a.lo != a.lo || b.lo != b.lo) return Range{__builtin_nanf(""), __builtin_nanf("")};
+  return Range{b.lo < a.lo ? b.lo : a.lo, b.hi > a.hi ? b.hi : a.hi};
+}
+
+Range reduce(const RangeLanes& lanes) {
+  if (largest_lane(lanes.magnitude) > kInfinityBits) return Range{__builtin_nanf(""), __builtin_nanf("")};
+  float lo[W], hi[W];
+  V::store(lo, lanes.lo);
+  V::store(hi, lanes.hi);
+  Range range{lo[0], hi[0]};
+  for (int i = 1; i < W; ++i) range = merge(range, Range{lo[i], hi[i]});
+  return Range{range.lo + 0.0f, range.hi + 0.0f};  // no -0.0
+}
+
+template <typename T>
+Range span_range(const T* x, int64_t k) {
+  RangeLanes even, odd;  // two chains: min and max take four cycles on some CPUs
+  int64_t i = 0;
+  for (; i + 2 * W <= k; i += 2 * W) {
+    even.take(V::load(x + i));
+    odd.take(V::load(x + i + W));
+  }
+  for (; i < k; i += W) even.take(i + W <= k ? V::load(x + i) : load_part(x + i, k - i));
+  even.lo = V::min(even.lo, odd.lo);
+  even.hi = V::max(even.hi, odd.hi);
+  even.magnitude = V::max(even.magnitude, odd.magnitude);
+  return reduce(even);
+}
+
+Range min_max(const Rows& x, int64_t m0, int64_t m1, float* row) {
+  Range range{0.0f, 0.0f};
+  for (int64_t m = m0; m < m1; ++m) {
+    with_row(x, m, row, [&](const auto* data) { range = merge(range, span_range(data, x.k)); });
+  }
+  return range;
+}
+
+// ---- quantize ------------------------------------------------------------------------------------------------------
+
+// round(x / scale) + zero_point clamped to [-128, 127]. The clamp comes first (its bounds are integers, so the result
+// is the same), since a large float would not fit the int that round makes.
+struct Quantizer {
+  F inv_scale, low, high, nan;
+  I zero_point;
+
+  explicit Quantizer(QParams q)
+      : inv_scale(V::broadcast(1.0f / q.scale)),
+        low(V::broadcast(-128.0f - static_cast<float>(q.zero_point))),
+        high(V::broadcast(127.0f - static_cast<float>(q.zero_point))),
+        nan(V::broadcast(-static_cast<float>(q.zero_point))),
+        zero_point(V::broadcast(q.zero_point)) {}
+
+  template <bool kMayBeNan>
+  I quantize(F x) const {
+    const F steps = V::mul(x, inv_scale);
+    F clamped = V::min(V::max(steps, low), high);
+    if constexpr (kMayBeNan) clamped = V::select(V::unordered(steps), nan, clamped);
+    return V::add(V::round(clamped), zero_point);
+  }
+};
+
+// Quantizes chunk by chunk; put(i, q0, q1, q2, q3) takes elements [i, i + kChunk), zeros beyond k quantized too.
+template <bool kMayBeNan, typename T, typename Put>
+void quantize_chunks(const T* x, int64_t k, QParams qparams, Put put) {
+  const Quantizer quantizer(qparams);
+  int64_t i = 0;
+  const auto chunk = [&](const T* p) {
+    put(i, quantizer.template quantize<kMayBeNan>(V::load(p)), quantizer.template quantize<kMayBeNan>(V::load(p + W)),
+        quantizer.template quantize<kMayBeNan>(V::load(p + 2 * W)),
+        quantizer.template quantize<kMayBeNan>(V::load(p + 3 * W)));
+  };
+  for (; i + kChunk <= k; i += kChunk) chunk(x + i);
+  if (i < k) {
+    T rest[kChunk] = {};
+    __builtin_memcpy(rest, x + i, (k - i) * sizeof(T));
+    chunk(rest);
+  }
+}
+
+// A put for quantize_chunks and the like: int8 in order, exactly k of them.
+struct PutInt8 {
+  int8_t* q;
+  int64_t k;
+
+  void operator()(int64_t i, I q0, I q1, I q2, I q3) const {
+    if (i + kChunk <= k) return V::store_bytes(q + i, q0, q1, q2, q3);
+    int8_t rest[kChunk];
+    V::store_bytes(rest, q0, q1, q2, q3);
+    __builtin_memcpy(q + i, rest, k - i);
+  }
+};
+
+// The same for an operand row, which has room for whole chunks.
+struct PutOperand {
+  uint8_t* row;
+
+  void operator()(int64_t i, I q0, I q1, I q2, I q3) const {
+    Dot::store_operand(row + i / 4 * Dot::kGroupBytes, q0, q1, q2, q3);
+  }
+};
+
+int64_t operand_stride(int64_t k) {
+  const int64_t lines = (round_up(k, kChunk) / 4 * Dot::kGroupBytes + 63) / 64;
+  return (lines | 1) * 64;
+}
+
+void zero_operand_row(uint8_t* row, int64_t k) {
+  const I zero = V::broadcast(0);
+  for (int64_t i = 0; i < k; i += kChunk) PutOperand{row}(i, zero, zero, zero, zero);
+}
+
+void quantize(const Rows& x, int64_t m, QParams qparams, int8_t* q, float* row) {
+  if (qparams.scale != qparams.scale) {
+    for (int64_t i = 0; i < x.k; ++i) q[i] = 0;
+    return;
+  }
+  with_row(x, m, row, [&](const auto* data) { quantize_chunks<true>(data, x.k, qparams, PutInt8{q, x.k}); });
+}
+
+template <typename T>
+void quantize_operand_row(const T* data, int64_t k, QParams qparams, uint8_t* row) {
+  if (qparams.scale != qparams.scale) return zero_operand_row(row, k);
+  quantize_chunks<false>(data, k, qparams, PutOperand{row});
+}
+
+void quantize_per_token(const Rows& x, int64_t m0, int64_t m1, Operand a, QParams* qparams, float* row) {
+  for (int64_t m = m0; m < m1; ++m) {
+    with_row(x, m, row, [&](const auto* data) {
+      qparams[m] = choose_qparams(span_range(data, x.k));
+      quantize_operand_row(data, x.k, qparams[m], a.data + m * a.stride);
+    });
+  }
+}
+
+void quantize_per_tensor(const Rows& x, int64_t m0, int64_t m1, QParams given, bool check_rows, Operand a,
+                         QParams* qparams, float* row) {
+  for (int64_t m = m0; m < m1; ++m) {
+    with_row(x, m, row, [&](const auto* data) {
+      qparams[m] = given;
+      if (check_rows) {
+        const Range range = span_range(data, x.k);
+        const bool finite = range.lo - range.lo == 0.0f && range.hi - range.hi == 0.0f;
+        if (!finite) qparams[m] = QParams{__builtin_nanf(""), 0};
+      }
+      quantize_operand_row(data, x.k, qparams[m], a.data + m * a.stride);
+    });
+  }
+}
+
+void operand_from_int8(const int8_t* q, int64_t k, int64_t m0, int64_t m1, Operand a) {
+  for (int64_t m = m0; m < m1; ++m) {
+    const PutOperand put{a.data + m * a.stride};
+    for (int64_t i = 0; i < k; i += kChunk) {
+      int8_t chunk[kChunk] = {};
+      __builtin_memcpy(chunk, q + m * k + i, least(kChunk, k - i));
+      put(i, V::load_bytes(chunk), V::load_bytes(chunk + W), V::load_bytes(chunk + 2 * W),
+          V::load_bytes(chunk + 3 * W));
+    }
+  }
+}
+
+// ---- weights -------------------------------------------------------------------------------------------------------
+
+// A weight is rotated by the orthogonal transform's share 1/block, a power of two; activations by the bare sums.
+void scale_rotated(float* row, const Rows& w) {
+  const F share = V::broadcast(1.0f / static_cast<float>(w.rotation_block));
+  for (int64_t i = 0; i < w.k; i += W) {
+    if (i + W <= w.k) {
+      V::store(row + i, V::mul(V::load(row + i), share));
+    } else {
+      store_part(row + i, V::mul(load_part(row + i, w.k - i), share), w.k - i);
+    }
+  }
+}
+
+float weight_range(const Rows& w, int64_t m, float* row) {
+  I magnitude = V::broadcast(0);
+  with_row(w, m, row, [&](const auto* data) {
+    if (w.rotation_block > 0) scale_rotated(row, w);
+    for (int64_t i = 0; i < w.k; i += W) {
+      const F x = i + W <= w.k ? V::load(data + i) : load_part(data + i, w.k - i);
+      magnitude = V::max(magnitude, V::bit_and(V::as_int(x), V::broadcast(0x7fffffff)));
+    }
+  });
+  const int32_t bits = largest_lane(magnitude);
+  float largest;
+  __builtin_memcpy(&largest, &bits, sizeof(largest));
+  return largest;
+}
+
+void quantize_weight(const Rows& w, int64_t m, float scale, int8_t* q, float* row) {
+  const F divisor = V::broadcast(scale), low = V::broadcast(-127.0f), high = V::broadcast(127.0f);
+  const auto steps = [&](F x) { return V::round(V::min(V::max(V::div(x, divisor), low), high)); };
+  with_row(w, m, row, [&](const auto* data) {
+    if (w.rotation_block > 0) scale_rotated(row, w);
+    const PutInt8 put{q, w.k};
+    for (int64_t i = 0; i < w.k; i += kChunk) {
+      const auto part = [&](int64_t at) {
+        if (at + W <= w.k) return steps(V::load(data + at));
+        return steps(at < w.k ? load_part(data + at, w.k - at) : V::broadcast(0.0f));
+      };
+      put(i, part(i), part(i + W), part(i + 2 * W), part(i + 3 * W));
+    }
+  });
+}
+
+// ---- GEMM ----------------------------------------------------------------------------------------------------------
+//
+// A tile is kRows rows of x times kVectors vectors of W output channels, its int32 accumulators all in registers:
+//
+//                       packed weight, one group of 4 along K
+//                     +--------+--------+--------+--------+
+//                     |  b[0]  |  b[1]  |  b[2]  |  b[3]  |   a vector: W channels x 4 int8
+//                     +--------+--------+--------+--------+
+//   a[0] broadcast    |acc[0,0]|acc[0,1]|acc[0,2]|acc[0,3]|   W x int32 each
+//   a[1] broadcast    |acc[1,0]|acc[1,1]|acc[1,2]|acc[1,3]|
+//     ...             |   ...  |   ...  |   ...  |   ...  |
+//   a[5] broadcast    |acc[5,0]|acc[5,1]|acc[5,2]|acc[5,3]|
+//                     +--------+--------+--------+--------+
+//
+//   zmm: 6 x 4 = 24 accumulators + 4 b + 1 a of 32 registers; ymm: 6 x 2 = 12 + 2 b + 1 a of 16 (V::kVectorsOf...).
+//   1 and 2 rows are bound by the reading of the weight: tiles as wide as the registers allow, so that each panel
+//   is read in few passes and the chains of additions are enough to hide their latency.
+//
+// Dot::kSteps is in how many steps a group of 4 is multiplied: 1 with VNNI, 2 where bytes are first widened to 16 bits.
+
+template <int kRows>
+constexpr int tile_vectors() {
+  return kRows == 1 ? V::kVectorsOfOneRow : kRows == 2 ? V::kVectorsOfTwoRows : V::kVectorsOfManyRows;
+}
+
+constexpr int kMaxRows = 6;
+
+template <int kVectors>
+struct WeightTile {
+  const int8_t* b;            // vector 0, group 0
+  int64_t offset[kVectors];   // of vector j from vector 0: panels narrower than a tile lie apart
+  int64_t group_stride;
+
+  WeightTile(const Weight& w, int64_t channel) {
+    const int64_t groups = (w.k + 3) / 4;
+    group_stride = w.panel * 4;
+    const auto at = [&](int64_t c) { return c / w.panel * groups * group_stride + c % w.panel * 4; };
+    b = w.packed + at(channel);
+    for (int j = 0; j < kVectors; ++j) offset[j] = at(channel + j * W) - at(channel);
+  }
+};
+
+template <int kRows, int kVectors>
+struct Accumulators {
+  I acc[kRows][kVectors];
+
+  DYNQUANT_INLINE Accumulators(const uint8_t* a, int64_t a_stride, const WeightTile<kVectors>& w, int64_t group0, int64_t group1) {
+    DYNQUANT_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      DYNQUANT_UNROLL
+      for (int j = 0; j < kVectors; ++j) acc[i][j] = V::broadcast(0);
+    }
+    const int8_t* b = w.b + group0 * w.group_stride;
+    a += group0 * Dot::kGroupBytes;
+    for (int64_t g = group0; g < group1; ++g) {
+      steps<0>(a, a_stride, b, w.offset);
+      a += Dot::kGroupBytes;
+      b += w.group_stride;
+    }
+  }
+
+ private:
+  template <int kStep>
+  DYNQUANT_INLINE void steps(const uint8_t* a, int64_t a_stride, const int8_t* b, const int64_t* offset) {
+    if constexpr (kStep < Dot::kSteps) {
+      I bv[kVectors];
+      DYNQUANT_UNROLL
+      for (int j = 0; j < kVectors; ++j) bv[j] = Dot::template load_weight<kStep>(b + offset[j]);
+      DYNQUANT_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        const I av = Dot::template broadcast_operand<kStep>(a + i * a_stride);
+        DYNQUANT_UNROLL
+        for (int j = 0; j < kVectors; ++j) acc[i][j] = Dot::multiply_add(acc[i][j], av, bv[j]);
+      }
+      steps<kStep + 1>(a, a_stride, b, offset);
+    }
+  }
+};
+
+// The one dequantization formula. Vectors: constants of W channels that may be read whole.
+template <int kRows, int kVectors>
+DYNQUANT_INLINE void dequantize(const Accumulators<kRows, kVectors>& tile, const QParams* qparams, const int32_t* sum,
+                const float* scale, const float* bias, float* out, int64_t stride) {
+  DYNQUANT_UNROLL
+  for (int j = 0; j < kVectors; ++j) {
+    const I sums = V::load(sum + j * W);
+    const F scales = V::load(scale + j * W);
+    DYNQUANT_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      const I offset = V::broadcast(qparams[i].zero_point + Dot::kOffset);
+      const F acc = V::convert(V::sub(tile.acc[i][j], V::mul(offset, sums)));
+      F y = V::mul(V::mul(acc, V::broadcast(qparams[i].scale)), scales);
+      if (bias != nullptr) y = V::add(y, V::load(bias + j * W));
+      V::store(out + i * stride + j * W, y);
+    }
+  }
+}
+
+F apply_epilogue(Epilogue epilogue, F y) {
+  if (epilogue == Epilogue::kRelu) return V::select(V::less(y, V::broadcast(0.0f)), V::broadcast(0.0f), y);
+  return y;
+}
+
+template <typename T>
+void finish(Epilogue epilogue, const float* y, int64_t y_stride, int rows, int64_t n, T* out, int64_t out_stride) {
+  for (int i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < n; j += W) {
+      const int64_t count = n - j;
+      const float* from = y + i * y_stride + j;
+      T* to = out + i * out_stride + j;
+      const F done = apply_epilogue(epilogue, V::load(from));
+      count >= W ? V::store(to, done) : store_part(to, done, count);
+    }
+  }
+}
+
+// What is done with a finished tile: dequantize to the output, or keep the int32 accumulators.
+struct LinearSink {
+  Operand a;
+  const QParams* qparams;
+  const Weight& w;
+  const Output& out;
+
+  template <int kRows, int kVectors>
+  void tile(int64_t m, int64_t channel) const {
+    constexpr int kWidth = kVectors * W;
+    const int64_t n = least(kWidth, w.n - channel);
+    const bool whole = n == kWidth;
+    // Constants of the last channels: copied where a vector would read beyond their end.
+    int32_t sum_part[kWidth];
+    float scale_part[kWidth], bias_part[kWidth];
+    const int32_t* sum = whole ? w.sum + channel : copy(sum_part, w.sum + channel, n);
+    const float* scale = whole ? w.scale + channel : copy(scale_part, w.scale + channel, n);
+    const float* bias = w.bias == nullptr ? nullptr
+                        : whole           ? w.bias + channel
+                                          : copy(bias_part, w.bias + channel, n);
+    float y[kRows * kWidth];
+    float* direct = out.dtype == Dtype::kFloat32 ? static_cast<float*>(out.data) + m * out.stride + channel : nullptr;
+    float* to = whole && direct != nullptr ? direct : y;
+    const int64_t stride = to == y ? kWidth : out.stride;
+
+    const WeightTile<kVectors> weight(w, channel);
+    const uint8_t* rows = a.data + m * a.stride;
+    const int64_t groups = (w.k + 3) / 4;
+    if (w.k <= kMaxInt32K) {
+      const Accumulators<kRows, kVectors> acc(rows, a.stride, weight, 0, groups);
+      dequantize(acc, qparams + m, sum, scale, bias, to, stride);
+    } else {
+      deep<kRows, kVectors>(rows, weight, groups, qparams + m, sum, scale, bias, to, stride);
+    }
+    if (to == direct && out.epilogue == Epilogue::kNone) return;
+    if (direct != nullptr) return finish(out.epilogue, to, stride, kRows, n, direct, out.stride);
+    const int64_t at = m * out.stride + channel;
+    if (out.dtype == Dtype::kBFloat16) {
+      finish(out.epilogue, to, stride, kRows, n, static_cast<BFloat16*>(out.data) + at, out.stride);
+    } else {
+      finish(out.epilogue, to, stride, kRows, n, static_cast<Half*>(out.data) + at, out.stride);
+    }
+  }
+
+ private:
+  template <typename T>
+  static const T* copy(T* part, const T* from, int64_t n) {
+    __builtin_memset(part, 0, n / W * W * sizeof(T) + W * sizeof(T));
+    __builtin_memcpy(part, from, n * sizeof(T));
+    return part;
+  }
+
+  // K so deep that an int32 could wrap: parts of K in int32, added in int64.
+  template <int kRows, int kVectors>
+  void deep(const uint8_t* rows, const WeightTile<kVectors>& weight, int64_t groups, const QParams* q,
+            const int32_t* sum, const float* scale, const float* bias, float* to, int64_t stride) const {
+    constexpr int64_t kPart = kMaxInt32K / 4;
+    int64_t total[kRows][kVectors * W] = {};
+    for (int64_t g = 0; g < groups; g += kPart) {
+      const Accumulators<kRows, kVectors> acc(rows, a.stride, weight, g, least(g + kPart, groups));
+      int32_t part[kVectors * W];
+      for (int i = 0; i < kRows; ++i) {
+        for (int j = 0; j < kVectors; ++j) V::store(part + j * W, acc.acc[i][j]);
+        for (int j = 0; j < kVectors * W; ++j) total[i][j] += part[j];
+      }
+    }
+    for (int i = 0; i < kRows; ++i) {
+      const int64_t offset = q[i].zero_point + Dot::kOffset;
+      for (int j = 0; j < kVectors * W; ++j) {
+        const float y = (static_cast<float>(total[i][j] - offset * sum[j]) * q[i].scale) * scale[j];
+        to[i * stride + j] = bias != nullptr ? y + bias[j] : y;
+      }
+    }
+  }
+};
+
+struct Int8MmSink {
+  Operand a;
+  const Weight& w;
+  int32_t* out;
+
+  template <int kRows, int kVectors>
+  void tile(int64_t m, int64_t channel) const {
+    const Accumulators<kRows, kVectors> acc(a.data + m * a.stride, a.stride, WeightTile<kVectors>(w, channel), 0,
+                                            (w.k + 3) / 4);
+    const int64_t n = least(kVectors * W, w.n - channel);
+    for (int i = 0; i < kRows; ++i) {
+      int32_t row[kVectors * W];
+      for (int j = 0; j < kVectors; ++j) V::store(row + j * W, acc.acc[i][j]);
+      for (int64_t j = 0; j < n; ++j) {
+        out[(m + i) * w.n + channel + j] = row[j] - Dot::kOffset * w.sum[channel + j];
+      }
+    }
+  }
+};
+
+// Channels [c0, c1) of kRows rows, in tiles of kVectors vectors and, where fewer are left, of half as many.
+template <int kRows, int kVectors, typename Sink>
+void channel_tiles(const Sink& sink, int64_t m, int64_t c0, int64_t c1) {
+  int64_t c = c0;
+  for (; c + (kVectors - 1) * W < c1; c += kVectors * W) sink.template tile<kRows, kVectors>(m, c);
+  if constexpr (kVectors > 1) {
+    if (c < c1) channel_tiles<kRows, kVectors / 2>(sink, m, c, c1);
+  }
+}
+
+template <int kRows, typename Sink>
+void rows_tile(const Sink& sink, int64_t rows, int64_t m, int64_t c0, int64_t c1) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return rows_tile<kRows - 1>(sink, rows, m, c0, c1);
+  }
+  channel_tiles<kRows, tile_vectors<kRows>()>(sink, m, c0, c1);
+}
+
+// A block of channels stays in L2 while all rows go by, and a tile's rows stay in L1 while the block's channels do.
+template <typename Sink>
+void gemm(const Sink& sink, int64_t n, int64_t m0, int64_t m1, int64_t block0, int64_t block1) {
+  const int64_t rows = m1 - m0;
+  if (rows <= 0) return;
+  const int64_t tiles = (rows + kMaxRows - 1) / kMaxRows;
+  const int64_t end = least(block1 * kBlock, n);
+  const int64_t width = rows == 1 ? round_up(tile_vectors<1>() * W, kBlock) : kBlock;
+  for (int64_t c0 = block0 * kBlock; c0 < end; c0 += width) {
+    for (int64_t t = 0; t < tiles; ++t) {  // tiles of nearly equal height
+      const int64_t from = m0 + rows * t / tiles, to = m0 + rows * (t + 1) / tiles;
+      rows_tile<kMaxRows>(sink, to - from, from, c0, least(c0 + width, end));
+    }
+  }
+}
+
+void linear(Operand a, const QParams* qparams, const Weight& w, const Output& out, int64_t m0, int64_t m1,
+            int64_t block0, int64_t block1) {
+  gemm(LinearSink{a, qparams, w, out}, w.n, m0, m1, block0, block1);
+}
+
+void int8_mm(Operand a, const Weight& w, int32_t* out, int64_t m0, int64_t m1, int64_t block0, int64_t block1) {
+  gemm(Int8MmSink{a, w, out}, w.n, m0, m1, block0, block1);
+}
+
+constexpr Kernels make_kernels(const char* name, double gops) {
+  return Kernels{name,     gops,   operand_stride,    min_max, rotate,  quantize,     quantize_per_token,
+                 quantize_per_tensor, operand_from_int8, linear,  int8_mm, weight_range, quantize_weight};
+}

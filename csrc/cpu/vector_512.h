@@ -1,0 +1,90 @@
+// Sixteen fp32 or int32 lanes in a zmm register. Included inside an instruction set's namespace and target region.
+
+struct V {
+  static constexpr int kLanes = 16;
+  static constexpr int kVectorsOfOneRow = 8, kVectorsOfTwoRows = 4, kVectorsOfManyRows = 4;
+  using F = __m512;
+  using I = __m512i;
+  using Mask = __mmask16;
+
+  static F broadcast(float x) { return _mm512_set1_ps(x); }
+  static I broadcast(int32_t x) { return _mm512_set1_epi32(x); }
+
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static I load(const int32_t* p) { return _mm512_loadu_si512(p); }
+  static F load(const BFloat16* p) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  }
+  static F load(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+
+  static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+  static void store(int32_t* p, I x) { _mm512_storeu_si512(p, x); }
+  static void store(BFloat16* p, F x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bfloat16_bits<V>(x)));
+  }
+  static void store(Half* p, F x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  }
+
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static I add(I a, I b) { return _mm512_add_epi32(a, b); }
+  static I sub(I a, I b) { return _mm512_sub_epi32(a, b); }
+  static I mul(I a, I b) { return _mm512_mullo_epi32(a, b); }
+  static I max(I a, I b) { return _mm512_max_epi32(a, b); }
+  static I bit_and(I a, I b) { return _mm512_and_si512(a, b); }
+  static I bit_or(I a, I b) { return _mm512_or_si512(a, b); }
+  static I bit_xor(I a, I b) { return _mm512_xor_si512(a, b); }
+  template <int count>
+  static I shift_left(I a) {
+    return _mm512_slli_epi32(a, count);
+  }
+  template <int count>
+  static I shift_right(I a) {  // zeros come in
+    return _mm512_srli_epi32(a, count);
+  }
+
+  static I as_int(F x) { return _mm512_castps_si512(x); }
+  static F as_float(I x) { return _mm512_castsi512_ps(x); }
+  static I round(F x) { return _mm512_cvtps_epi32(x); }  // to nearest even, |x| < 2^31
+  static F convert(I x) { return _mm512_cvtepi32_ps(x); }
+
+  static Mask less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+  static Mask unordered(F a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
+  static F select(Mask mask, F yes, F no) { return _mm512_mask_blend_ps(mask, no, yes); }
+
+  // (a, b) -> (a + b, a - b) for elements `stride` apart: b - a of the swapped pair is masked in.
+  template <int stride>
+  static F butterfly(F x) {
+    static_assert(stride == 1 || stride == 2 || stride == 4 || stride == 8);
+    if constexpr (stride == 1) {
+      const F swapped = _mm512_permute_ps(x, 0xB1);
+      return _mm512_mask_sub_ps(_mm512_add_ps(swapped, x), 0xAAAA, swapped, x);
+    } else if constexpr (stride == 2) {
+      const F swapped = _mm512_permute_ps(x, 0x4E);
+      return _mm512_mask_sub_ps(_mm512_add_ps(swapped, x), 0xCCCC, swapped, x);
+    } else if constexpr (stride == 4) {
+      const F swapped = _mm512_shuffle_f32x4(x, x, 0xB1);
+      return _mm512_mask_sub_ps(_mm512_add_ps(swapped, x), 0xF0F0, swapped, x);
+    } else {
+      const F swapped = _mm512_shuffle_f32x4(x, x, 0x4E);
+      return _mm512_mask_sub_ps(_mm512_add_ps(swapped, x), 0xFF00, swapped, x);
+    }
+  }
+
+  // 64 values in [-128, 127] to bytes, in order.
+  static void store_bytes(int8_t* p, I q0, I q1, I q2, I q3) {
+    const I quads[4] = {q0, q1, q2, q3};
+    for (int i = 0; i < 4; ++i) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 16 * i), _mm512_cvtepi32_epi8(quads[i]));
+    }
+  }
+  static I load_bytes(const int8_t* p) {
+    return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+};

@@ -1,0 +1,119 @@
+"""Calls on a busy machine: one spinning process a core, torch at several threads."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from dynquant.timing import Timing, settle
+
+from . import rivals
+from .linear import Row, layer_and_input
+
+ROWS: tuple[Row, ...] = ((1, 3, 3), (1, 768, 768), (8, 768, 3072), (32, 768, 3072), (128, 768, 768))
+CONTENDERS = (
+    "dynquant per_token",
+    "dynquant per_tensor",
+    "fp32",
+    "torch.ao x86",
+    "torch.ao onednn",
+    "onnxruntime",
+)
+
+# Ends by itself when the process that started it is gone.
+_SPIN = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    sum(range(100000))\n"
+
+
+@contextlib.contextmanager
+def spinning_processes(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """``count`` processes that do nothing but compute."""
+    processes = [subprocess.Popen([sys.executable, "-c", _SPIN]) for _ in range(count)]
+    try:
+        time.sleep(0.3)
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def _samples(call: Callable[[], object], seconds: float) -> tuple[list[float], float]:
+    """Microseconds of single calls for about ``seconds``, and the processor seconds used a second."""
+    samples = []
+    with torch.inference_mode():
+        call()
+        end = time.perf_counter() + seconds
+        start, used = time.perf_counter(), time.process_time()
+        while (now := time.perf_counter()) < end:
+            call()
+            samples.append((time.perf_counter() - now) * 1e6)
+        cores = (time.process_time() - used) / (time.perf_counter() - start)
+    return samples, cores
+
+
+def _measure(
+    calls: dict[str, Callable[[], object]], rounds: int, seconds: float
+) -> dict[str, dict[str, float]]:
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    cores: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            settle()
+            taken, used = _samples(call, seconds)
+            samples[name] += taken
+            cores[name].append(used)
+    return {
+        name: {
+            "us": Timing(tuple(taken)).median_us,
+            "p90_us": Timing(tuple(taken)).quantile_us(0.9),
+            "cores": max(cores[name]),
+        }
+        for name, taken in samples.items()
+    }
+
+
+def run(
+    rows: Sequence[Row],
+    names: Sequence[str],
+    *,
+    threads: int,
+    rounds: int,
+    seconds: float,
+    tell: Callable[[str], None],
+) -> dict[str, Any]:
+    """Median and p90 of each contender, alone and with one spinning process on each core.
+
+    Returns:
+        {"threads", "spinning", "rows": [{"M", "K", "N", "quiet": {name: {"us", "p90_us", "cores"}},
+        "busy": as quiet, "left_out": {name: why}}]}
+    """
+    torch.set_num_threads(threads)
+    spinning = len(os.sched_getaffinity(0))
+    results = []
+    for row in rows:
+        linear, x = layer_and_input(*row)
+        expected = linear.double()(x.double())
+        linear.float()
+        calls: dict[str, Callable[[], object]] = {}
+        left_out = {}
+        for name in names:
+            try:
+                calls[name], _ = rivals.prepare(name, linear, x, expected, threads)
+            except rivals.Unavailable as reason:
+                left_out[name] = str(reason)
+        quiet = _measure(calls, rounds, seconds)
+        with spinning_processes(spinning):
+            busy = _measure(calls, rounds, seconds)
+        results.append(
+            {"M": row[0], "K": row[1], "N": row[2], "quiet": quiet, "busy": busy, "left_out": left_out}
+        )
+        columns = (f"{name} {busy[name]['us']:.0f}/{busy[name]['p90_us']:.0f}" for name in calls)
+        tell(f"busy  {row[0]}x{row[1]}x{row[2]}  median/p90 µs: {', '.join(columns)}")
+    return {"threads": threads, "spinning": spinning, "rows": results}

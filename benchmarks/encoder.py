@@ -1,0 +1,35 @@
+"""The sentence encoder of the demo, timed longer and with bf16 beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+
+from dynquant.demo import encoder
+from dynquant.demo.sentences import SENTENCES
+
+
+def run(
+    threads: Sequence[int], *, rounds: int, seconds: float, quick: bool, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    """{"sentences", "threads": {count: [results by version]}}, or {"left_out": why}."""
+    versions: dict[str, Callable[[nn.Module], nn.Module]] = dict(encoder.VERSIONS)
+    workloads = dict(encoder.WORKLOADS)
+    if quick:
+        workloads = {"1x16": workloads["1x16"]}
+    else:
+        versions["bf16"] = lambda model: model.bfloat16()
+    by_threads = {}
+    for count in threads:
+        try:
+            results = encoder.run(
+                versions=versions, workloads=workloads, threads=count, rounds=rounds, seconds=seconds
+            )
+        except ImportError as error:
+            return {"left_out": str(error)}
+        by_threads[str(count)] = [asdict(result) for result in results]
+        tell(f"threads {count}  encoder done")
+    return {"sentences": len(SENTENCES), "threads": by_threads}

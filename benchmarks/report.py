@@ -1,0 +1,213 @@
+"""Results as JSON and Markdown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .figures import Figure
+from .linear import best_of, times
+from .rivals import INT8_RIVALS, OURS
+
+Results = dict[str, Any]
+
+
+def write_json(results: Results, path: Path) -> None:
+    """The results as they are."""
+    path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _us(value: float | None) -> str:
+    """Three or four figures, whatever the size."""
+    if value is None:
+        return "-"
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.0f} %"
+
+
+def markdown(results: Results, figures: Sequence[Figure]) -> str:
+    """The whole report; sections that were not run are absent."""
+    parts = [_head(results), _figures(figures)]
+    if results.get("linear"):
+        parts.append("## One linear layer\n")
+        parts += [_linear(results["linear"], threads) for threads in _threads(results["linear"])]
+        parts.append(_errors(results["linear"]))
+    if results.get("avx2"):
+        parts.append("## Forced to AVX2\n")
+        parts += [_linear(results["avx2"], threads) for threads in _threads(results["avx2"])]
+    if results.get("kernels"):
+        parts.append(_kernels(results["kernels"]))
+    if results.get("memory"):
+        parts.append(_memory(results["memory"]))
+    if results.get("encoder"):
+        parts.append(_encoder(results["encoder"]))
+    if results.get("busy"):
+        parts.append(_busy(results["busy"]))
+    return "\n".join(parts)
+
+
+def _head(results: Results) -> str:
+    machine = results["machine"]
+    caches = ", ".join(f"{level} {size} KB" for level, size in machine["caches_kb"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    lines = [
+        f"# {machine['cpu']}, {machine['isa']}, torch {machine['versions'].get('torch', '?')}\n",
+        f"- {machine['date']}, {machine['cores']} cores, load {machine['load_average']} before the start",
+        f"- CPU family {machine['cpu_family']} model {machine['cpu_model']}, {caches}; "
+        f"flags: {', '.join(machine['flags']) or '-'}",
+        f"- dynquant {machine['dynquant']} on {machine['isa']} ({machine['dynquant_status']}); {versions}; "
+        f"Python {machine['python']}",
+        f"- `{results['command']}`",
+    ]
+    for threads, peaks in results.get("peaks", {}).items():
+        numbers = ", ".join(f"{name} {value:.0f}" for name, value in peaks.items())
+        lines.append(f"- limits at {threads} thread{'s' if threads != '1' else ''}: {numbers}")
+    if results.get("quick"):
+        lines.append("- **quick run: too few and too short samples to be a result**")
+    return "\n".join(lines) + "\n"
+
+
+def _figures(figures: Sequence[Figure]) -> str:
+    rows = [[f.number, f.what, f.target, f.measured, f.verdict] for f in figures]
+    return "## Targets\n\n" + _table(("", "what", "target", "measured", "verdict"), rows)
+
+
+def _threads(rows: Sequence[Results]) -> list[int]:
+    return sorted({row["threads"] for row in rows})
+
+
+def _linear(rows: Sequence[Results], threads: int) -> str:
+    rows = [row for row in rows if row["threads"] == threads]
+    names = list(dict.fromkeys(name for row in rows for name in row["contenders"]))
+    ran = [name for name in names if any(name in times(row) for row in rows)]
+    heads = ["M, K, N", *(f"{name} µs" for name in ran), "against best int8 rival", "GOPS", "of the limit"]
+    body = []
+    for row in rows:
+        us = times(row)
+        ours = [us[name] for name in OURS if name in us]
+        best = best_of(row, list(INT8_RIVALS))
+        ratio = f"{best[1] / max(ours):.2f} x ({best[0]})" if best and ours else "-"
+        shares = [max(share.values()) for share in row["fractions"].values() if share]
+        gops = 2 * row["M"] * row["K"] * row["N"] / max(ours) / 1e3 if ours else None
+        body.append(
+            [
+                f"{row['M']}, {row['K']}, {row['N']}",
+                *(_us(us.get(name)) for name in ran),
+                ratio,
+                _us(gops),
+                _percent(min(shares) if shares else None),
+            ]
+        )
+    text = (
+        f"{threads} thread{'s' if threads > 1 else ''}, medians; ratio, GOPS and share of the limit are "
+        "those of the slower of per_token and per_tensor. The limit is the measured int8 peak or the time to "
+        "read the weight once, whichever is nearer.\n\n"
+    )
+    text += _table(heads, body)
+    reasons = dict.fromkeys(
+        f"{name}: {entry['left_out']}"
+        for row in rows
+        for name, entry in row["contenders"].items()
+        if "left_out" in entry
+    )
+    if reasons:
+        text += "\nLeft out: " + "; ".join(reasons) + ".\n"
+    return text
+
+
+def _errors(rows: Sequence[Results]) -> str:
+    """Range of the relative error of each contender over the rows."""
+    errors: dict[str, list[float]] = {}
+    for row in rows:
+        for name, entry in row["contenders"].items():
+            if "error" in entry:
+                errors.setdefault(name, []).append(entry["error"])
+    body = [[name, f"{100 * min(values):.2f} - {100 * max(values):.2f} %"] for name, values in errors.items()]
+    return "Relative error of the output against float64, normal data:\n\n" + _table(("", "error"), body)
+
+
+def _kernels(kernels: Sequence[Results]) -> str:
+    body = []
+    for entry in kernels:
+        limit = f"{entry['limit']:.0f}" if entry["limit"] else "-"
+        body.append(
+            [
+                entry["op"],
+                "x".join(str(size) for size in entry["shape"]),
+                str(entry["threads"]),
+                _us(entry["us"]),
+                f"{entry['rate']:.1f} {entry['unit']}",
+                limit,
+            ]
+        )
+    heads = ("op", "shape", "threads", "µs", "rate", "limit")
+    note = (
+        "Rates count the bytes read and written once, or two operations a multiply-accumulate; the limit is "
+        "the best read probe over the input's bytes, or the int8 peak.\n\n"
+    )
+    return "## Each op alone\n\n" + note + _table(heads, body)
+
+
+def _memory(memory: Results) -> str:
+    body = [[f"{layer['N']} x {layer['K']}", f"{layer['bytes_a_weight']:.3f}"] for layer in memory["layers"]]
+    growth = memory["process_growth_4096x4096"]
+    return (
+        "## Memory\n\n"
+        + _table(("weight [N, K]", "resident int8 bytes a weight"), body)
+        + f"\nA fresh process grows by {growth:.3f} bytes a weight for each further 4096 x 4096 layer.\n"
+    )
+
+
+def _encoder(encoder: Results) -> str:
+    if "left_out" in encoder:
+        return f"## all-MiniLM-L6-v2\n\nLeft out: {encoder['left_out']}\n"
+    text = (
+        f"## all-MiniLM-L6-v2\n\n{encoder['sentences']} sentences; milliseconds a call and in brackets the "
+    )
+    text += "speed against torch.ao and against fp32.\n"
+    for threads, versions in encoder["threads"].items():
+        workloads = list(versions[0]["milliseconds"])
+        by_name = {version["name"]: version["milliseconds"] for version in versions}
+        body = []
+        for version in versions:
+            columns = []
+            for workload in workloads:
+                ms = version["milliseconds"][workload]
+                ratios = (f"{by_name[name][workload] / ms:.2f} x" for name in ("torch.ao", "fp32"))
+                columns.append(f"{ms:.1f} ({', '.join(ratios)})")
+            sizes = [f"{version['megabytes']:.1f}", f"{version['linear_megabytes']:.1f}"]
+            cosines = [f"{version['min_cosine']:.4f}", f"{version['mean_cosine']:.4f}"]
+            body.append([version["name"], *columns, *sizes, *cosines])
+        heads = ("", *workloads, "weights MB", "of it Linear", "min cosine", "mean cosine")
+        text += f"\n{threads} thread{'s' if threads != '1' else ''}:\n\n" + _table(heads, body)
+    return text
+
+
+def _busy(busy: Results) -> str:
+    names = list(dict.fromkeys(name for row in busy["rows"] for name in row["busy"]))
+    body = []
+    for row in busy["rows"]:
+        cells = []
+        for name in names:
+            if name not in row["busy"]:
+                cells.append("-")
+                continue
+            quiet, loaded = row["quiet"][name], row["busy"][name]
+            cells.append(f"{_us(quiet['us'])} → {_us(loaded['us'])} ({_us(loaded['p90_us'])})")
+        body.append([f"{row['M']}, {row['K']}, {row['N']}", *cells])
+    return (
+        "## Busy machine\n\n"
+        f"{busy['spinning']} spinning processes, {busy['threads']} threads: median µs alone → median beside "
+        "them (90th percentile).\n\n" + _table(("M, K, N", *names), body)
+    )

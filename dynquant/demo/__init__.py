@@ -1,0 +1,30 @@
+"""The main job on real input: a small net trained on the spot, and a real sentence encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from . import encoder, regression, show
+from .sentences import SENTENCES
+
+
+def run(png: Path, *, threads: int | None = None, console: Console | None = None) -> None:
+    """Run both parts, print their tables and draw ``png``.
+
+    Raises:
+        ModuleNotFoundError: after the first part, where the encoder's packages are not installed.
+    """
+    if console is None:
+        console = Console()
+        if not console.is_terminal:  # a log: no window to fit the tables into
+            console.width = 120
+    show.show_regression(regression.run(), console)
+    threads = threads or torch.get_num_threads()
+    with console.status("Embedding and timing with all-MiniLM-L6-v2 (a minute or two) ..."):
+        results = encoder.run(threads=threads)
+    show.show_encoder(results, console, threads=threads, sentences=len(SENTENCES))
+    show.plot_encoder(results, png)
+    console.print(f"Picture: {png}")

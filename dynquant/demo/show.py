@@ -1,0 +1,115 @@
+"""The demo's tables (rich) and picture (matplotlib)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from .encoder import VersionResult
+from .regression import Regression
+
+
+def _numbers(values: Tensor, digits: int | None = None) -> str:
+    """[N, K] or [N] as one line a row."""
+    rows = values.tolist()
+    rows = rows if isinstance(rows[0], list) else [[value] for value in rows]
+    form = "{}" if digits is None else f"{{:.{digits}f}}"
+    return "\n".join("  ".join(form.format(value) for value in row) for row in rows)
+
+
+def show_regression(result: Regression, console: Console) -> None:
+    """Two tables: what each layer holds, and the losses."""
+    table = Table(title="Seed example: 3 → 3 → 1, quantized", show_lines=True)
+    for heading in ("layer", "weight", "int8 weight", "weight_scale", "input scale", "input zero_point"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for layer in result.layers:
+        table.add_row(
+            layer.name,
+            _numbers(layer.weight, 4),
+            _numbers(layer.weight_int8),
+            _numbers(layer.weight_scale, 6),
+            f"{layer.input_scale:.6f}",
+            str(layer.input_zero_point),
+        )
+    console.print(table)
+    console.print(
+        "The weight's zero_point is 0; scale and zero_point of the input are those of the first test row."
+    )
+
+    losses = Table(title="Mean squared error on the test rows")
+    losses.add_column("")
+    losses.add_column("test loss", justify="right")
+    losses.add_column("more than float", justify="right")
+    for name, loss in result.losses.items():
+        losses.add_row(name, f"{loss:.6f}", f"{loss - result.losses['float']:+.6f}")
+    console.print(losses)
+
+
+def show_encoder(results: Sequence[VersionResult], console: Console, *, threads: int, sentences: int) -> None:
+    """One row a version: latency and ratio for each workload, size, closeness to the first version."""
+    title = f"all-MiniLM-L6-v2, {sentences} sentences, {threads} threads"
+    table = Table(title=title, caption="batch x tokens: milliseconds a call (speed, fp32 = 1)")
+    table.add_column("", no_wrap=True)
+    for workload in results[0].milliseconds:
+        table.add_column(workload, justify="right", no_wrap=True)
+    for heading in ("weights MB", "of it Linear", "min cosine", "mean cosine"):
+        table.add_column(heading, justify="right")
+    baseline = results[0]
+    for result in results:
+        times = (
+            f"{ms:.1f} ({baseline.milliseconds[workload] / ms:.2f}x)"
+            for workload, ms in result.milliseconds.items()
+        )
+        table.add_row(
+            result.name,
+            *times,
+            f"{result.megabytes:.1f}",
+            f"{result.linear_megabytes:.1f}",
+            f"{result.min_cosine:.4f}",
+            f"{result.mean_cosine:.4f}",
+        )
+    console.print(table)
+
+
+def plot_encoder(results: Sequence[VersionResult], path: Path) -> None:
+    """PNG: how many times as fast as the first version, weight megabytes, distance to its embeddings."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    speed, size, distance = figure.subplots(1, 3, width_ratios=(2, 1, 1))
+    names = [result.name for result in results]
+    workloads = list(results[0].milliseconds)
+
+    width = 0.8 / len(results)
+    for index, result in enumerate(results):
+        ratios = [results[0].milliseconds[w] / result.milliseconds[w] for w in workloads]
+        places = [place + (index - (len(results) - 1) / 2) * width for place in range(len(workloads))]
+        bars = speed.bar(places, ratios, width, label=result.name)
+        speed.bar_label(bars, fmt="%.2f", fontsize=8)
+    speed.set_xticks(range(len(workloads)), [f"{workload} tokens" for workload in workloads])
+    speed.set_ylabel("speed, fp32 = 1")
+    speed.legend(fontsize=8)
+
+    colors = [f"C{index}" for index in range(len(results))]
+    size.barh(names, [result.megabytes for result in results], color="lightgrey", label="all weights")
+    size.barh(names, [result.linear_megabytes for result in results], color=colors)
+    size.set_xlabel("MB (colour: Linear layers)")
+    size.invert_yaxis()
+
+    compared = results[1:]
+    distance.barh(
+        [r.name for r in compared], [1 - r.min_cosine for r in compared], color=colors[1:], alpha=0.35
+    )
+    distance.barh([r.name for r in compared], [1 - r.mean_cosine for r in compared], color=colors[1:])
+    distance.set_xlabel("1 - cosine to fp32\n(dark: mean, light: worst)")
+    distance.set_xscale("log")
+    distance.invert_yaxis()
+
+    figure.suptitle("all-MiniLM-L6-v2, dynamic int8")
+    figure.savefig(path, dpi=120)

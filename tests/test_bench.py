@@ -1,0 +1,317 @@
+"""The benchmarks' arithmetic, their checks and what they write. No test asserts a speed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dynquant
+from benchmarks import busy, figures, kernels, linear, machine, memory, plot, report, rivals, roofline, suite
+from dynquant import _extension, timing
+
+EXTENSION = _extension.extension
+
+
+# ---- probes ----
+
+
+def test_probes_measure_something_on_every_isa_that_is_here() -> None:
+    assert set(roofline.int8_isas()) == {isa for isa in dynquant.available_isas() if isa != "scalar"}
+    for isa in roofline.int8_isas():
+        assert roofline.int8_sampler(isa, 1, 0.001)() > 0
+    for pattern in roofline.read_patterns():
+        for size in (1, 1000, 1 << 16):
+            assert roofline.read_sampler(pattern, size, 2, 0.001)() > 0
+    assert all(value > 0 for value in roofline.peaks(1, 0.001).values())
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "sentence"),
+    [
+        ("probe_int8", ("mmx", 0.001), "probe_int8: expected isa to be one this CPU has .*, got 'mmx'"),
+        ("probe_int8", ("avx2", -1.0), "probe_int8: expected seconds from 0 to 60, got -1"),
+        ("probe_fp32", (math.nan,), "probe_fp32: expected seconds from 0 to 60, got "),
+        ("probe_read", ("sequential", 0, 0.001), "probe_read: expected bytes >= 1, got 0"),
+        (
+            "probe_read",
+            ("random", 64, 0.001),
+            "expected pattern to be one of sequential, prefetch, four_streams",
+        ),
+    ],
+)
+def test_probes_refuse_in_a_sentence(name: str, arguments: tuple[Any, ...], sentence: str) -> None:
+    if EXTENSION is None:
+        assert roofline.int8_isas() == roofline.read_patterns() == []
+        return
+    with pytest.raises(ValueError, match=sentence):
+        getattr(EXTENSION, name)(*arguments)
+
+
+def test_fractions_of_the_limits() -> None:
+    limits = roofline.Limits(int8_gops=400.0, read_gbs=20.0)
+    # 2 * 10 * 100 * 1000 operations in 10 us are 200 GOPS, 100,000 bytes in 10 us are 10 GB/s.
+    assert limits.fractions(10, 100, 1000, 10.0) == pytest.approx({"int8": 0.5, "read": 0.5})
+    assert limits.fractions(1, 100, 1000, 1.0)["read"] == 1.0
+    assert roofline.Limits(None, None).fractions(1, 1, 1, 1.0) == {}
+
+
+# ---- timing ----
+
+
+def test_everybody_is_sampled_in_every_round_and_nobody_always_first() -> None:
+    heard: list[str] = []
+
+    def hear(name: str) -> float:
+        heard.append(name)
+        return float(len(heard))
+
+    samples = timing.take_turns({name: lambda name=name: hear(name) for name in "abc"}, 3)  # type: ignore[misc]
+    assert "".join(heard) == "abcbcacab"
+    assert samples["a"] == [1.0, 6.0, 8.0]
+
+
+def test_compare_restores_threads_and_runs_without_autograd() -> None:
+    before = torch.get_num_threads()
+    modes = set()
+
+    def call() -> None:
+        modes.add((torch.is_inference_mode_enabled(), torch.get_num_threads()))
+
+    timings = timing.compare({"call": call}, threads=1, rounds=2, seconds=0.001)
+    assert modes == {(True, 1)}
+    assert torch.get_num_threads() == before
+    assert timings["call"].median_us > 0
+
+
+def test_timing_quantiles() -> None:
+    samples = timing.Timing(tuple(float(value) for value in (5, 1, 4, 2, 3)))
+    assert samples.median_us == 3
+    assert (samples.quantile_us(0.0), samples.quantile_us(0.9), samples.quantile_us(1.0)) == (1, 5, 5)
+
+
+# ---- contenders ----
+
+
+def _prepare(name: str) -> float:
+    linear_layer, x = linear.layer_and_input(4, 16, 8)
+    return rivals.prepare(name, linear_layer, x, linear_layer(x).double(), 1)[1]
+
+
+@pytest.mark.parametrize("name", [*rivals.OURS, "fp32", "bf16", "torch.ao x86"])
+def test_a_contender_is_close_to_float(name: str) -> None:
+    assert _prepare(name) < 0.05
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(rivals.RIVALS, "fp32", lambda layer, x, threads: lambda: torch.zeros(4, 8))
+    with pytest.raises(rivals.Unavailable, match="wrong result: relative error 1"):
+        _prepare("fp32")
+    monkeypatch.setitem(rivals.RIVALS, "fp32", lambda layer, x, threads: lambda: torch.full((4, 8), math.nan))
+    with pytest.raises(rivals.Unavailable, match="wrong result: relative error nan"):
+        _prepare("fp32")
+
+
+def test_a_contender_that_fails_or_is_missing_is_left_out_with_a_word(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    for name in ("onnxruntime", "torchao"):
+        with pytest.raises(rivals.Unavailable, match="not installed"):
+            _prepare(name)
+    monkeypatch.setitem(
+        rivals.RIVALS, "fp32", lambda layer, x, threads: lambda: torch.zeros(1) @ layer.weight
+    )
+    with pytest.raises(rivals.Unavailable, match="fails: RuntimeError: "):
+        _prepare("fp32")
+
+
+def test_int8_bytes_of_a_layer_are_all_found() -> None:
+    layer = dynquant.QLinear.from_float(torch.nn.Linear(128, 256))
+    before = sum(t.untyped_storage().nbytes() for t in memory.tensors_of(layer) if t.dtype == torch.int8)
+    assert before >= 128 * 256
+    layer.__dict__["hidden"] = {"copy": [torch.zeros(10, dtype=torch.int8)]}
+    after = sum(t.untyped_storage().nbytes() for t in memory.tensors_of(layer) if t.dtype == torch.int8)
+    assert after == before + 10
+    assert memory.bytes_a_weight(128, 256) <= 1.1
+
+
+def test_kernels_are_checked_and_reported() -> None:
+    results = kernels.run([1], isa=None, rounds=1, seconds=0.0001, tell=lambda line: None, largest=1 << 12)
+    assert {entry["op"] for entry in results} == {
+        f"{op} {scheme}" for op in ("min_max", "quantize") for scheme in ("per_token", "per_tensor")
+    }
+    assert all(entry["us"] > 0 and entry["rate"] >= 0 for entry in results)
+
+
+def test_spinning_processes_spin_and_end() -> None:
+    with busy.spinning_processes(1) as processes:
+        assert processes[0].poll() is None
+        pid = processes[0].pid
+    assert processes[0].returncode is not None
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+# ---- the whole ----
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ({"rows": ["1x2"]}, "expected a row as MxKxN, such as 128x768x3072, got '1x2'"),
+        ({"rows": ["0x2x3"]}, "expected a row as MxKxN"),
+        ({"threads": ["two"]}, "expected threads to be whole numbers from 1 up, got 'two'"),
+        ({"rivals": ["numpy"]}, "expected rivals from fp32, bf16, .*, got 'numpy'"),
+        ({"sections": ["all"]}, "expected sections from linear, avx2, .*, got 'all'"),
+        ({"isa": "neon"}, "expected isa to be one that this machine can run .*, got 'neon'"),
+    ],
+)
+def test_options_refuse_in_a_sentence(words: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        suite.Options.parse(out=tmp_path, **words)
+
+
+def test_a_tiny_run_writes_json_markdown_and_png(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = suite.Options.parse(
+        out=tmp_path,
+        rows=["1x3x3", "32x64x32"],
+        threads=["1", "2"],
+        rivals=["fp32", "torch.ao x86"],
+        sections=["linear", "avx2"],
+        quick=True,
+    )
+    threads, isa = torch.get_num_threads(), dynquant.isa()
+    results = suite.run(options)
+    assert (torch.get_num_threads(), dynquant.isa()) == (threads, isa)
+
+    files = {path.suffix: path for path in tmp_path.iterdir()}
+    assert {path.stem for path in files.values()} == {machine.file_stem(results["machine"]) + "-quick"}
+    assert json.loads(files[".json"].read_text()) == json.loads(json.dumps(results))
+    assert files[".png"].read_bytes().startswith(b"\x89PNG")
+    text = files[".md"].read_text()
+    assert results["machine"]["cpu"] in text
+    assert "| 32, 64, 32 |" in text
+    assert "quick run" in text
+    assert len(results["linear"]) == 4
+    for row in results["linear"]:
+        assert set(linear.times(row)) == {*rivals.OURS, "fp32", "torch.ao x86"}
+    assert "against the best int8 rival" in capsys.readouterr().out
+
+
+# ---- the targets ----
+
+
+def _row(
+    m: int, k: int, n: int, threads: int, us: dict[str, float], int8: float, read: float
+) -> dict[str, Any]:
+    return {
+        "M": m,
+        "K": k,
+        "N": n,
+        "threads": threads,
+        "contenders": {name: {"us": value, "error": 0.01} for name, value in us.items()},
+        "limits": {"int8_gops": 1.0, "read_gbs": 1.0},
+        "fractions": {name: {"int8": int8, "read": read} for name in us if name in rivals.OURS},
+    }
+
+
+def _results(isas: list[str]) -> dict[str, Any]:
+    ours = {"dynquant per_token": 10.0, "dynquant per_tensor": 8.0}
+    times = {"fp32": 9.0, "torch.ao x86": 20.0, "torch.ao onednn": 15.0, "onnxruntime": 12.5}
+    return {
+        "machine": {"available_isas": isas},
+        "linear": [
+            _row(1, 3, 3, 1, ours | times, 0.0, 0.0),
+            _row(16, 4096, 4096, 1, ours | times, 0.91, 0.1),
+            _row(1024, 4096, 4096, 1, ours | times, 0.92, 0.1),
+            _row(16, 4096, 4096, 2, ours | times | {"onnxruntime": 9.9}, 0.84, 0.1),
+        ],
+        "avx2": [_row(32, 768, 3072, 1, ours, 0.75, 0.1)],
+        "memory": {"layers": [{"bytes_a_weight": 1.0}, {"bytes_a_weight": 1.2}]},
+        "busy": {
+            "rows": [
+                {
+                    "M": 1,
+                    "K": 3,
+                    "N": 3,
+                    "quiet": {"dynquant per_token": {"us": 5.0, "p90_us": 6.0, "cores": 1.0}},
+                    "busy": {"dynquant per_token": {"us": 6.0, "p90_us": 7.0, "cores": 1.0}},
+                }
+            ]
+        },
+    }
+
+
+def test_targets_are_judged_by_the_slower_scheme() -> None:
+    found = {f.what: f for f in figures.judge(_results(["scalar", "avx2", "avx512vnni"]))}
+
+    def outcome(words: str) -> tuple[str, str]:
+        figure = next(figure for what, figure in found.items() if words in what)
+        return figure.measured, figure.verdict
+
+    assert outcome("M >= 16, 1 thread") == ("lowest 0.91 (16x4096x4096 per_tensor)", "missed")
+    assert outcome("the same at 2 threads")[1] == "missed"
+    assert outcome("every row") == ("3 of 4; behind: 16x4096x4096 at 2 (0.99)", "missed")
+    assert outcome("best int8 rival of each row") == ("1.25 over 3 rows", "met")
+    assert outcome("best torch.ao engine") == ("1.50 over 3 rows", "met")
+    assert outcome("the 3x3 layer") == ("1.11", "met")
+    assert outcome("AVX2") == ("lowest 0.75 (32x768x3072 per_tensor)", "met")
+    assert outcome("bytes a weight") == ("1.200", "missed")
+    assert outcome("calls under 50") == ("1.20 (1x3x3 per_token), 1.00 cores", "met")
+    assert outcome("MiniLM 8x128") == ("-", "not measured in this run")
+
+
+def test_targets_stated_for_vnni_are_not_judged_without_it() -> None:
+    found = figures.judge(_results(["scalar", "avx2"]))
+    verdicts = {figure.what: figure.verdict for figure in found}
+    means = [verdict for what, verdict in verdicts.items() if "geometric mean" in what]
+    assert means == ["not measurable on this machine (no AVX512-VNNI; met by its own limits)"] * 2
+    assert verdicts["the 3x3 layer, time against nn.Linear"] == "met"
+
+
+def test_geometric_mean() -> None:
+    assert figures.geometric_mean([1.0, 4.0, 0.25, 16.0]) == pytest.approx(2.0)
+
+
+def test_report_of_every_section(tmp_path: Path) -> None:
+    version = {
+        "name": "fp32",
+        "milliseconds": {"1x16": 10.0},
+        "megabytes": 90.0,
+        "linear_megabytes": 42.0,
+        "min_cosine": 1.0,
+        "mean_cosine": 1.0,
+    }
+    other = version | {"name": "torch.ao", "milliseconds": {"1x16": 5.0}}
+    op = {
+        "op": "min_max",
+        "shape": [1, 2],
+        "threads": 1,
+        "us": 1.0,
+        "rate": 2.0,
+        "unit": "GB/s",
+        "limit": None,
+    }
+    results = _results(["avx2"]) | {
+        "machine": machine.describe(),
+        "command": "python -m dynquant bench",
+        "peaks": {"1": {"int8 avx2 GOPS": 200.0}},
+        "kernels": [op],
+        "memory": {"layers": [{"K": 1, "N": 2, "bytes_a_weight": 1.0}], "process_growth_4096x4096": 1.01},
+        "encoder": {"sentences": 38, "threads": {"1": [version, other]}},
+    }
+    results["busy"] |= {"spinning": 2, "threads": 2}
+    text = report.markdown(results, figures.judge(results))
+    assert "10.0 (0.50 x, 1.00 x)" in text
+    assert "1.010 bytes a weight" in text
+    assert "| 1, 3, 3 | 5.0 → 6.0 (7.0) |" in text
+    plot.plot(results, tmp_path / "picture.svg")
+    assert "<svg" in (tmp_path / "picture.svg").read_text()

@@ -1,53 +1,56 @@
-# make demo   build into an own virtual environment and run the main job
-# make test   build, all tests, lint, format and type checks
-# make bench  the benchmarks, against every rival that is installed
+# make demo    build, then run the main job
+# make test    build, then all tests, lint, format and type checks
+# make bench   build, then the benchmarks against the rivals
+# make build   compile what changed, in place
+# make lint    ruff, clang-format and mypy;  make format  mends what the first two can
 #
-# PYTHON=python3.12 chooses the interpreter, VENV=folder the environment,
-# TORCH="torch==2.13.0 ..." what pip installs torch from.
+# All of it happens in a virtual environment of its own. PYTHON=python3.12 chooses the interpreter, VENV=folder
+# the environment, TORCH='...' what pip is given to install torch. DYNQUANT_CUDA=1 compiles the CUDA part too.
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 
-PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check
-RUN := $(VENV)/bin/python
-CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+CPP = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: demo test bench build lint types format clean
+.PHONY: demo test bench build lint format clean
+.NOTPARALLEL:
 
 demo: $(VENV)/demo.stamp build
-	$(RUN) -m dynquant demo
+	$(BIN)/python -m dynquant demo
 
-test: $(VENV)/test.stamp $(VENV)/lint.stamp build lint
-	$(RUN) -m pytest
+test: $(VENV)/test.stamp build lint
+	$(BIN)/python -m pytest
 
-bench: $(VENV)/demo.stamp $(VENV)/bench.stamp build
-	$(RUN) -m dynquant bench
+bench: $(VENV)/bench.stamp build
+	$(BIN)/python -m dynquant bench
 
-# The environment's own torch decides what is built; BuildExtension recompiles what changed.
 build: $(VENV)/torch.stamp
-	$(RUN) setup.py --quiet build_ext --inplace
+	$(BIN)/python setup.py --quiet build_ext --inplace
 
 lint: $(VENV)/lint.stamp
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(if $(CPP),$(VENV)/bin/clang-format --dry-run -Werror $(CPP))
-	$(VENV)/bin/mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/mypy
 
 format: $(VENV)/lint.stamp
-	$(VENV)/bin/ruff check --fix .
-	$(VENV)/bin/ruff format .
-	$(if $(CPP),$(VENV)/bin/clang-format -i $(CPP))
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
 
 $(VENV)/torch.stamp: Makefile
 	$(PYTHON) -m venv $(VENV)
+	@echo "installing torch into $(VENV)"
 	$(PIP) 'setuptools>=77' ninja $(TORCH)
-	touch $@
+	@touch $@
 
-# An editable install without the extension: `build` makes that in place.
+# The extras of pyproject.toml by name. The extension is left out here: `build` compiles it in place.
 $(VENV)/%.stamp: $(VENV)/torch.stamp pyproject.toml setup.py
 	DYNQUANT_BUILD=0 $(PIP) --no-build-isolation --editable '.[$*]'
-	touch $@
+	@touch $@
 
 clean:
-	rm -rf build $(VENV) dynquant/_C.*.so dynquant/_build.json *.egg-info
+	rm -rf build $(VENV) *.egg-info dynquant/_C.*.so dynquant/_build.json

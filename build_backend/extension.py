@@ -21,7 +21,7 @@ from build_backend.torch_location import check_minimum, stop
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
-# The C++ standard is torch's to choose. No -march: a file that needs an instruction set opens a target region.
+# The C++ standard is torch's choice. No -march: a file that needs an instruction set opens a target region.
 # -ffp-contract=off: a written operation is one rounding, on every instruction set.
 FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"]
 
@@ -65,7 +65,7 @@ class BuildWithCuda(BuildExtension):
             (folder / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
 
     def _add_cuda(self, module: Extension) -> dict[str, Any]:
-        toolkit, reason = _cuda_toolkit()
+        toolkit, reason = cuda_toolkit()
         if toolkit is None:
             if reason:
                 print(f"dynquant-int8: {reason}", flush=True)
@@ -101,7 +101,7 @@ def build_record(filename: str, cuda: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _cuda_toolkit() -> tuple[nvcc.Toolkit | None, str]:
+def cuda_toolkit() -> tuple[nvcc.Toolkit | None, str]:
     """The toolkit to compile the CUDA part with, or None and, where torch has CUDA, what is missing."""
     choice = os.environ.get("DYNQUANT_CUDA", "")
     if choice not in ("", "0", "1"):

@@ -153,7 +153,8 @@ def installed(source: Path, torch_folder: Path, tmp_path_factory: pytest.TempPat
 @pytest.fixture
 def package(installed: Path, tmp_path: Path) -> Path:
     """A copy of the installed package, in a folder from which it is imported, to be tampered with."""
-    shutil.copytree(Path(report(installed, tmp_path)["file"]).parent, tmp_path / "dynquant")
+    (original,) = installed.parents[1].glob("lib/python*/site-packages/dynquant")
+    shutil.copytree(original, tmp_path / "dynquant")
     return tmp_path / "dynquant"
 
 

@@ -3,6 +3,7 @@
 from . import ops as _ops  # noqa: F401  registers torch.ops.dynquant
 from . import reference
 from .config import Config
+from .convert import quantize_dynamic
 from .info import Info, available_isas, info, isa
 from .nn import QLinear
 from .qtensor import QTensor
@@ -18,5 +19,6 @@ __all__ = [
     "available_isas",
     "info",
     "isa",
+    "quantize_dynamic",
     "reference",
 ]

@@ -126,8 +126,9 @@ class QLinear(nn.Module):
         bias = linear.bias
         if bias is not None:
             _check_bias(bias)
-            copy = bias.detach().to(torch.float32, copy=True)
-            bias = nn.Parameter(copy, requires_grad=bias.requires_grad)
+            with torch.inference_mode(False):
+                copy = bias.detach().to(torch.float32, copy=True)
+                bias = nn.Parameter(copy, requires_grad=bias.requires_grad)
         self.register_parameter("bias", bias)
         self._set_weight(_quantized(linear.weight, config), config)
 

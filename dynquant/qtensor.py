@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_map_only
 from .config import Config
 from .reference import FLOAT_DTYPES, rotate
 
+FLOAT_WORDS = "float32, bfloat16, float16 or float64"
+
 _ops = torch.ops.dynquant
 
 
@@ -70,6 +72,8 @@ class QTensor(torch.Tensor):
         Raises:
             RuntimeError: for another dtype or shape, or a non-finite element, with its index.
         """
+        if weight.dtype not in FLOAT_DTYPES:
+            raise RuntimeError(f"expected weight of dtype {FLOAT_WORDS}, got {weight.dtype}")
         config = Config(config.activations, config.weights, config.rotation_block)
         with torch.no_grad(), torch.inference_mode(False):
             weight_int8, weight_scale = _ops.quantize_weight(weight.detach(), config.encode())
@@ -98,7 +102,7 @@ class QTensor(torch.Tensor):
                 f"{weight_scale.dtype} of shape {list(weight_scale.shape)}"
             )
         if dtype not in FLOAT_DTYPES:
-            raise ValueError(f"expected the dtype of the weight to be one of {FLOAT_DTYPES}, got {dtype}")
+            raise ValueError(f"expected the weight to show dtype {FLOAT_WORDS}, got {dtype}")
         k = weight.shape[1]
         if config.rotation_block and k % config.rotation_block:
             raise ValueError(

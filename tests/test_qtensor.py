@@ -265,7 +265,10 @@ def test_any_shape(shape, weights):
             {"config": Config(rotation_block=16)},
             "expected K to be a multiple of the rotation block 16, got 8",
         ),
-        ({"dtype": torch.int8}, "expected the dtype of the weight to be one of"),
+        (
+            {"dtype": torch.int8},
+            "expected the weight to show dtype float32, bfloat16, float16 or float64, got torch.int8",
+        ),
     ],
 )
 def test_what_comes_from_outside_is_checked(change, sentence):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import MAX_ROTATION_BLOCK, Config, rotation_block
-from ..qtensor import QTensor, dequantize, moved, weight_scale
+from ..qtensor import FLOAT_WORDS, QTensor, dequantize, moved, weight_scale
 from ..reference import FLOAT_DTYPES
 
 FORMAT_VERSION = 1
@@ -172,8 +172,7 @@ class QLinear(nn.Module):
         if not isinstance(x, Tensor):
             return error
         if x.dtype not in FLOAT_DTYPES:
-            dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
-            return RuntimeError(f"QLinear: expected input of dtype {dtypes}, got {x.dtype}")
+            return RuntimeError(f"QLinear: expected input of dtype {FLOAT_WORDS}, got {x.dtype}")
         if x.dim() == 0:
             return RuntimeError("QLinear: expected input with at least 1 dimension, got a scalar")
         if x.shape[-1] != self.in_features:
@@ -236,7 +235,7 @@ class QLinear(nn.Module):
 
         dtype = fn(torch.empty(0, dtype=self.weight.dtype, device=self.weight.device)).dtype
         if dtype not in FLOAT_DTYPES:
-            raise TypeError(f"QLinear: expected a cast to one of {FLOAT_DTYPES}, got {dtype}")
+            raise TypeError(f"QLinear: expected a cast to {FLOAT_WORDS}, got {dtype}")
         super()._apply(move, recurse)
         self._set_weight(moved(self.weight, move, dtype), self.config)
         return self

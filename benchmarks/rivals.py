@@ -7,7 +7,6 @@ arguments that computes the output. Where that is impossible here it raises Unav
 from __future__ import annotations
 
 import copy
-import logging
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -59,7 +58,6 @@ def _torch_ao(engine: str) -> Maker:
 def _torchao(linear: nn.Linear, x: Tensor, threads: int) -> Call:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        logging.getLogger("torchao").setLevel(logging.ERROR)
         try:
             from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
         except ImportError as error:
@@ -97,12 +95,7 @@ def _onnxruntime(linear: nn.Linear, x: Tensor, threads: int) -> Call:
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "float.onnx"), Path(folder, "int8.onnx")
         onnx.save(model, source)
-        disabled = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-        try:
-            quantize_dynamic(source, target, per_channel=True, weight_type=QuantType.QInt8)
-        finally:
-            logging.disable(disabled)
+        quantize_dynamic(source, target, per_channel=True, weight_type=QuantType.QInt8)
         session = onnxruntime.InferenceSession(target, options, providers=["CPUExecutionProvider"])
     feed = {"x": x.numpy()}
     return lambda: session.run(None, feed)[0]

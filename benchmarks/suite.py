@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import shlex
 import sys
 import time
@@ -66,12 +68,17 @@ class Options:
         return Options(
             out=out,
             rows=None if rows is None else tuple(_row(word) for word in rows),
-            threads=tuple(_thread_count(word) for word in threads or ("1", "2")),
+            threads=tuple(_thread_count(word) for word in threads or _default_threads()),
             names=(*_ours(), *_chosen("rivals", rivals, tuple(_rivals()))),
             sections=_chosen("sections", sections, SECTIONS),
             isa=isa,
             quick=quick,
         )
+
+
+def _default_threads() -> list[str]:
+    """1 and 2, where there are two cores."""
+    return ["1", "2"][: len(os.sched_getaffinity(0))]
 
 
 def _ours() -> tuple[str, ...]:
@@ -124,11 +131,14 @@ def _tell(line: str) -> None:
 def run(options: Options) -> dict[str, Any]:
     """Run the sections, writing what there is after each, and return everything."""
     threads_before = torch.get_num_threads()
+    logging_before = logging.root.manager.disable
     with _forced(options.isa), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)  # the rivals' advice and deprecation notices
         try:
             return _run(options)
         finally:
+            logging.disable(logging_before)
             torch.set_num_threads(threads_before)
 
 

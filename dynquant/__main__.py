@@ -65,7 +65,7 @@ def bench(
         "benchmarks/results"
     ),
     rows: Annotated[str | None, typer.Option(help="Subset of rows, e.g. 1x768x768,128x768x3072.")] = None,
-    threads: Annotated[str, typer.Option(help="Thread counts.")] = "1,2",
+    threads: Annotated[str | None, typer.Option(help="Thread counts, 1,2 by default.")] = None,
     rivals: Annotated[str | None, typer.Option(help="Subset of rivals, e.g. 'fp32,torch.ao x86'.")] = None,
     sections: Annotated[
         str | None, typer.Option(help="Subset of linear, avx2, kernels, memory, encoder, busy.")

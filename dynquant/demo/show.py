@@ -51,7 +51,7 @@ def show_regression(result: Regression, console: Console) -> None:
 
 def show_encoder(results: Sequence[VersionResult], console: Console, *, threads: int, sentences: int) -> None:
     """One row a version: latency and ratio for each workload, size, closeness to the first version."""
-    title = f"all-MiniLM-L6-v2, {sentences} sentences, {threads} threads"
+    title = f"all-MiniLM-L6-v2, {sentences} sentences, {threads} thread{'s' if threads > 1 else ''}"
     table = Table(title=title, caption="batch x tokens: milliseconds a call (speed, fp32 = 1)")
     table.add_column("", no_wrap=True)
     for workload in results[0].milliseconds:
@@ -80,36 +80,41 @@ def plot_encoder(results: Sequence[VersionResult], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    figure = Figure(figsize=(13, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
-    speed, size, distance = figure.subplots(1, 3, width_ratios=(2, 1, 1))
-    names = [result.name for result in results]
+    speed, size, distance = figure.subplots(1, 3, width_ratios=(2.2, 1, 1))
     workloads = list(results[0].milliseconds)
+    colors = [f"C{index}" for index in range(len(results))]
 
-    width = 0.8 / len(results)
+    width = 0.84 / len(results)
     for index, result in enumerate(results):
         ratios = [results[0].milliseconds[w] / result.milliseconds[w] for w in workloads]
         places = [place + (index - (len(results) - 1) / 2) * width for place in range(len(workloads))]
-        bars = speed.bar(places, ratios, width, label=result.name)
-        speed.bar_label(bars, fmt="%.2f", fontsize=8)
+        bars = speed.bar(places, ratios, width, label=result.name, color=colors[index])
+        speed.bar_label(bars, fmt="%.2f", fontsize=7)
     speed.set_xticks(range(len(workloads)), [f"{workload} tokens" for workload in workloads])
     speed.set_ylabel("speed, fp32 = 1")
-    speed.legend(fontsize=8)
-
-    colors = [f"C{index}" for index in range(len(results))]
-    size.barh(names, [result.megabytes for result in results], color="lightgrey", label="all weights")
-    size.barh(names, [result.linear_megabytes for result in results], color=colors)
-    size.set_xlabel("MB (colour: Linear layers)")
-    size.invert_yaxis()
-
-    compared = results[1:]
-    distance.barh(
-        [r.name for r in compared], [1 - r.min_cosine for r in compared], color=colors[1:], alpha=0.35
+    figure.legend(
+        *speed.get_legend_handles_labels(), loc="outside lower center", ncols=len(results), fontsize=8
     )
-    distance.barh([r.name for r in compared], [1 - r.mean_cosine for r in compared], color=colors[1:])
+
+    rows = range(len(results))
+    size.barh(rows, [result.megabytes for result in results], color="lightgrey")
+    size.barh(rows, [result.linear_megabytes for result in results], color=colors)
+    size.set_xlabel("weights MB (colour: Linear layers)")
+
+    # The first version's distance to itself is 0, which a logarithmic axis does not show.
+    for alpha, cosines in (
+        (0.35, [result.min_cosine for result in results]),
+        (1.0, [result.mean_cosine for result in results]),
+    ):
+        distances = [1 - cosine for cosine in cosines]
+        distance.barh(rows[1:], distances[1:], color=colors[1:], alpha=alpha)
     distance.set_xlabel("1 - cosine to fp32\n(dark: mean, light: worst)")
     distance.set_xscale("log")
-    distance.invert_yaxis()
+    for panel in (size, distance):
+        panel.set_yticks([])
+        panel.set_ylim(len(results) - 0.5, -0.5)
 
     figure.suptitle("all-MiniLM-L6-v2, dynamic int8")
     figure.savefig(path, dpi=120)

@@ -34,8 +34,8 @@ def extension() -> Extension:
     depends = sorted(
         path.relative_to(ROOT).as_posix() for path in [*CSRC.rglob("*.*"), *ROOT.glob("build_backend/*.py")]
     )
-    # Python's own flags may ask for debug information, tens of megabytes of it; CXXFLAGS=-g keeps it.
-    debug = [] if "-g" in os.environ.get("CXXFLAGS", "").split() else ["-g0"]
+    # Python's own flags may ask for debug information, tens of megabytes of it; CFLAGS=-g keeps it.
+    debug = [] if "-g" in os.environ.get("CFLAGS", "").split() else ["-g0"]
     return CppExtension(
         name="dynquant._C",
         sources=sources,

@@ -19,6 +19,7 @@ namespace {
 struct Dot {
   static constexpr int kSteps = 2;       // (k0, k2), then (k1, k3)
   static constexpr int kGroupBytes = 8;  // q0 q2 q1 q3 as int16
+  static constexpr bool kWidens = true;  // whether load_weight costs more than a load
   static constexpr int32_t kOffset = 0;  // operand = q + kOffset
 
   template <int step>
@@ -34,7 +35,12 @@ struct Dot {
     return _mm256_set1_epi32(pair);
   }
 
-  static V::I multiply_add(V::I acc, V::I a, V::I b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
+  static V::I multiply_add(V::I acc, V::I a, V::I b) {
+    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
+    // Keeps GCC from adding the two steps' products first, for which it has no registers left.
+    __asm__("" : "+x"(acc));
+    return acc;
+  }
 
   static void store_operand(uint8_t* p, V::I q0, V::I q1, V::I q2, V::I q3) {
     store_words(p, q0, q1);

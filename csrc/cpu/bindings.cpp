@@ -102,6 +102,8 @@ constexpr double kFloatsPerMicrosecond = 4e3;   // what one core finds the range
 // How a GEMM is cut: into rows first (each thread quantizes its own), into channels where there are too few.
 struct Cut {
   int64_t row_parts, channel_parts;
+
+  int64_t tasks() const { return row_parts * channel_parts; }
 };
 
 Cut cut_gemm(const Kernels& kernel, int64_t m, int64_t n, int64_t k) {
@@ -113,6 +115,11 @@ Cut cut_gemm(const Kernels& kernel, int64_t m, int64_t n, int64_t k) {
   const int64_t row_parts = std::clamp<int64_t>(m / kLeastRows, 1, threads);
   const int64_t blocks = (n + kBlock - 1) / kBlock;
   return Cut{row_parts, std::clamp<int64_t>(threads / row_parts, 1, blocks)};
+}
+
+// Bytes of GEMM scratch for each task.
+int64_t gemm_scratch(const Kernels& kernel, const Cut& cut, int64_t m, int64_t k) {
+  return Scratch::bytes_of<int8_t>(kernel.gemm_scratch((m + cut.row_parts - 1) / cut.row_parts, k));
 }
 
 // ---- quantize ------------------------------------------------------------------------------------------------------
@@ -354,18 +361,19 @@ Tensor int8_mm(const Tensor& q, const Tensor& packed_weight, const Tensor& weigh
 
   const Kernels& kernel = kernels();
   const Tensor rows = q.contiguous();
-  const int64_t stride = kernel.operand_stride(k);
-  Scratch scratch(Scratch::bytes_of<uint8_t>(m * stride));
+  const Cut cut = cut_gemm(kernel, m, n, k);
+  const int64_t stride = kernel.operand_stride(k), gemm_bytes = gemm_scratch(kernel, cut, m, k);
+  Scratch scratch(Scratch::bytes_of<uint8_t>(m * stride) + Scratch::bytes_of<int8_t>(cut.tasks() * gemm_bytes));
   const Operand a{scratch.take<uint8_t>(m * stride), stride};
+  int8_t* gemm_data = scratch.take<int8_t>(cut.tasks() * gemm_bytes);
   kernel.operand_from_int8(rows.const_data_ptr<int8_t>(), k, 0, m, a);
   const Weight w{packed_weight.const_data_ptr<int8_t>(), n, k, shape[2], weight_sum.const_data_ptr<int32_t>(),
                  nullptr, nullptr};
-  const Cut cut = cut_gemm(kernel, m, n, k);
   int32_t* data = out.mutable_data_ptr<int32_t>();
-  run(cut.row_parts * cut.channel_parts, [&](int64_t t) {
+  run(cut.tasks(), [&](int64_t t) {
     const auto [m0, m1] = share(m, cut.row_parts, t / cut.channel_parts);
     const auto [b0, b1] = share((n + kBlock - 1) / kBlock, cut.channel_parts, t % cut.channel_parts);
-    kernel.int8_mm(a, w, data, m0, m1, b0, b1);
+    kernel.int8_mm(a, w, data, gemm_data + t * gemm_bytes, m0, m1, b0, b1);
   });
   return out;
 }
@@ -406,12 +414,14 @@ Tensor linear(const char* op, const Tensor& x, const Tensor& packed_weight, cons
 
   const Cut cut = cut_gemm(kernel, m, n, k);
   const int64_t stride = kernel.operand_stride(k), row = row_scratch(rows);
+  const int64_t gemm_bytes = gemm_scratch(kernel, cut, m, k);
   const int64_t row_count = std::max(cut.row_parts, threads_over_rows(rows, m)) * row;
   Scratch scratch(Scratch::bytes_of<uint8_t>(m * stride) + Scratch::bytes_of<QParams>(m) +
-                  Scratch::bytes_of<float>(row_count));
+                  Scratch::bytes_of<float>(row_count) + Scratch::bytes_of<int8_t>(cut.tasks() * gemm_bytes));
   const Operand a{scratch.take<uint8_t>(m * stride), stride};
   QParams* qparams = scratch.take<QParams>(m);
   float* row_data = scratch.take<float>(row_count);
+  int8_t* gemm_data = scratch.take<int8_t>(cut.tasks() * gemm_bytes);
 
   const bool per_tensor = given != nullptr || config.per_tensor;
   QParams shared{};
@@ -433,7 +443,7 @@ Tensor linear(const char* op, const Tensor& x, const Tensor& packed_weight, cons
     run(cut.row_parts, [&](int64_t t) {
       const auto [m0, m1] = share(m, cut.row_parts, t);
       quantize_rows(t, m0, m1);
-      kernel.linear(a, qparams, w, to, m0, m1, 0, blocks);
+      kernel.linear(a, qparams, w, to, gemm_data + t * gemm_bytes, m0, m1, 0, blocks);
     });
   } else {
     const int64_t threads = threads_over_rows(rows, m);
@@ -441,10 +451,10 @@ Tensor linear(const char* op, const Tensor& x, const Tensor& packed_weight, cons
       const auto [m0, m1] = share(m, threads, t);
       quantize_rows(t, m0, m1);
     });
-    run(cut.row_parts * cut.channel_parts, [&](int64_t t) {
+    run(cut.tasks(), [&](int64_t t) {
       const auto [m0, m1] = share(m, cut.row_parts, t / cut.channel_parts);
       const auto [b0, b1] = share(blocks, cut.channel_parts, t % cut.channel_parts);
-      kernel.linear(a, qparams, w, to, m0, m1, b0, b1);
+      kernel.linear(a, qparams, w, to, gemm_data + t * gemm_bytes, m0, m1, b0, b1);
     });
   }
   return wanted == computed ? out : out.to(wanted);

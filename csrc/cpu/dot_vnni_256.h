@@ -5,6 +5,7 @@
 struct Dot {
   static constexpr int kSteps = 1;
   static constexpr int kGroupBytes = 4;
+  static constexpr bool kWidens = false;  // whether load_weight costs more than a load
   static constexpr int32_t kOffset = 128;
 
   template <int>

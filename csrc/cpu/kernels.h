@@ -93,13 +93,17 @@ struct Kernels {
   // int8 rows [m0, m1) of q [.][k] to the operand.
   void (*operand_from_int8)(const int8_t* q, int64_t k, int64_t m0, int64_t m1, Operand a);
 
+  // Bytes of scratch that a GEMM of that many rows wants (0: none).
+  int64_t (*gemm_scratch)(int64_t rows, int64_t k);
+
   // out[m, n] = epilogue((float(acc - zero_point[m] * sum[n]) * scale[m]) * weight.scale[n] + bias[n])
   // for m in [m0, m1) and the channels of the 64-channel blocks [block0, block1).
-  void (*linear)(Operand a, const QParams* qparams, const Weight& w, const Output& out, int64_t m0, int64_t m1,
-                 int64_t block0, int64_t block1);
+  void (*linear)(Operand a, const QParams* qparams, const Weight& w, const Output& out, int8_t* scratch,
+                 int64_t m0, int64_t m1, int64_t block0, int64_t block1);
 
   // out[m, n] = acc, int32 [.][n].
-  void (*int8_mm)(Operand a, const Weight& w, int32_t* out, int64_t m0, int64_t m1, int64_t block0, int64_t block1);
+  void (*int8_mm)(Operand a, const Weight& w, int32_t* out, int8_t* scratch, int64_t m0, int64_t m1, int64_t block0,
+                  int64_t block1);
 
   // Largest |w| of row m; +inf or NaN (as bits above +inf) where one is non-finite. Scaled by 1/block when rotated.
   float (*weight_range)(const Rows& w, int64_t m, float* row);

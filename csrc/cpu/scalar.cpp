@@ -11,6 +11,7 @@ namespace {
 struct Dot {
   static constexpr int kSteps = 4;
   static constexpr int kGroupBytes = 4;
+  static constexpr bool kWidens = true;  // whether load_weight costs more than a load
   static constexpr int32_t kOffset = 0;
 
   template <int step>

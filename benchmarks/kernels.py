@@ -28,6 +28,8 @@ def _timed(
     seconds: float,
 ) -> tuple[dict[str, float], float | None]:
     """Median microseconds of each call, and the best median of the probes, all in turns."""
+    for call in calls.values():
+        call()
     samplers = {name: sampler(call, threads=threads, seconds=seconds) for name, call in calls.items()}
     samples = take_turns(samplers | probes, rounds)
     limit = max((median(samples[name]) for name in probes), default=None)

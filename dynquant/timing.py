@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch.utils.benchmark import Timer
 
-SLOW_SECONDS = 1.0
+LONG_SECONDS = 0.2
+SLOW_SECONDS = 4.0
 
 
 @dataclass(frozen=True)
@@ -61,18 +62,22 @@ def take_turns(samplers: Mapping[str, Callable[[], float]], rounds: int) -> dict
 def sampler(call: Callable[[], object], *, threads: int, seconds: float) -> Callable[[], float]:
     """A function that times ``call`` for about ``seconds`` and returns the mean in microseconds.
 
-    A call slower than ``SLOW_SECONDS`` is measured once, here, and that is its sample ever after.
+    ``call`` has run before: what it does once only is done. From ``LONG_SECONDS`` on a sample is one call
+    without warming up; from ``SLOW_SECONDS`` on the call is measured once, here, and that is its sample.
     """
-    with torch.inference_mode():
-        torch.set_num_threads(threads)
-        call()
-        once = min(_seconds(call) for _ in range(3)) if (first := _seconds(call)) < 0.01 else first
+    torch.set_num_threads(threads)
+    once = _seconds(call)
     if once > SLOW_SECONDS:
         return lambda: once * 1e6
+    if once < 0.01:
+        once = min(_seconds(call) for _ in range(3))
     timer = Timer("call()", globals={"call": call}, num_threads=threads)
     number = max(1, round(seconds / once))
 
     def sample() -> float:
+        torch.set_num_threads(threads)
+        if once > LONG_SECONDS:
+            return _seconds(call) * 1e6
         with torch.inference_mode():
             return timer.timeit(number).mean * 1e6
 
@@ -80,9 +85,10 @@ def sampler(call: Callable[[], object], *, threads: int, seconds: float) -> Call
 
 
 def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    with torch.inference_mode():
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
 
 
 def compare(
@@ -91,11 +97,15 @@ def compare(
     """Median time of each call, under ``torch.inference_mode`` with ``threads`` threads.
 
     Args:
-        calls: name to function without arguments.
+        calls: name to function without arguments; each is called once before anything is timed.
         rounds: samples of each call; ``seconds``: length of a sample.
     """
     before = torch.get_num_threads()
     try:
+        torch.set_num_threads(threads)
+        for call in calls.values():
+            with torch.inference_mode():
+                call()
         samplers = {name: sampler(call, threads=threads, seconds=seconds) for name, call in calls.items()}
         samples = take_turns(samplers, rounds)
     finally:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,22 @@ def test_compare_restores_threads_and_runs_without_autograd() -> None:
     assert modes == {(True, 1)}
     assert torch.get_num_threads() == before
     assert timings["call"].median_us > 0
+
+
+@pytest.mark.parametrize(("limit", "calls_a_sample"), [("LONG_SECONDS", 1), ("SLOW_SECONDS", 0)])
+def test_slow_calls_are_not_repeated(
+    monkeypatch: pytest.MonkeyPatch, limit: str, calls_a_sample: int
+) -> None:
+    monkeypatch.setattr(timing, limit, 0.001)
+    calls = []
+
+    def call() -> None:
+        calls.append(time.sleep(0.002))
+
+    sample = timing.sampler(call, threads=1, seconds=0.1)
+    before = len(calls)
+    assert sample() >= 2000
+    assert len(calls) - before == calls_a_sample
 
 
 def test_timing_quantiles() -> None:

@@ -14,7 +14,7 @@ Bits of the int, lowest first (``csrc/config.h`` is the same table on the other 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -62,7 +62,8 @@ class Config:
         activations: ``"per_token"`` (qparams for each row of x) or ``"per_tensor"`` (for the whole of x).
         weights: ``"per_channel"`` (a scale for each output) or ``"per_tensor"`` (one scale).
         rotation_block: block size of the Hadamard rotation along K, 0 for no rotation.
-        epilogue: what is applied after the bias: ``"none"``, ``"relu"``, ``"gelu"``, ``"gelu_tanh"``, ``"silu"``.
+        epilogue: what is applied after the bias: ``"none"``, ``"relu"``, ``"gelu"``, ``"gelu_tanh"``,
+            ``"silu"``.
         out_dtype: dtype of the output; None for the input's.
 
     Raises:
@@ -93,7 +94,7 @@ class Config:
         )
 
     @staticmethod
-    @lru_cache(maxsize=None)
+    @cache
     def decode(code: int) -> Config:
         """The inverse of :meth:`encode`; a ValueError for an int that no Config encodes to."""
         rotation, epilogue, out_dtype = code >> 2 & 15, code >> 6 & 7, code >> 9 & 7

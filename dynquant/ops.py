@@ -1,7 +1,8 @@
-"""The ops ``torch.ops.dynquant.*``: schemas, the reference as their default, fake kernels, autograd, autocast.
+"""The ops ``torch.ops.dynquant.*``: schemas, the reference as default, fake kernels, autograd, autocast.
 
-The extension overrides them for each device (``csrc/<device>/bindings.cpp``), and brings autograd and autocast in
-C++ (a Python kernel on those keys costs microseconds at every call); without it the same formulas stand here.
+The extension overrides them for each device (``csrc/<device>/bindings.cpp``), and brings autograd and
+autocast in C++ (a Python kernel on those keys costs microseconds at every call); without it the same formulas
+stand here.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ _SCHEMAS: dict[str, str] = {
     "pack_weight": "(Tensor weight) -> (Tensor, Tensor)",
     "unpack_weight": "(Tensor packed_weight, int n, int k) -> Tensor",
     "int8_mm": "(Tensor q, Tensor packed_weight, Tensor weight_sum) -> Tensor",
-    "linear_dynamic": "(Tensor x, Tensor packed_weight, Tensor weight_sum, Tensor weight_scale, Tensor? bias, "
-    "int config) -> Tensor",
+    "linear_dynamic": "(Tensor x, Tensor packed_weight, Tensor weight_sum, Tensor weight_scale, "
+    "Tensor? bias, int config) -> Tensor",
     "linear_static": "(Tensor x, Tensor packed_weight, Tensor weight_sum, Tensor weight_scale, Tensor? bias, "
     "Tensor scale, Tensor zero_point, int config) -> Tensor",
 }
@@ -88,13 +89,20 @@ def _(q: Tensor, packed_weight: Tensor, weight_sum: Tensor) -> Tensor:
 
 
 @_fake("linear_dynamic")
-def _(x: Tensor, packed_weight: Tensor, weight_sum: Tensor, weight_scale: Tensor, bias: Tensor | None, config: int):  # type: ignore[no-untyped-def]
+def _(
+    x: Tensor,
+    packed_weight: Tensor,
+    weight_sum: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    config: int,
+) -> Tensor:
     dtype = Config.decode(config).out_dtype or x.dtype
     return x.new_empty(*x.shape[:-1], weight_scale.shape[0], dtype=dtype)
 
 
 @_fake("linear_static")
-def _(  # type: ignore[no-untyped-def]
+def _(
     x: Tensor,
     packed_weight: Tensor,
     weight_sum: Tensor,
@@ -103,7 +111,7 @@ def _(  # type: ignore[no-untyped-def]
     scale: Tensor,
     zero_point: Tensor,
     config: int,
-):
+) -> Tensor:
     dtype = Config.decode(config).out_dtype or x.dtype
     return x.new_empty(*x.shape[:-1], weight_scale.shape[0], dtype=dtype)
 
@@ -149,7 +157,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 
 def _linear_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    """Straight-through: grad_x = grad_out @ dequantized weight, grad_bias = the sum of grad_out over the rows."""
+    """Straight-through: grad_x = grad_out @ dequantized weight, grad_bias = sum of grad_out over the rows."""
     x, packed_weight, weight_sum, weight_scale, bias, *qparams = ctx.saved_tensors
     config = Config.decode(ctx.config)
     grad = grad_out.reshape(-1, weight_scale.shape[0]).to(torch.float32)

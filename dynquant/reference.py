@@ -1,9 +1,9 @@
 """The definition of every op in plain PyTorch, on any device.
 
-All arithmetic is fp32, rounded to nearest even once for each operation that is written here; the kernels give the
-same bits. Three habits keep that true on every backend: a constant divisor is a tensor on x's device (by a Python
-number CUDA multiplies with the reciprocal), no op that contracts or approximates (``addcmul``, ``lerp``,
-``add(alpha=)``, ``F.gelu``), and an integer product that goes through fp64, which is exact below 2**53.
+All arithmetic is fp32, rounded to nearest even once for each operation that is written here; the kernels
+give the same bits. Three habits keep that true on every backend: a constant divisor is a tensor on x's device
+(by a Python number CUDA multiplies with the reciprocal), no op that contracts or approximates (``addcmul``,
+``lerp``, ``add(alpha=)``, ``F.gelu``), and an integer product that goes through fp64, exact below 2**53.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def _constant(value: float, like: Tensor) -> Tensor:
 def _rows(op: str, x: Tensor) -> Tensor:
     """x as fp32 [M, K]: every leading dimension is a row, a 1-D x is one row."""
     check(
-        x.dtype in FLOAT_DTYPES, f"{op}: expected x of dtype float32, bfloat16, float16 or float64, got {x.dtype}"
+        x.dtype in FLOAT_DTYPES,
+        f"{op}: expected x of dtype float32, bfloat16, float16 or float64, got {x.dtype}",
     )
     check(x.dim() >= 1, f"{op}: expected x with at least 1 dimension, got 0")
     return x.to(torch.float32).reshape(x.shape[:-1].numel(), x.shape[-1])
@@ -101,7 +102,8 @@ def check_qparams(op: str, m: int, scale: Tensor, zero_point: Tensor) -> None:
     """scale fp32 and zero_point int32, both [1] or both [m]."""
     check(
         scale.dtype == torch.float32 and zero_point.dtype == torch.int32,
-        f"{op}: expected scale of dtype float32 and zero_point of dtype int32, got {scale.dtype} and {zero_point.dtype}",
+        f"{op}: expected scale of dtype float32 and zero_point of dtype int32, got "
+        f"{scale.dtype} and {zero_point.dtype}",
     )
     check(
         scale.dim() == 1 and scale.shape == zero_point.shape and scale.shape[0] in (1, m),
@@ -137,7 +139,7 @@ def rotate(x: Tensor, block: int) -> Tensor:
 
 
 def quantize_weight(weight: Tensor, config: int) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 weights: scale = max(max|w| / 127, FLT_MIN), 1 where all are 0; round(w / scale) in [-127, 127].
+    """Symmetric int8 weights: scale = max(max|w| / 127, FLT_MIN), 1 where all are 0; round(w / scale).
 
     Args:
         weight: [N, K], fp32, bf16, fp16 or fp64, finite. Rotated first where ``config`` says so.
@@ -167,7 +169,9 @@ def check_finite(op: str, name: str, values: Tensor) -> None:
     bad = ~values.isfinite()
     if bad.any():
         index = bad.nonzero()[0].tolist()
-        check(False, f"{op}: expected {name} to be finite, got {values[tuple(index)].item()} at {name}{index}")
+        check(
+            False, f"{op}: expected {name} to be finite, got {values[tuple(index)].item()} at {name}{index}"
+        )
 
 
 def panel_width(n: int) -> int:
@@ -187,7 +191,8 @@ def pack_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     check(
         weight.dtype == torch.int8 and weight.dim() == 2,
-        f"pack_weight: expected weight to be int8 with 2 dimensions [N, K], got {weight.dtype} with {weight.dim()}",
+        f"pack_weight: expected weight to be int8 with 2 dimensions [N, K], got "
+        f"{weight.dtype} with {weight.dim()}",
     )
     weight_sum = weight.sum(1, dtype=torch.int32)
     if weight.device.type != "cpu":
@@ -221,7 +226,9 @@ def check_packed(op: str, packed_weight: Tensor, n: int, k: int) -> None:
     """int8, contiguous, and of the shape that [n, k] packs to."""
     shape = packed_shape(packed_weight.device, n, k)
     check(
-        packed_weight.dtype == torch.int8 and packed_weight.is_contiguous() and list(packed_weight.shape) == shape,
+        packed_weight.dtype == torch.int8
+        and packed_weight.is_contiguous()
+        and list(packed_weight.shape) == shape,
         f"{op}: expected packed_weight to be contiguous int8 of shape {shape} for N = {n} and K = {k}, got "
         f"{packed_weight.dtype} of shape {list(packed_weight.shape)}",
     )
@@ -266,7 +273,8 @@ def check_linear(
 ) -> None:
     """What every linear op requires of its tensors before it reads them."""
     check(
-        x.dtype in FLOAT_DTYPES, f"{op}: expected x of dtype float32, bfloat16, float16 or float64, got {x.dtype}"
+        x.dtype in FLOAT_DTYPES,
+        f"{op}: expected x of dtype float32, bfloat16, float16 or float64, got {x.dtype}",
     )
     check(x.dim() >= 1, f"{op}: expected x with at least 1 dimension, got 0")
     n = weight_scale.numel()
@@ -289,7 +297,12 @@ def check_linear(
 
 
 def linear_dynamic(
-    x: Tensor, packed_weight: Tensor, weight_sum: Tensor, weight_scale: Tensor, bias: Tensor | None, config: int
+    x: Tensor,
+    packed_weight: Tensor,
+    weight_sum: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    config: int,
 ) -> Tensor:
     """x @ weight.T + bias in int8, with activation qparams from x itself.
 

@@ -3,7 +3,10 @@
 
 #define DYNQUANT_PRAGMA(text) _Pragma(#text)
 
-#if defined(__clang__)
+#if defined(DYNQUANT_EMULATED)  // tests/emulated: intrinsics as plain code, for a CPU that lacks them
+#define DYNQUANT_TARGET_BEGIN(features)
+#define DYNQUANT_TARGET_END
+#elif defined(__clang__)
 #define DYNQUANT_TARGET_BEGIN(features) \
   DYNQUANT_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
 #define DYNQUANT_TARGET_END DYNQUANT_PRAGMA(clang attribute pop)

@@ -1,0 +1,181 @@
+// Judges kernels whose instructions this CPU may lack, compiled over emulated intrinsics, against the scalar table
+// (which the tests judge against the reference): every kernel, every dtype, all tails. Prints the first difference.
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "kernels.h"
+#include "pack.h"
+
+namespace dynquant::cpu {
+extern const Kernels kScalar;
+extern const Kernels kAvxVnni;
+extern const Kernels kAvx512VlVnni;
+extern const Kernels kAvx512Vnni;
+}  // namespace dynquant::cpu
+
+using namespace dynquant;
+using namespace dynquant::cpu;
+
+namespace {
+
+std::mt19937 generator(123);
+const char* isa = "";
+int64_t checks = 0;
+
+[[noreturn]] void fail(const char* what, int64_t m, int64_t k, int64_t n) {
+  std::printf("%s differs from scalar: %s at M = %ld, K = %ld, N = %ld\n", isa, what, long(m), long(k), long(n));
+  std::exit(1);
+}
+
+template <typename T>
+bool same(const std::vector<T>& a, const std::vector<T>& b) {  // NaN equals NaN
+  for (size_t i = 0; i < a.size(); ++i) {
+    if (std::memcmp(&a[i], &b[i], sizeof(T)) == 0) continue;
+    if constexpr (std::is_same_v<T, float>) {
+      if (std::isnan(a[i]) && std::isnan(b[i])) continue;
+    }
+    return false;
+  }
+  ++checks;
+  return true;
+}
+
+std::vector<float> random_floats(int64_t count, float scale) {
+  std::normal_distribution<float> normal(0.3f, scale);
+  std::vector<float> x(static_cast<size_t>(count) + 64);  // vectors of capacity, so that data() is never null
+  for (float& value : x) value = normal(generator);
+  return x;
+}
+
+// Bytes of x in a dtype: for the 16-bit ones, the top halves of fp32 patterns or any half patterns that are finite.
+std::vector<uint8_t> rows_bytes(const std::vector<float>& x, Dtype dtype) {
+  std::vector<uint8_t> bytes(x.size() * 4);
+  if (dtype == Dtype::kFloat32) {
+    std::memcpy(bytes.data(), x.data(), x.size() * 4);
+    return bytes;
+  }
+  for (size_t i = 0; i < x.size(); ++i) {
+    uint32_t pattern;
+    std::memcpy(&pattern, &x[i], 4);
+    uint16_t half = static_cast<uint16_t>(pattern >> 16);
+    if (dtype == Dtype::kFloat16) half = static_cast<uint16_t>(generator() & 0xbfff);
+    std::memcpy(&bytes[i * 2], &half, 2);
+  }
+  return bytes;
+}
+
+bool same_qparams(const std::vector<QParams>& a, const std::vector<QParams>& b, int64_t m) {
+  std::vector<float> left, right;
+  for (int64_t i = 0; i < m; ++i) {
+    left.insert(left.end(), {a[size_t(i)].scale, float(a[size_t(i)].zero_point)});
+    right.insert(right.end(), {b[size_t(i)].scale, float(b[size_t(i)].zero_point)});
+  }
+  return same(left, right);
+}
+
+struct Result {
+  std::vector<float> out;
+  std::vector<uint16_t> out16;
+  std::vector<int32_t> acc;
+  std::vector<QParams> qparams;
+};
+
+Result gemm(const Kernels& kernel, const Rows& x, int64_t m, const Weight& w, Dtype out_dtype, Epilogue epilogue,
+            bool per_token, const std::vector<int8_t>& q) {
+  const int64_t stride = kernel.operand_stride(w.k);
+  std::vector<uint8_t> operand(static_cast<size_t>(m * stride) + 64);
+  std::vector<int8_t> scratch(static_cast<size_t>(kernel.gemm_scratch(m, w.k)) + 64);
+  std::vector<float> row(static_cast<size_t>(row_floats(w.k)) + 64);
+  Result r{std::vector<float>(size_t(m * w.n)), std::vector<uint16_t>(size_t(m * w.n)),
+           std::vector<int32_t>(size_t(m * w.n)), std::vector<QParams>(size_t(m) + 1)};
+  const Operand a{operand.data(), stride};
+  if (per_token) {
+    kernel.quantize_per_token(x, 0, m, a, r.qparams.data(), row.data());
+  } else {
+    const QParams given = choose_qparams(kernel.min_max(x, 0, m, row.data()));
+    kernel.quantize_per_tensor(x, 0, m, given, true, a, r.qparams.data(), row.data());
+  }
+  void* data = out_dtype == Dtype::kFloat32 ? static_cast<void*>(r.out.data()) : static_cast<void*>(r.out16.data());
+  const int64_t blocks = (w.n + kBlock - 1) / kBlock;
+  kernel.linear(a, r.qparams.data(), w, Output{data, w.n, out_dtype, epilogue}, scratch.data(), 0, m, 0, blocks);
+  kernel.operand_from_int8(q.data(), w.k, 0, m, a);
+  kernel.int8_mm(a, w, r.acc.data(), scratch.data(), 0, m, 0, blocks);
+  return r;
+}
+
+void check(const Kernels& kernel, int64_t m, int64_t k, int64_t n, int block) {
+  std::vector<float> x = random_floats(m * k, 2.0f);
+  if (m > 2) x[static_cast<size_t>(k + k / 2)] = generator() % 2 == 0 ? NAN : INFINITY;
+  const std::vector<float> weights = random_floats(n * k, 1.0f), bias = random_floats(n, 1.0f);
+  std::vector<float> row(static_cast<size_t>(row_floats(k)) + 64), row2 = row;
+
+  // Weights.
+  const Rows weight_rows{weights.data(), k, k, Dtype::kFloat32, block};
+  std::vector<int8_t> q(size_t(n * k) + 64), q2 = q;
+  std::vector<float> scales(size_t(n) + 64), scales2 = scales;
+  for (int64_t i = 0; i < n; ++i) {
+    scales[size_t(i)] = kScalar.weight_range(weight_rows, i, row.data()) / 127.0f;
+    scales2[size_t(i)] = kernel.weight_range(weight_rows, i, row2.data()) / 127.0f;
+    kScalar.quantize_weight(weight_rows, i, scales[size_t(i)], q.data() + i * k, row.data());
+    kernel.quantize_weight(weight_rows, i, scales[size_t(i)], q2.data() + i * k, row2.data());
+  }
+  if (!same(scales, scales2)) fail("weight_range", m, k, n);
+  if (!same(q, q2)) fail("quantize_weight", m, k, n);
+
+  const int64_t panel = panel_width(n), panels = (n + panel - 1) / panel;
+  std::vector<int8_t> packed(size_t(panels * panel * ((k + 3) / 4) * 4));
+  std::vector<int32_t> sums(static_cast<size_t>(n));
+  pack_panels(q.data(), n, k, panel, 0, panels, packed.data(), sums.data());
+  const std::vector<float> exact_scales(scales.begin(), scales.begin() + n);
+  const Weight w{packed.data(), n, k, panel, sums.data(), exact_scales.data(), bias.data()};
+
+  for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16}) {
+    const std::vector<uint8_t> data = rows_bytes(x, dtype);
+    const Rows rows{data.data(), k, k, dtype, block};
+    for (int64_t i = 0; i < m; ++i) {
+      const Range a = kScalar.min_max(rows, i, i + 1, row.data()), b = kernel.min_max(rows, i, i + 1, row2.data());
+      if (!same(std::vector<float>{a.lo, a.hi}, std::vector<float>{b.lo, b.hi})) fail("min_max", m, k, n);
+      const QParams given{0.01f + 0.02f * float(i), int32_t(i % 256) - 128};
+      std::vector<int8_t> s(static_cast<size_t>(k) + 64), t = s;
+      kScalar.quantize(rows, i, given, s.data(), row.data());
+      kernel.quantize(rows, i, given, t.data(), row2.data());
+      if (!same(s, t)) fail("quantize", m, k, n);
+      if (block > 0) {
+        std::vector<float> u(static_cast<size_t>(k) + 64), v = u;
+        kScalar.rotate(rows, i, u.data());
+        kernel.rotate(rows, i, v.data());
+        if (!same(u, v)) fail("rotate", m, k, n);
+      }
+    }
+    std::vector<int8_t> operand(size_t(m * k) + 64);
+    for (int8_t& value : operand) value = static_cast<int8_t>(generator() & 0xff);
+    for (const bool per_token : {true, false}) {
+      const Epilogue epilogue = static_cast<Epilogue>(generator() % 5);
+      const Result a = gemm(kScalar, rows, m, w, dtype, epilogue, per_token, operand);
+      const Result b = gemm(kernel, rows, m, w, dtype, epilogue, per_token, operand);
+      if (!same_qparams(a.qparams, b.qparams, m)) fail("qparams", m, k, n);
+      if (!same(a.acc, b.acc)) fail("int8_mm", m, k, n);
+      if (!same(a.out, b.out) || !same(a.out16, b.out16)) fail("linear", m, k, n);
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (const Kernels* kernel : {&kAvxVnni, &kAvx512VlVnni, &kAvx512Vnni}) {
+    isa = kernel->name;
+    for (const int64_t m : {1, 2, 3, 4, 5, 6, 7, 13}) {
+      for (const int64_t n : {1, 15, 16, 17, 64, 65, 100, 131}) check(*kernel, m, 37, n, 0);
+    }
+    for (int64_t k = 1; k < 140; k += 3) check(*kernel, 4, k, 33, 0);
+    for (int block = 1; block <= 128; block *= 2) check(*kernel, 3, block * 3, 20, block);
+    check(*kernel, 2, 70001, 17, 0);
+  }
+  std::printf("%ld comparisons, all the same bits\n", long(checks));
+  return 0;
+}

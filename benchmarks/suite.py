@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import shlex
 import sys
@@ -22,6 +23,7 @@ from dynquant import _extension
 from . import busy, encoder, figures, kernels, linear, machine, memory, plot, report, rivals, roofline
 
 SECTIONS = ("linear", "avx2", "kernels", "memory", "encoder", "busy")
+QUICK_LIMIT = 1 << 28  # multiply-accumulates
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,13 @@ class Options:
     def seconds(self) -> float:
         """Length of a sample."""
         return 0.002 if self.quick else 0.03
+
+    @property
+    def linear_rows(self) -> tuple[linear.Row, ...]:
+        """The rows asked for, or the table; a quick run leaves out its heaviest ones."""
+        if self.rows is not None:
+            return self.rows
+        return tuple(row for row in linear.ROWS if not self.quick or math.prod(row) < QUICK_LIMIT)
 
     @staticmethod
     def parse(
@@ -165,9 +174,14 @@ def _section(section: str, options: Options) -> Any:
     """The results of one section; None where it has nothing to measure here."""
     rounds, seconds, tell = options.rounds, options.seconds, _tell
     if section == "linear":
-        rows = options.rows or linear.ROWS
         return linear.run(
-            rows, options.threads, options.names, isa=options.isa, rounds=rounds, seconds=seconds, tell=tell
+            options.linear_rows,
+            options.threads,
+            options.names,
+            isa=options.isa,
+            rounds=rounds,
+            seconds=seconds,
+            tell=tell,
         )
     if section == "avx2":
         return _avx2(options)
@@ -192,7 +206,7 @@ def _avx2(options: Options) -> list[dict[str, Any]] | None:
     """Our layers alone on AVX2, against its own limit, M >= 32, 1 thread."""
     if "avx2" not in dynquant.available_isas():
         return None
-    rows = [row for row in options.rows or linear.ROWS if row[0] >= 32]
+    rows = [row for row in options.linear_rows if row[0] >= 32]
     with _forced("avx2"):
         return linear.run(
             rows, [1], _ours(), isa="avx2", rounds=options.rounds, seconds=options.seconds, tell=_tell

@@ -196,6 +196,15 @@ def test_options_refuse_in_a_sentence(words: dict[str, Any], sentence: str, tmp_
         suite.Options.parse(out=tmp_path, **words)
 
 
+def test_a_quick_run_leaves_out_the_heaviest_rows(tmp_path: Path) -> None:
+    quick = suite.Options.parse(out=tmp_path, quick=True)
+    assert (1, 4096, 4096) in quick.linear_rows
+    assert (1024, 4096, 4096) not in quick.linear_rows
+    assert suite.Options.parse(out=tmp_path).linear_rows == linear.ROWS
+    asked_for = suite.Options.parse(out=tmp_path, quick=True, rows=["1024x4096x4096"])
+    assert asked_for.linear_rows == ((1024, 4096, 4096),)
+
+
 def test_a_tiny_run_writes_json_markdown_and_png(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = suite.Options.parse(
         out=tmp_path,

@@ -1,5 +1,5 @@
-// Gradients and autocast of the linear ops, on every device; the same formulas stand in dynquant/ops.py for when there
-// is no extension. In C++ because these keys are crossed at every call.
+// Gradients and autocast of the linear ops, on every device; the same formulas stand in dynquant/ops.py for
+// when there is no extension. In C++ because these keys are crossed at every call.
 
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -21,8 +21,8 @@ auto find_op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-using LinearDynamic = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-                             int64_t);
+using LinearDynamic = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                             const OptionalTensor&, int64_t);
 using LinearStatic = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
                             const Tensor&, const Tensor&, int64_t);
 
@@ -41,8 +41,10 @@ struct Arguments {
   int64_t config;
 
   Tensor call(int64_t code) const {
-    if (!scale.has_value()) return linear_dynamic_op().call(x, packed_weight, weight_sum, weight_scale, bias, code);
-    return linear_static_op().call(x, packed_weight, weight_sum, weight_scale, bias, *scale, *zero_point, code);
+    if (!scale.has_value())
+      return linear_dynamic_op().call(x, packed_weight, weight_sum, weight_scale, bias, code);
+    return linear_static_op().call(x, packed_weight, weight_sum, weight_scale, bias, *scale, *zero_point,
+                                   code);
   }
 };
 
@@ -70,8 +72,9 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const OptionalTensor& bias,
                         const Arguments& args) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->save_for_backward({x, args.packed_weight, args.weight_sum, args.weight_scale, bias.value_or(Tensor()),
-                            args.scale.value_or(Tensor()), args.zero_point.value_or(Tensor())});
+    ctx->save_for_backward({x, args.packed_weight, args.weight_sum, args.weight_scale,
+                            bias.value_or(Tensor()), args.scale.value_or(Tensor()),
+                            args.zero_point.value_or(Tensor())});
     ctx->saved_data["config"] = args.config;
     return args.call(args.config);
   }
@@ -80,8 +83,9 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
                                                  const torch::autograd::variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
     const auto optional = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
-    const Arguments args{saved[0],           saved[1],           saved[2],           saved[3], optional(saved[4]),
-                         optional(saved[5]), optional(saved[6]), ctx->saved_data["config"].toInt()};
+    const Arguments args{
+        saved[0],           saved[1],           saved[2],           saved[3],
+        optional(saved[4]), optional(saved[5]), optional(saved[6]), ctx->saved_data["config"].toInt()};
     const Config config = check_config(args.config);
     Tensor grad = grads[0].reshape({-1, args.weight_scale.size(0)}).to(at::kFloat);
     if (config.epilogue != Epilogue::kNone) {
@@ -104,20 +108,22 @@ bool needs_grad(const Tensor& x, const OptionalTensor& bias) {
 }
 
 Tensor linear_dynamic_autograd(c10::DispatchKeySet keys, const Tensor& x, const Tensor& packed_weight,
-                               const Tensor& weight_sum, const Tensor& weight_scale, const OptionalTensor& bias,
-                               int64_t config) {
+                               const Tensor& weight_sum, const Tensor& weight_scale,
+                               const OptionalTensor& bias, int64_t config) {
   if (needs_grad(x, bias)) {
     return LinearFunction::apply(
-        x, bias, Arguments{x, packed_weight, weight_sum, weight_scale, bias, std::nullopt, std::nullopt, config});
+        x, bias,
+        Arguments{x, packed_weight, weight_sum, weight_scale, bias, std::nullopt, std::nullopt, config});
   }
   const at::AutoDispatchBelowADInplaceOrView guard;
-  return linear_dynamic_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, x, packed_weight, weight_sum,
-                                        weight_scale, bias, config);
+  return linear_dynamic_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, x, packed_weight,
+                                        weight_sum, weight_scale, bias, config);
 }
 
 Tensor linear_static_autograd(c10::DispatchKeySet keys, const Tensor& x, const Tensor& packed_weight,
-                              const Tensor& weight_sum, const Tensor& weight_scale, const OptionalTensor& bias,
-                              const Tensor& scale, const Tensor& zero_point, int64_t config) {
+                              const Tensor& weight_sum, const Tensor& weight_scale,
+                              const OptionalTensor& bias, const Tensor& scale, const Tensor& zero_point,
+                              int64_t config) {
   if (needs_grad(x, bias)) {
     return LinearFunction::apply(
         x, bias, Arguments{x, packed_weight, weight_sum, weight_scale, bias, scale, zero_point, config});
@@ -133,7 +139,8 @@ void below_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet keys, tor
   op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
 }
 
-// Under autocast the output has the autocast dtype; the input is read as it comes. fp64 is left alone, as by torch.
+// Under autocast the output has the autocast dtype; the input is read as it comes. fp64 is left alone, as by
+// torch.
 int64_t autocast_config(c10::DeviceType device, const Tensor& x, int64_t code) {
   const Config config = check_config(code);
   if (config.out_dtype != OutDtype::kInput || x.scalar_type() == at::kDouble) return code;
@@ -148,7 +155,8 @@ template <c10::DispatchKey key, c10::DeviceType device>
 Tensor linear_dynamic_autocast(const Tensor& x, const Tensor& packed_weight, const Tensor& weight_sum,
                                const Tensor& weight_scale, const OptionalTensor& bias, int64_t config) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
-  return linear_dynamic_op().call(x, packed_weight, weight_sum, weight_scale, bias, autocast_config(device, x, config));
+  return linear_dynamic_op().call(x, packed_weight, weight_sum, weight_scale, bias,
+                                  autocast_config(device, x, config));
 }
 
 template <c10::DispatchKey key, c10::DeviceType device>
@@ -163,8 +171,8 @@ Tensor linear_static_autocast(const Tensor& x, const Tensor& packed_weight, cons
 }  // namespace
 
 TORCH_LIBRARY_IMPL(dynquant, Autograd, m) {
-  for (const char* name : {"min_max", "choose_qparams", "quantize", "rotate", "quantize_weight", "pack_weight",
-                           "unpack_weight", "int8_mm"}) {
+  for (const char* name : {"min_max", "choose_qparams", "quantize", "rotate", "quantize_weight",
+                           "pack_weight", "unpack_weight", "int8_mm"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&below_autograd>());
   }
   m.impl("linear_dynamic", linear_dynamic_autograd);

@@ -1,4 +1,5 @@
-// The scheme of a layer, decoded from the int that the ops carry. dynquant/config.py is the same table in Python.
+// The scheme of a layer, decoded from the int that the ops carry. dynquant/config.py is the same table in
+// Python.
 #pragma once
 
 #include <cstdint>
@@ -9,9 +10,9 @@ enum class Epilogue : int { kNone, kRelu, kGelu, kGeluTanh, kSilu };
 enum class OutDtype : int { kInput, kFloat32, kBFloat16, kFloat16, kFloat64 };
 
 struct Config {
-  bool per_tensor;          // activations: one range for all of x instead of one for each row
-  bool weight_per_tensor;   // weights: one scale instead of one for each output channel
-  int rotation_block;       // 0: no rotation, else 1, 2, 4 ... 128
+  bool per_tensor;         // activations: one range for all of x instead of one for each row
+  bool weight_per_tensor;  // weights: one scale instead of one for each output channel
+  int rotation_block;      // 0: no rotation, else 1, 2, 4 ... 128
   Epilogue epilogue;
   OutDtype out_dtype;
 };

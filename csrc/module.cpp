@@ -7,7 +7,8 @@
 #include "cpu/probe.h"
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
-  module.def("available_isas", &dynquant::cpu::available_isas, "Instruction sets this CPU can run, lowest first.");
+  module.def("available_isas", &dynquant::cpu::available_isas,
+             "Instruction sets this CPU can run, lowest first.");
   module.def("isa", &dynquant::cpu::isa, "The instruction set in use.");
   module.def("set_isa", &dynquant::cpu::set_isa, pybind11::arg("name"), "Forces one of the available ones.");
   dynquant::bind_probes(module);

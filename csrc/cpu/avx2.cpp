@@ -14,8 +14,9 @@ namespace {
 #include "bfloat16.h"
 #include "vector_256.h"
 
-// A weight vector is 8 channels of 4 bytes k0 k1 k2 k3. Seen as 16-bit words, the low bytes are (k0, k2) and the high
-// bytes (k1, k3): vpmaddubsw by (1, 0), or a shift, widens them with no shuffle. The operand has the same order.
+// A weight vector is 8 channels of 4 bytes k0 k1 k2 k3. Seen as 16-bit words, the low bytes are (k0, k2) and
+// the high bytes (k1, k3): vpmaddubsw by (1, 0), or a shift, widens them with no shuffle. The operand has the
+// same order.
 struct Dot {
   static constexpr int kSteps = 2;       // (k0, k2), then (k1, k3)
   static constexpr int kGroupBytes = 8;  // q0 q2 q1 q3 as int16
@@ -50,8 +51,8 @@ struct Dot {
  private:
   static void store_words(uint8_t* p, V::I q0, V::I q1) {
     const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(q0, q1), 0xD8);  // groups in order
-    const __m256i order = _mm256_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15, 0, 1, 4, 5, 2, 3, 6,
-                                           7, 8, 9, 12, 13, 10, 11, 14, 15);
+    const __m256i order = _mm256_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15, 0, 1, 4, 5,
+                                           2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_shuffle_epi8(words, order));
   }
 };

@@ -20,7 +20,8 @@ namespace {
 #include "bfloat16.h"
 #include "vector_512.h"
 
-// vpdpbusd multiplies unsigned by signed bytes: the operand is q + 128, and 128 * weight_sum is taken off again.
+// vpdpbusd multiplies unsigned by signed bytes: the operand is q + 128, and 128 * weight_sum is taken off
+// again.
 struct Dot {
   static constexpr int kSteps = 1;
   static constexpr int kGroupBytes = 4;

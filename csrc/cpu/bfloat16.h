@@ -1,6 +1,8 @@
-// Scalar helpers that every vector type shares, as templates over it so that each instruction set has its own copy.
+// Scalar helpers that every vector type shares, as templates over it so that each instruction set has its own
+// copy.
 
-// bf16 of fp32 by round-to-nearest-even on the bits (the hardware's conversion flushes denormals); NaN stays NaN.
+// bf16 of fp32 by round-to-nearest-even on the bits (the hardware's conversion flushes denormals); NaN stays
+// NaN.
 template <typename V>
 typename V::I bfloat16_bits(typename V::F x) {
   const typename V::I bits = V::as_int(x);

@@ -19,7 +19,7 @@ namespace {
 
 using at::Tensor;
 
-// ---- rows, outputs and scratch -------------------------------------------------------------------------------------
+// ---- rows, outputs and scratch ----------------------------------------------------------------------------
 
 int64_t leading_size(const Tensor& x) {
   int64_t m = 1;
@@ -40,7 +40,8 @@ Rows rows_of(const Tensor& x, int rotation_block, Tensor& owner) {
   return Rows{owner.const_data_ptr(), strided_rows ? owner.stride(0) : k, k, dtype, rotation_block};
 }
 
-// Memory for the duration of a call: small calls use the stack, an allocation would cost as much as their work.
+// Memory for the duration of a call: small calls use the stack, an allocation would cost as much as their
+// work.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes) {
@@ -68,7 +69,7 @@ class Scratch {
   uint8_t* at_;
 };
 
-// ---- threads -------------------------------------------------------------------------------------------------------
+// ---- threads ----------------------------------------------------------------------------------------------
 
 // A parallel region costs microseconds at best, and milliseconds on a busy machine: a call that is done in
 // kAlone on one thread stays there, and a longer one gets a thread for each kShare.
@@ -96,8 +97,8 @@ std::pair<int64_t, int64_t> share(int64_t total, int64_t parts, int64_t t) {
   return {total * t / parts, total * (t + 1) / parts};
 }
 
-constexpr double kBytesPerMicrosecond = 20e3;   // what one core reads from memory
-constexpr double kFloatsPerMicrosecond = 4e3;   // what one core finds the range of, or quantizes
+constexpr double kBytesPerMicrosecond = 20e3;  // what one core reads from memory
+constexpr double kFloatsPerMicrosecond = 4e3;  // what one core finds the range of, or quantizes
 
 // How a GEMM is cut: into rows first (each thread quantizes its own), into channels where there are too few.
 struct Cut {
@@ -122,7 +123,7 @@ int64_t gemm_scratch(const Kernels& kernel, const Cut& cut, int64_t m, int64_t k
   return Scratch::bytes_of<int8_t>(kernel.gemm_scratch((m + cut.row_parts - 1) / cut.row_parts, k));
 }
 
-// ---- quantize ------------------------------------------------------------------------------------------------------
+// ---- quantize ---------------------------------------------------------------------------------------------
 
 // Scratch of the row that is being rotated, one for each thread.
 int64_t row_scratch(const Rows& x) { return x.rotation_block > 0 ? row_floats(x.k) : 0; }
@@ -181,13 +182,15 @@ std::tuple<Tensor, Tensor> min_max(const Tensor& x, bool per_token) {
 
 std::tuple<Tensor, Tensor> choose_qparams_op(const Tensor& lo, const Tensor& hi) {
   TORCH_CHECK(lo.scalar_type() == at::kFloat && hi.scalar_type() == at::kFloat && lo.sizes() == hi.sizes(),
-              "choose_qparams: expected lo and hi of dtype float32 and one shape, got ", lo.dtype(), " of shape ",
-              lo.sizes(), " and ", hi.dtype(), " of shape ", hi.sizes());
+              "choose_qparams: expected lo and hi of dtype float32 and one shape, got ", lo.dtype(),
+              " of shape ", lo.sizes(), " and ", hi.dtype(), " of shape ", hi.sizes());
   const Tensor lows = lo.contiguous(), highs = hi.contiguous();
-  Tensor scale = at::empty(lo.sizes(), lo.options()), zero_point = at::empty(lo.sizes(), lo.options().dtype(at::kInt));
+  Tensor scale = at::empty(lo.sizes(), lo.options()),
+         zero_point = at::empty(lo.sizes(), lo.options().dtype(at::kInt));
   const FloatEnvironment environment;
   for (int64_t i = 0; i < lows.numel(); ++i) {
-    const QParams q = choose_qparams(Range{lows.const_data_ptr<float>()[i], highs.const_data_ptr<float>()[i]});
+    const QParams q =
+        choose_qparams(Range{lows.const_data_ptr<float>()[i], highs.const_data_ptr<float>()[i]});
     scale.mutable_data_ptr<float>()[i] = q.scale;
     zero_point.mutable_data_ptr<int32_t>()[i] = q.zero_point;
   }
@@ -241,7 +244,7 @@ Tensor rotate(const Tensor& x, int64_t block) {
   return out;
 }
 
-// ---- weights -------------------------------------------------------------------------------------------------------
+// ---- weights ----------------------------------------------------------------------------------------------
 
 [[noreturn]] void report_non_finite(const Rows& weight, int64_t n) {
   const Rows plain{weight.data, weight.stride, weight.k, weight.dtype, 0};
@@ -250,15 +253,16 @@ Tensor rotate(const Tensor& x, int64_t block) {
   kernels().rotate(Rows{plain.data, plain.stride, plain.k, plain.dtype, 1}, n, values.data());
   for (int64_t k = 0; k < weight.k; ++k) {
     const float value = values[static_cast<size_t>(k)];
-    TORCH_CHECK(std::isfinite(value), "quantize_weight: expected weight to be finite, got ", value, " at weight[", n,
-                ", ", k, "]");
+    TORCH_CHECK(std::isfinite(value), "quantize_weight: expected weight to be finite, got ", value,
+                " at weight[", n, ", ", k, "]");
   }
   TORCH_CHECK(false, "quantize_weight: expected the rotated weight to be finite, but row ", n, " overflows");
 }
 
 std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight, int64_t code) {
   const Config config = check_config(code);
-  TORCH_CHECK(weight.dim() == 2, "quantize_weight: expected weight with 2 dimensions [N, K], got ", weight.dim());
+  TORCH_CHECK(weight.dim() == 2, "quantize_weight: expected weight with 2 dimensions [N, K], got ",
+              weight.dim());
   check_float("quantize_weight", "weight", weight);
   const int64_t n = weight.size(0), k = weight.size(1);
   if (config.rotation_block > 0) check_rotation("quantize_weight", k, config.rotation_block);
@@ -316,8 +320,8 @@ int64_t threads_to_pack(int64_t n, int64_t k) {
 
 std::tuple<Tensor, Tensor> pack_weight(const Tensor& weight) {
   TORCH_CHECK(weight.scalar_type() == at::kChar && weight.dim() == 2,
-              "pack_weight: expected weight to be int8 with 2 dimensions [N, K], got ", weight.dtype(), " with ",
-              weight.dim());
+              "pack_weight: expected weight to be int8 with 2 dimensions [N, K], got ", weight.dtype(),
+              " with ", weight.dim());
   const int64_t n = weight.size(0), k = weight.size(1);
   const Tensor rows = weight.contiguous();
   const auto shape = packed_shape(n, k);
@@ -338,12 +342,13 @@ Tensor unpack_weight(const Tensor& packed_weight, int64_t n, int64_t k) {
   const int64_t threads = std::min(std::max<int64_t>(1, shape[0]), threads_to_pack(n, k));
   run(threads, [&](int64_t t) {
     const auto [p0, p1] = share(shape[0], threads, t);
-    unpack_panels(packed_weight.const_data_ptr<int8_t>(), n, k, shape[2], p0, p1, weight.mutable_data_ptr<int8_t>());
+    unpack_panels(packed_weight.const_data_ptr<int8_t>(), n, k, shape[2], p0, p1,
+                  weight.mutable_data_ptr<int8_t>());
   });
   return weight;
 }
 
-// ---- products ------------------------------------------------------------------------------------------------------
+// ---- products ---------------------------------------------------------------------------------------------
 
 Tensor int8_mm(const Tensor& q, const Tensor& packed_weight, const Tensor& weight_sum) {
   constexpr int64_t kMaxK = INT32_MAX / (128 * 127);
@@ -363,12 +368,13 @@ Tensor int8_mm(const Tensor& q, const Tensor& packed_weight, const Tensor& weigh
   const Tensor rows = q.contiguous();
   const Cut cut = cut_gemm(kernel, m, n, k);
   const int64_t stride = kernel.operand_stride(k), gemm_bytes = gemm_scratch(kernel, cut, m, k);
-  Scratch scratch(Scratch::bytes_of<uint8_t>(m * stride) + Scratch::bytes_of<int8_t>(cut.tasks() * gemm_bytes));
+  Scratch scratch(Scratch::bytes_of<uint8_t>(m * stride) +
+                  Scratch::bytes_of<int8_t>(cut.tasks() * gemm_bytes));
   const Operand a{scratch.take<uint8_t>(m * stride), stride};
   int8_t* gemm_data = scratch.take<int8_t>(cut.tasks() * gemm_bytes);
   kernel.operand_from_int8(rows.const_data_ptr<int8_t>(), k, 0, m, a);
-  const Weight w{packed_weight.const_data_ptr<int8_t>(), n, k, shape[2], weight_sum.const_data_ptr<int32_t>(),
-                 nullptr, nullptr};
+  const Weight w{packed_weight.const_data_ptr<int8_t>(), n,       k,      shape[2],
+                 weight_sum.const_data_ptr<int32_t>(),   nullptr, nullptr};
   int32_t* data = out.mutable_data_ptr<int32_t>();
   run(cut.tasks(), [&](int64_t t) {
     const auto [m0, m1] = share(m, cut.row_parts, t / cut.channel_parts);
@@ -380,7 +386,8 @@ Tensor int8_mm(const Tensor& q, const Tensor& packed_weight, const Tensor& weigh
 
 // given: the qparams of linear_static, null for linear_dynamic.
 Tensor linear(const char* op, const Tensor& x, const Tensor& packed_weight, const Tensor& weight_sum,
-              const Tensor& weight_scale, const std::optional<Tensor>& bias, const QParams* given, int64_t code) {
+              const Tensor& weight_scale, const std::optional<Tensor>& bias, const QParams* given,
+              int64_t code) {
   check_linear(op, x, packed_weight, weight_sum, weight_scale, bias);
   const Config config = check_config(code);
   const int64_t m = leading_size(x), n = weight_scale.size(0), k = x.size(-1);

@@ -65,8 +65,8 @@ const Kernels* find(const std::string& name) {
     if (name == table->name) return table;
     names += (names.empty() ? "" : ", ") + std::string(table->name);
   }
-  throw std::invalid_argument("dynquant: expected an instruction set that this CPU has (" + names + "), got '" + name +
-                              "'");
+  throw std::invalid_argument("dynquant: expected an instruction set that this CPU has (" + names +
+                              "), got '" + name + "'");
 }
 
 std::atomic<const Kernels*>& in_use() {
@@ -97,7 +97,7 @@ QParams choose_qparams(Range range) {
   const float scale = width < 0x1p-126f ? 0x1p-126f : width;
   const float inv_scale = 1.0f / scale;
   const float zero_point = std::nearbyint(-128.0f - range.lo * inv_scale);
-  return QParams{scale, static_cast<int32_t>(zero_point < -128.0f ? -128.0f
+  return QParams{scale, static_cast<int32_t>(zero_point < -128.0f  ? -128.0f
                                              : zero_point > 127.0f ? 127.0f
                                                                    : zero_point)};
 }

@@ -9,8 +9,8 @@ namespace dynquant::cpu {
 // Names of the instruction sets that this CPU can run, lowest first.
 std::vector<std::string> available_isas();
 
-// The one in use, and a way to force a lower one (tests run them all). Throws std::invalid_argument for a name that is
-// not available.
+// The one in use, and a way to force a lower one (tests run them all). Throws std::invalid_argument for a
+// name that is not available.
 std::string isa();
 void set_isa(const std::string& name);
 

@@ -1,7 +1,8 @@
-// The dot product of VNNI on ymm registers: DYNQUANT_DPBUSD is its VEX or its EVEX form, the same instruction in two
-// encodings. Included inside an instruction set's namespace and target region, after vector_256.h.
+// The dot product of VNNI on ymm registers: DYNQUANT_DPBUSD is its VEX or its EVEX form, the same instruction
+// in two encodings. Included inside an instruction set's namespace and target region, after vector_256.h.
 
-// vpdpbusd multiplies unsigned by signed bytes: the operand is q + 128, and 128 * weight_sum is taken off again.
+// vpdpbusd multiplies unsigned by signed bytes: the operand is q + 128, and 128 * weight_sum is taken off
+// again.
 struct Dot {
   static constexpr int kSteps = 1;
   static constexpr int kGroupBytes = 4;

@@ -1,9 +1,9 @@
-// What an instruction set brings: one table of kernels, filled by each of scalar.cpp, avx2.cpp, ... from the one
-// body in kernel_body.h. Nothing here knows of torch.
+// What an instruction set brings: one table of kernels, filled by each of scalar.cpp, avx2.cpp, ... from the
+// one body in kernel_body.h. Nothing here knows of torch.
 //
-// Shapes are M (rows of x), N (output channels), K (inputs). The packed weight is [ceil(N/P)][ceil(K/4)][P][4] int8,
-// P = 64, 32 or 16, zero-padded. Every kernel runs on the calling thread alone and expects round-to-nearest without
-// flushing of denormals: see FloatEnvironment.
+// Shapes are M (rows of x), N (output channels), K (inputs). The packed weight is
+// [ceil(N/P)][ceil(K/4)][P][4] int8, P = 64, 32 or 16, zero-padded. Every kernel runs on the calling thread
+// alone and expects round-to-nearest without flushing of denormals: see FloatEnvironment.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,8 @@ enum class Dtype : int { kFloat32, kBFloat16, kFloat16 };
 
 constexpr int64_t element_size(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
-// Beyond this K an int32 accumulator could wrap (255 * 127 * K), so K is split and the parts are added in int64.
+// Beyond this K an int32 accumulator could wrap (255 * 127 * K), so K is split and the parts are added in
+// int64.
 constexpr int64_t kMaxInt32K = 66311;
 
 struct Range {
@@ -44,8 +45,8 @@ struct Rows {
   int rotation_block;  // 0: none
 };
 
-// Where the activations of a GEMM lie after quantization: row m at data + m * stride bytes, in the form that the
-// instruction set's dot product wants (operand_stride() says how many bytes).
+// Where the activations of a GEMM lie after quantization: row m at data + m * stride bytes, in the form that
+// the instruction set's dot product wants (operand_stride() says how many bytes).
 struct Operand {
   uint8_t* data;
   int64_t stride;
@@ -54,9 +55,9 @@ struct Operand {
 struct Weight {
   const int8_t* packed;
   int64_t n, k, panel;
-  const int32_t* sum;    // [n]
-  const float* scale;    // [n]
-  const float* bias;     // [n] or null
+  const int32_t* sum;  // [n]
+  const float* scale;  // [n]
+  const float* bias;   // [n] or null
 };
 
 struct Output {
@@ -68,10 +69,12 @@ struct Output {
 
 struct Kernels {
   const char* name;
-  // GOPS (multiplications and additions) that one core reaches, in round numbers: how many threads a call is worth.
+  // GOPS (multiplications and additions) that one core reaches, in round numbers: how many threads a call is
+  // worth.
   double gops;
 
-  // Bytes of one operand row of k elements, a multiple of 64 that is odd in units of 64 (rows must not share L1 sets).
+  // Bytes of one operand row of k elements, a multiple of 64 that is odd in units of 64 (rows must not share
+  // L1 sets).
   int64_t (*operand_stride)(int64_t k);
 
   // Range of rows [m0, m1), after the rotation. row: scratch of rotated_row_floats(k) floats (see below).
@@ -86,9 +89,10 @@ struct Kernels {
   // Rows [m0, m1) to the operand with qparams of their own, which go to qparams[m].
   void (*quantize_per_token)(const Rows& x, int64_t m0, int64_t m1, Operand a, QParams* qparams, float* row);
 
-  // The same with the given qparams; a row with a non-finite element gets the scale NaN where check_rows is set.
-  void (*quantize_per_tensor)(const Rows& x, int64_t m0, int64_t m1, QParams given, bool check_rows, Operand a,
-                              QParams* qparams, float* row);
+  // The same with the given qparams; a row with a non-finite element gets the scale NaN where check_rows is
+  // set.
+  void (*quantize_per_tensor)(const Rows& x, int64_t m0, int64_t m1, QParams given, bool check_rows,
+                              Operand a, QParams* qparams, float* row);
 
   // int8 rows [m0, m1) of q [.][k] to the operand.
   void (*operand_from_int8)(const int8_t* q, int64_t k, int64_t m0, int64_t m1, Operand a);
@@ -102,10 +106,11 @@ struct Kernels {
                  int64_t m0, int64_t m1, int64_t block0, int64_t block1);
 
   // out[m, n] = acc, int32 [.][n].
-  void (*int8_mm)(Operand a, const Weight& w, int32_t* out, int8_t* scratch, int64_t m0, int64_t m1, int64_t block0,
-                  int64_t block1);
+  void (*int8_mm)(Operand a, const Weight& w, int32_t* out, int8_t* scratch, int64_t m0, int64_t m1,
+                  int64_t block0, int64_t block1);
 
-  // Largest |w| of row m; +inf or NaN (as bits above +inf) where one is non-finite. Scaled by 1/block when rotated.
+  // Largest |w| of row m; +inf or NaN (as bits above +inf) where one is non-finite. Scaled by 1/block when
+  // rotated.
   float (*weight_range)(const Rows& w, int64_t m, float* row);
 
   // clamp(round(w / scale), -127, 127) of row m.

@@ -44,7 +44,8 @@ void pack_panels(const int8_t* weight, int64_t n, int64_t k, int64_t panel, int6
   }
   for_each_group(n, k, panel, panel0, panel1, [&](int64_t c, int64_t g, int64_t bytes, int64_t at) {
     const int8_t* from = weight + c * k + g * 4;
-    bytes == 4 ? std::memcpy(packed + at, from, 4) : std::memcpy(packed + at, from, static_cast<size_t>(bytes));
+    bytes == 4 ? std::memcpy(packed + at, from, 4)
+               : std::memcpy(packed + at, from, static_cast<size_t>(bytes));
   });
   for (int64_t c = panel0 * panel; c < std::min(panel1 * panel, n); ++c) {
     int32_t total = 0;

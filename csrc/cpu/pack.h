@@ -1,4 +1,5 @@
-// The packed weight: panels of P output channels, within a panel groups of 4 along K, within a group P x 4 int8.
+// The packed weight: panels of P output channels, within a panel groups of 4 along K, within a group P x 4
+// int8.
 //
 //   [ceil(N/P)][ceil(K/4)][P][4]      channel c, input k  ->  [c / P][k / 4][c % P][k % 4]
 //

@@ -116,7 +116,8 @@ struct V {
     return x;
   }
 
-  // Round to nearest even by letting an fp32 addition do it: the added power of two has its last bit where half's is.
+  // Round to nearest even by letting an fp32 addition do it: the added power of two has its last bit where
+  // half's is.
   static uint16_t to_half(float x) {
     uint32_t bits;
     __builtin_memcpy(&bits, &x, sizeof(bits));

@@ -1,4 +1,5 @@
-// Eight fp32 or int32 lanes in a ymm register. Included inside an instruction set's namespace and target region.
+// Eight fp32 or int32 lanes in a ymm register. Included inside an instruction set's namespace and target
+// region.
 
 struct V {
   static constexpr int kLanes = 8;
@@ -16,7 +17,9 @@ struct V {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
   }
-  static F load(const Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static F load(const Half* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
 
   static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
   static void store(int32_t* p, I x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }

@@ -1,4 +1,5 @@
-// Sixteen fp32 or int32 lanes in a zmm register. Included inside an instruction set's namespace and target region.
+// Sixteen fp32 or int32 lanes in a zmm register. Included inside an instruction set's namespace and target
+// region.
 
 struct V {
   static constexpr int kLanes = 16;
@@ -16,7 +17,9 @@ struct V {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
   }
-  static F load(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static F load(const Half* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
 
   static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
   static void store(int32_t* p, I x) { _mm512_storeu_si512(p, x); }

@@ -1,4 +1,4 @@
-"""What can be proven of an instruction set on a CPU that lacks it: its arithmetic, its encoding, its isolation."""
+"""What can be proven of an instruction set on a CPU without it: its arithmetic, encoding and isolation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,15 @@ pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the vect
 
 def compile_object(folder: Path, name: str, *flags: str) -> Path:
     target = folder / f"{name}.o"
-    command = [os.environ.get("CXX", "g++"), *FLAGS, *flags, "-c", str(CPU / f"{name}.cpp"), "-o", str(target)]
+    command = [
+        os.environ.get("CXX", "g++"),
+        *FLAGS,
+        *flags,
+        "-c",
+        str(CPU / f"{name}.cpp"),
+        "-o",
+        str(target),
+    ]
     subprocess.run(command, check=True, capture_output=True, text=True)
     return target
 
@@ -46,7 +54,8 @@ def test_emulated_kernels_give_the_bits_of_the_scalar_ones(tmp_path: Path) -> No
     shim = str(ROOT / "tests" / "emulated" / "intrinsics.h")
     emulated = ["-O1", "-mavx2", "-mf16c", "-include", shim]
     objects = on_every_core(
-        [(tmp_path, name, *emulated) for name in reversed(EMULATED)] + [(tmp_path, name, "-O1") for name in NATIVE]
+        [(tmp_path, name, *emulated) for name in reversed(EMULATED)]
+        + [(tmp_path, name, "-O1") for name in NATIVE]
     )
     program = tmp_path / "compare"
     source = str(ROOT / "tests" / "emulated" / "compare.cpp")
@@ -59,7 +68,9 @@ def test_emulated_kernels_give_the_bits_of_the_scalar_ones(tmp_path: Path) -> No
 
 def disassemble(path: Path) -> list[tuple[str, str]]:
     """(first bytes, instruction) of each instruction."""
-    listing = subprocess.run(["objdump", "-d", "-w", str(path)], check=True, capture_output=True, text=True).stdout
+    listing = subprocess.run(
+        ["objdump", "-d", "-w", str(path)], check=True, capture_output=True, text=True
+    ).stdout
     return re.findall(r"^\s+[0-9a-f]+:\t((?:[0-9a-f]{2} )+)\s*\t(\S.*)$", listing, re.MULTILINE)
 
 
@@ -76,19 +87,27 @@ def test_encodings(objects: dict[str, Path]) -> None:
     assert shutil.which("objdump"), "objdump comes with the compiler's binutils"
     code = {name: disassemble(path) for name, path in objects.items()}
     for name in ("scalar", "avx2", "avxvnni"):
-        assert not [text for start, text in code[name] if is_evex(start)], f"{name} holds AVX-512 instructions"
+        assert not [text for start, text in code[name] if is_evex(start)], (
+            f"{name} holds AVX-512 instructions"
+        )
     assert not [text for start, text in code["scalar"] if is_vex(start)], "scalar holds AVX instructions"
     assert any("vpmaddwd" in text and "ymm" in text for _, text in code["avx2"])
     assert not any("vfmadd" in text for name in ISAS for _, text in code[name]), "a contraction changes bits"
     assert any("vpdpbusd" in text and is_vex(start) for start, text in code["avxvnni"])
-    assert any("vpdpbusd" in text and "ymm" in text and is_evex(start) for start, text in code["avx512vl_vnni"])
+    assert any(
+        "vpdpbusd" in text and "ymm" in text and is_evex(start) for start, text in code["avx512vl_vnni"]
+    )
     assert any("vpdpbusd" in text and "zmm" in text for _, text in code["avx512vnni"])
 
 
 def test_nothing_leaks(objects: dict[str, Path]) -> None:
-    """A kernel file exports its table alone: an inline function shared with other files could carry its code there."""
+    """A kernel file exports its table alone: a shared inline function could carry its code elsewhere."""
     for name, path in objects.items():
-        listing = subprocess.run(["nm", "-C", "--defined-only", str(path)], check=True, capture_output=True, text=True)
-        shared = [line.split(maxsplit=2)[2] for line in listing.stdout.splitlines() if line.split()[1] in "TWVuBDR"]
+        listing = subprocess.run(
+            ["nm", "-C", "--defined-only", str(path)], check=True, capture_output=True, text=True
+        )
+        shared = [
+            line.split(maxsplit=2)[2] for line in listing.stdout.splitlines() if line.split()[1] in "TWVuBDR"
+        ]
         assert len(shared) == 1, f"{name} exports {shared}"
         assert shared[0].startswith("dynquant::cpu::k")

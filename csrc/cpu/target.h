@@ -1,4 +1,5 @@
-// Opens and closes the region of a file that is compiled for one instruction set. All system headers come before it.
+// Opens and closes the region of a file that is compiled for one instruction set. All system headers come
+// before it.
 #pragma once
 
 #define DYNQUANT_PRAGMA(text) _Pragma(#text)
@@ -11,6 +12,7 @@
   DYNQUANT_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
 #define DYNQUANT_TARGET_END DYNQUANT_PRAGMA(clang attribute pop)
 #else
-#define DYNQUANT_TARGET_BEGIN(features) DYNQUANT_PRAGMA(GCC push_options) DYNQUANT_PRAGMA(GCC target(features))
+#define DYNQUANT_TARGET_BEGIN(features) \
+  DYNQUANT_PRAGMA(GCC push_options) DYNQUANT_PRAGMA(GCC target(features))
 #define DYNQUANT_TARGET_END DYNQUANT_PRAGMA(GCC pop_options)
 #endif

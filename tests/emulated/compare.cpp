@@ -27,7 +27,8 @@ const char* isa = "";
 int64_t checks = 0;
 
 [[noreturn]] void fail(const char* what, int64_t m, int64_t k, int64_t n) {
-  std::printf("%s differs from scalar: %s at M = %ld, K = %ld, N = %ld\n", isa, what, long(m), long(k), long(n));
+  std::printf("%s differs from scalar: %s at M = %ld, K = %ld, N = %ld\n", isa, what, long(m), long(k),
+              long(n));
   std::exit(1);
 }
 
@@ -84,8 +85,8 @@ struct Result {
   std::vector<QParams> qparams;
 };
 
-Result gemm(const Kernels& kernel, const Rows& x, int64_t m, const Weight& w, Dtype out_dtype, Epilogue epilogue,
-            bool per_token, const std::vector<int8_t>& q) {
+Result gemm(const Kernels& kernel, const Rows& x, int64_t m, const Weight& w, Dtype out_dtype,
+            Epilogue epilogue, bool per_token, const std::vector<int8_t>& q) {
   const int64_t stride = kernel.operand_stride(w.k);
   std::vector<uint8_t> operand(static_cast<size_t>(m * stride) + 64);
   std::vector<int8_t> scratch(static_cast<size_t>(kernel.gemm_scratch(m, w.k)) + 64);
@@ -99,9 +100,11 @@ Result gemm(const Kernels& kernel, const Rows& x, int64_t m, const Weight& w, Dt
     const QParams given = choose_qparams(kernel.min_max(x, 0, m, row.data()));
     kernel.quantize_per_tensor(x, 0, m, given, true, a, r.qparams.data(), row.data());
   }
-  void* data = out_dtype == Dtype::kFloat32 ? static_cast<void*>(r.out.data()) : static_cast<void*>(r.out16.data());
+  void* data =
+      out_dtype == Dtype::kFloat32 ? static_cast<void*>(r.out.data()) : static_cast<void*>(r.out16.data());
   const int64_t blocks = (w.n + kBlock - 1) / kBlock;
-  kernel.linear(a, r.qparams.data(), w, Output{data, w.n, out_dtype, epilogue}, scratch.data(), 0, m, 0, blocks);
+  kernel.linear(a, r.qparams.data(), w, Output{data, w.n, out_dtype, epilogue}, scratch.data(), 0, m, 0,
+                blocks);
   kernel.operand_from_int8(q.data(), w.k, 0, m, a);
   kernel.int8_mm(a, w, r.acc.data(), scratch.data(), 0, m, 0, blocks);
   return r;
@@ -137,7 +140,8 @@ void check(const Kernels& kernel, int64_t m, int64_t k, int64_t n, int block) {
     const std::vector<uint8_t> data = rows_bytes(x, dtype);
     const Rows rows{data.data(), k, k, dtype, block};
     for (int64_t i = 0; i < m; ++i) {
-      const Range a = kScalar.min_max(rows, i, i + 1, row.data()), b = kernel.min_max(rows, i, i + 1, row2.data());
+      const Range a = kScalar.min_max(rows, i, i + 1, row.data()),
+                  b = kernel.min_max(rows, i, i + 1, row2.data());
       if (!same(std::vector<float>{a.lo, a.hi}, std::vector<float>{b.lo, b.hi})) fail("min_max", m, k, n);
       const QParams given{0.01f + 0.02f * float(i), int32_t(i % 256) - 128};
       std::vector<int8_t> s(static_cast<size_t>(k) + 64), t = s;

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from types import FunctionType
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
 
 from .config import Config
@@ -39,12 +39,14 @@ class QTensor(torch.Tensor):
         packed_weight, weight_sum: as ``torch.ops.dynquant.pack_weight`` returns them.
         channel_scale: fp32 [N].
         config: the :class:`Config` it was quantized with; it has no epilogue.
+        casts: the same weight in the other float dtypes, made beforehand for torch.compile, which cannot.
     """
 
     packed_weight: Tensor
     weight_sum: Tensor
     channel_scale: Tensor
     config: Config
+    casts: dict[torch.dtype, QTensor]
 
     @staticmethod
     def __new__(
@@ -55,10 +57,14 @@ class QTensor(torch.Tensor):
         config: Config,
         shape: torch.Size,
         dtype: torch.dtype,
+        with_casts: bool = True,
     ) -> QTensor:
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=packed_weight.device)
         self.packed_weight, self.weight_sum, self.channel_scale = packed_weight, weight_sum, channel_scale
         self.config = config
+        held = packed_weight, weight_sum, channel_scale, config, shape
+        others = [other for other in FLOAT_DTYPES if other != dtype and with_casts]
+        self.casts = {other: QTensor(*held, other, with_casts=False) for other in others}
         return self
 
     @staticmethod
@@ -124,6 +130,22 @@ class QTensor(torch.Tensor):
     def __call__(self) -> QTensor:
         return self
 
+    @property
+    def data(self) -> QTensor:
+        return self
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise _read_only(".data =")
+
+    @property
+    def T(self) -> Tensor:  # type: ignore[override]
+        return _dequantize(self).t()
+
+    @property
+    def mT(self) -> Tensor:  # type: ignore[override]
+        return _dequantize(self).t()
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         values = repr(self.dequantize()).removeprefix("tensor(").removesuffix(")").replace("\n", "\n ")
         config = self.config
@@ -138,29 +160,18 @@ class QTensor(torch.Tensor):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _unpickle, (_int_repr(self), weight_scale(self), self.config.encode(), self.dtype)
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[Config, torch.dtype]]:
-        return ["packed_weight", "weight_sum", "channel_scale"], (self.config, self.dtype)
-
-    @staticmethod
-    def __tensor_unflatten__(
-        inner: dict[str, Tensor],
-        context: tuple[Config, torch.dtype],
-        outer_size: torch.Size,
-        outer_stride: object,
-    ) -> QTensor:
-        return QTensor(**inner, config=context[0], shape=outer_size, dtype=context[1])
-
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _ANSWERS:
-            return _ANSWERS[func](*args, **kwargs)
-        if func in _WRITES_BY_VIEW and isinstance(args[0], QTensor):
-            raise _read_only(_WRITES_BY_VIEW[func])
-        if func in _NEEDS_STORAGE:
-            args = tree_map_only(QTensor, _dequantize, args)
+        if func in _FUNCTIONS:
+            return _FUNCTIONS[func](*args, **kwargs)
+        if func is Tensor.__setitem__ and isinstance(args[0], QTensor):
+            raise _read_only(func.__name__)
+        if func in _NEEDS_STORAGE or (torch.compiler.is_compiling() and func.__name__ != "__get__"):
+            # torch.compile does not see into __torch_dispatch__.
+            args, kwargs = tree_map_only(QTensor, _dequantize, (args, kwargs))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -170,8 +181,6 @@ class QTensor(torch.Tensor):
     ) -> Any:
         """Every op, below autograd: on the dequantized values."""
         kwargs = kwargs or {}
-        if func in _ALIASES:
-            return return_and_correct_aliasing(func, args, kwargs, _alias(args[0]))
         if func._schema.is_mutable:
             arguments = func._schema.arguments
             values = dict(zip((argument.name for argument in arguments), args, strict=False)) | kwargs
@@ -213,6 +222,14 @@ def _unpickle(weight_int8: Tensor, weight_scale: Tensor, config: int, dtype: tor
     return QTensor.from_int8(weight_int8, weight_scale, Config.decode(config), dtype)
 
 
+def _share(w: QTensor) -> tuple[Any, ...]:
+    """How another process of this machine gets it: the packed weight itself, in shared memory."""
+    return QTensor, (w.packed_weight, w.weight_sum, w.channel_scale, w.config, w.shape, w.dtype)
+
+
+ForkingPickler.register(QTensor, _share)
+
+
 def _dequantize(w: QTensor) -> Tensor:
     return dequantize(w).to(w.dtype)
 
@@ -244,16 +261,25 @@ def _to(w: QTensor, *args: Any, **kwargs: Any) -> Tensor:
             device, dtype = arg.device, arg.dtype
         elif isinstance(arg, (str, torch.device)) or type(arg) is int:
             device = arg
-    if dtype is not None and dtype not in FLOAT_DTYPES:
+    dtype = dtype or w.dtype
+    if dtype not in FLOAT_DTYPES:
         return _dequantize(w).to(*args, **kwargs)
-    return moved(w, lambda tensor: tensor.to(device), dtype or w.dtype)
+    if device is None or torch.device(device) == w.device:
+        return shown(w, dtype)
+    return moved(w, lambda tensor: tensor.to(device), dtype)
+
+
+def shown(w: QTensor, dtype: torch.dtype) -> QTensor:
+    """w with another dtype to show: the very same where it is the one it has."""
+    if dtype == w.dtype:
+        return w
+    return w.casts[dtype] if dtype in w.casts else _held(w, lambda tensor: tensor, dtype)
 
 
 def moved(w: QTensor, move: Callable[[Tensor], Tensor], dtype: torch.dtype) -> QTensor:
     """w with ``move`` applied to what it holds, repacked for a device that wants another layout."""
     if move(w.channel_scale[:0]).device.type == w.device.type:
-        out = _held(w, move, dtype)
-        return w if out.packed_weight is w.packed_weight and dtype == w.dtype else out
+        return _held(w, move, dtype)
     with torch.no_grad(), torch.inference_mode(False):
         return _pack(move(_int_repr(w)), move(w.channel_scale), w.config, dtype)
 
@@ -267,6 +293,8 @@ def _held(w: QTensor, function: Callable[[Tensor], Tensor], dtype: torch.dtype) 
 
 def _alias(w: QTensor, *args: Any, **kwargs: Any) -> QTensor:
     """Another QTensor of the same tensors: what they hold is never written to, so a clone may share it."""
+    if torch.compiler.is_compiling():
+        return w
     return _held(w, lambda tensor: tensor, w.dtype)
 
 
@@ -287,25 +315,7 @@ _attention = FunctionType(
     argdefs=F.multi_head_attention_forward.__defaults__,
 )
 
-_ANSWERS: dict[Any, Any] = {
-    F.linear: _linear,
-    F.multi_head_attention_forward: _attention,
-    Tensor.to: _to,
-    Tensor.cpu: lambda w, *args, **kwargs: _to(w, "cpu"),
-    Tensor.cuda: lambda w, device="cuda", *args, **kwargs: _to(w, device),
-    Tensor.float: lambda w, *args, **kwargs: _to(w, torch.float32),
-    Tensor.half: lambda w, *args, **kwargs: _to(w, torch.float16),
-    Tensor.bfloat16: lambda w, *args, **kwargs: _to(w, torch.bfloat16),
-    Tensor.double: lambda w, *args, **kwargs: _to(w, torch.float64),
-    Tensor.detach: _alias,
-    torch.detach: _alias,
-    Tensor.clone: _alias,
-    torch.clone: _alias,
-    Tensor.contiguous: lambda w, *args, **kwargs: w,
-    vars(torch._C.TensorBase)["data"].__get__: _alias,
-}
-
-for _name, _answer in {
+_METHODS: dict[str, Callable[..., Any]] = {
     "int_repr": _int_repr,
     "dequantize": _dequantize,
     "qscheme": _qscheme,
@@ -314,12 +324,25 @@ for _name, _answer in {
     "q_per_channel_scales": lambda w: w.channel_scale,
     "q_per_channel_zero_points": lambda w: torch.zeros_like(w.channel_scale, dtype=torch.int64),
     "q_per_channel_axis": lambda w: 0,
-}.items():
-    _ANSWERS |= {getattr(owner, _name): _answer for owner in (torch, Tensor) if hasattr(owner, _name)}
-
-_NEEDS_STORAGE = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__}
-_ALIASES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
-_WRITES_BY_VIEW = {
-    Tensor.__setitem__: "__setitem__",
-    vars(torch._C.TensorBase)["data"].__set__: ".data =",
+    "to": _to,
+    "cpu": lambda w, *args, **kwargs: _to(w, "cpu"),
+    "cuda": lambda w, device="cuda", *args, **kwargs: _to(w, device),
+    "float": lambda w, *args, **kwargs: _to(w, torch.float32),
+    "half": lambda w, *args, **kwargs: _to(w, torch.float16),
+    "bfloat16": lambda w, *args, **kwargs: _to(w, torch.bfloat16),
+    "double": lambda w, *args, **kwargs: _to(w, torch.float64),
+    "contiguous": lambda w, *args, **kwargs: w,
+    "detach": _alias,
+    "clone": _alias,
+    "size": lambda w, dim=None: w.shape if dim is None else w.shape[dim],
+    "dim": lambda w: 2,
+    "numel": lambda w: w.shape.numel(),
+    "is_floating_point": lambda w: True,
+    "t": lambda w: _dequantize(w).t(),
 }
+_FUNCTIONS: dict[Any, Callable[..., Any]] = {F.linear: _linear, F.multi_head_attention_forward: _attention}
+for _name, _method in _METHODS.items():
+    # torch.compile looks into methods that are written in Python, and only into these.
+    setattr(QTensor, _name, _method)
+    _FUNCTIONS |= {getattr(owner, _name): _method for owner in (torch, Tensor) if hasattr(owner, _name)}
+_NEEDS_STORAGE = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__}

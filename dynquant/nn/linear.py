@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import MAX_ROTATION_BLOCK, Config, rotation_block
-from ..qtensor import FLOAT_WORDS, QTensor, dequantize, moved, weight_scale
+from ..qtensor import FLOAT_WORDS, QTensor, dequantize, moved, shown, weight_scale
 from ..reference import FLOAT_DTYPES
 
 FORMAT_VERSION = 1
@@ -116,6 +116,8 @@ class QLinear(nn.Module):
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"QLinear.from_float: expected an nn.Linear, got {type(linear).__name__}")
+        if linear.bias is not None:
+            _check_bias(linear.bias)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._init_from(linear, layer_config(linear.in_features, activations, weights, rotation, epilogue))
@@ -125,7 +127,6 @@ class QLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         bias = linear.bias
         if bias is not None:
-            _check_bias(bias)
             with torch.inference_mode(False):
                 copy = bias.detach().to(torch.float32, copy=True)
                 bias = nn.Parameter(copy, requires_grad=bias.requires_grad)
@@ -266,49 +267,55 @@ class QLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Loads all of a layer or none of it; a float ``weight`` without ``weight_scale`` is quantized."""
-        own = {name: state_dict.get(prefix + name) for name in ("weight", "weight_scale", "format")}
-        weight = config = None
-        if any(value is not None for value in own.values()):
+        """The weight is loaded whole or not at all; a float one, of an unquantized model, is quantized."""
+        own: dict[str, Any] = {
+            name: state_dict.get(prefix + name) for name in ("weight", "weight_scale", "format")
+        }
+        missing = [name for name, value in own.items() if value is None]
+        of_float_model = own["weight"] is not None and own["weight"].is_floating_point() and len(missing) == 2
+        loaded: tuple[QTensor, Config] | None = None
+        if missing and not of_float_model:
+            missing_keys.extend(prefix + name for name in missing)
+        else:
             try:
-                weight, config = self._read(**own, bias=state_dict.get(prefix + "bias"))
+                assign = local_metadata.get("assign_to_params_buffers", False)
+                device = None if assign else self.weight.device
+                loaded = self._read(**own, bias=state_dict.get(prefix + "bias"), device=device)
             except ValueError as error:
                 error_msgs.append(f"QLinear {prefix.removesuffix('.')!r}: {error}")
                 return
-        elif strict:
-            missing_keys.extend(prefix + name for name in own)
 
         unexpected: list[str] = []
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected, error_msgs
         )
         unexpected_keys.extend(key for key in unexpected if key.removeprefix(prefix) not in own)
-        if weight is not None and config is not None:
-            if not local_metadata.get("assign_to_params_buffers", False):
-                device = self.weight.device
-                weight = moved(weight, lambda tensor: tensor.to(device), weight.dtype)
-            self._set_weight(weight, config)
+        if loaded is not None:
+            self._set_weight(*loaded)
 
     def _read(
-        self, weight: Tensor | None, weight_scale: Tensor | None, format: Tensor | None, bias: Tensor | None
+        self,
+        weight: Tensor,
+        weight_scale: Tensor | None,
+        format: Tensor | None,
+        bias: Tensor | None,
+        device: torch.device | None,
     ) -> tuple[QTensor, Config]:
-        """Checks what a state_dict holds of this layer. ValueError in words for what does not fit."""
-        config, expected = self.config, [self.out_features, self.in_features]
-        if weight is not None and list(weight.shape) != expected:
+        """The weight that a state_dict holds, packed on ``device`` (None: where it is), and the scheme.
+
+        ValueError in words for what does not fit this layer.
+        """
+        expected = [self.out_features, self.in_features]
+        if list(weight.shape) != expected:
             raise ValueError(f"expected weight of shape {expected}, got {list(weight.shape)}")
         if bias is not None:
             _check_bias(bias)
-        if weight is not None and weight.is_floating_point() and weight_scale is None:
+        if weight_scale is None or format is None:
             warnings.warn(
                 "QLinear: the state_dict holds float weights, of an unquantized model: quantizing them",
                 stacklevel=2,
             )
-            quantized = _quantized(weight, config)
-            return moved(quantized, lambda tensor: tensor, self.weight.dtype), config
-        if weight is None or weight_scale is None or format is None:
-            named = {"weight": weight, "weight_scale": weight_scale, "format": format}
-            missing = ", ".join(repr(name) for name, value in named.items() if value is None)
-            raise ValueError(f"expected weight, weight_scale and format together, {missing} is missing")
+            return shown(_quantized(weight.to(device), self.config), self.weight.dtype), self.config
         if format.dtype != torch.int64 or list(format.shape) != [4]:
             raise ValueError(f"expected format to be int64 [4], got {format.dtype} {list(format.shape)}")
         version, code, dtype, reserved = format.tolist()
@@ -322,6 +329,7 @@ class QLinear(nn.Module):
             raise ValueError(f"expected epilogue {self.config.epilogue!r}, got {config.epilogue!r}")
         if bias is not None and bias.dtype != torch.float32:
             raise ValueError(f"expected bias of dtype torch.float32, got {bias.dtype}")
+        weight, weight_scale = weight.to(device), weight_scale.to(device)
         return QTensor.from_int8(weight, weight_scale, config, FLOAT_DTYPES[dtype - 1]), config
 
 

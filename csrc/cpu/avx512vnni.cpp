@@ -40,7 +40,14 @@ struct Dot {
     return _mm512_set1_epi32(group);
   }
 
-  static V::I multiply_add(V::I acc, V::I a, V::I b) { return _mm512_dpbusd_epi32(acc, a, b); }
+  static V::I multiply_add(V::I acc, V::I a, V::I b) {
+#if defined(DYNQUANT_EMULATED)
+    return _mm512_dpbusd_epi32(acc, a, b);
+#else  // the intrinsic makes GCC 12 copy the accumulator around
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+    return acc;
+#endif
+  }
 
   static void store_operand(uint8_t* p, V::I q0, V::I q1, V::I q2, V::I q3) {
     const V::I quads[4] = {q0, q1, q2, q3};

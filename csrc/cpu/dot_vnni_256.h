@@ -1,5 +1,6 @@
-// The dot product of VNNI on ymm registers: DYNQUANT_DPBUSD is its VEX or its EVEX form, the same instruction
-// in two encodings. Included inside an instruction set's namespace and target region, after vector_256.h.
+// The dot product of VNNI on ymm registers, one instruction in two encodings: DYNQUANT_DPBUSD is the intrinsic of
+// the one at hand, DYNQUANT_DPBUSD_ASM its name, DYNQUANT_DPBUSD_REGISTERS the registers it can use. Included inside
+// an instruction set's namespace and target region, after vector_256.h.
 
 // vpdpbusd multiplies unsigned by signed bytes: the operand is q + 128, and 128 * weight_sum is taken off
 // again.
@@ -21,7 +22,16 @@ struct Dot {
     return _mm256_set1_epi32(group);
   }
 
-  static V::I multiply_add(V::I acc, V::I a, V::I b) { return DYNQUANT_DPBUSD(acc, a, b); }
+  static V::I multiply_add(V::I acc, V::I a, V::I b) {
+#if defined(DYNQUANT_EMULATED)
+    return DYNQUANT_DPBUSD(acc, a, b);
+#else  // the intrinsic makes GCC 12 copy the accumulator around
+    __asm__(DYNQUANT_DPBUSD_ASM " %2, %1, %0"
+            : "+" DYNQUANT_DPBUSD_REGISTERS(acc)
+            : DYNQUANT_DPBUSD_REGISTERS(a), DYNQUANT_DPBUSD_REGISTERS(b));
+    return acc;
+#endif
+  }
 
   static void store_operand(uint8_t* p, V::I q0, V::I q1, V::I q2, V::I q3) {
     const V::I offset = _mm256_set1_epi32(kOffset);

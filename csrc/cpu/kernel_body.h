@@ -198,7 +198,8 @@ void quantize_chunks(const T* x, int64_t k, QParams qparams, Put put) {
   const Quantizer quantizer(qparams);
   int64_t i = 0;
   const auto chunk = [&](const T* p) {
-    put(i, quantizer.template quantize<kMayBeNan>(V::load(p)), quantizer.template quantize<kMayBeNan>(V::load(p + W)),
+    put(i, quantizer.template quantize<kMayBeNan>(V::load(p)),
+        quantizer.template quantize<kMayBeNan>(V::load(p + W)),
         quantizer.template quantize<kMayBeNan>(V::load(p + 2 * W)),
         quantizer.template quantize<kMayBeNan>(V::load(p + 3 * W)));
   };
@@ -426,13 +427,19 @@ struct Accumulators {
     }
   }
 
-  // Adds `groups` groups: the operand's from a on, the weight's from b on.
-  template <typename Tile>
-  DYNQUANT_INLINE void add(const uint8_t* a, int64_t a_stride, const Tile& w, const int8_t* b, int64_t groups) {
+  // Adds `groups` groups: the operand's from a on, the weight's from b on. Where the next part of the weight is named,
+  // a line of it is fetched to L2 with each group.
+  template <bool kFetchNext = false, typename Tile>
+  DYNQUANT_INLINE void add(const uint8_t* a, int64_t a_stride, const Tile& w, const int8_t* b, int64_t groups,
+                           const int8_t* next = nullptr, int64_t next_stride = 0) {
     for (int64_t g = 0; g < groups; ++g) {
       steps<0>(a, a_stride, w, b);
       a += Dot::kGroupBytes;
       b += w.group_stride;
+      if constexpr (kFetchNext) {
+        __builtin_prefetch(next, 0, 2);
+        next += next_stride;
+      }
     }
   }
 
@@ -456,8 +463,9 @@ struct Accumulators {
 
 // The one dequantization formula. Vectors: constants of W channels that may be read whole.
 template <int kRows, int kVectors>
-DYNQUANT_INLINE void dequantize(const Accumulators<kRows, kVectors>& tile, const QParams* qparams, const int32_t* sum,
-                const float* scale, const float* bias, float* out, int64_t stride) {
+DYNQUANT_INLINE void dequantize(const Accumulators<kRows, kVectors>& tile, const QParams* qparams,
+                                const int32_t* sum, const float* scale, const float* bias, float* out,
+                                int64_t stride) {
   DYNQUANT_UNROLL
   for (int j = 0; j < kVectors; ++j) {
     const I sums = V::load(sum + j * W);
@@ -500,8 +508,8 @@ struct LinearSink {
     int64_t total[kRows][kVectors * W] = {};
     for (int64_t g = 0; g < groups; g += kPart) {
       Accumulators<kRows, kVectors> acc;
-      acc.add(a.data + m * a.stride + g * Dot::kGroupBytes, a.stride, weight, weight.b + g * weight.group_stride,
-              least(kPart, groups - g));
+      acc.add(a.data + m * a.stride + g * Dot::kGroupBytes, a.stride, weight,
+              weight.b + g * weight.group_stride, least(kPart, groups - g));
       int32_t part[kRows][kVectors * W];
       acc.store(part[0], kVectors * W);
       for (int i = 0; i < kRows; ++i) {
@@ -674,8 +682,8 @@ void widen_steps(const PackedTile<kWidenedVectors>& from, const int8_t* b, int8_
 template <typename Sink>
 struct WidenedBody {
   const Sink& sink;
-  int8_t* widened;   // [tile of channels][kPartGroups] groups
-  int32_t* sums;     // [rows][kBlock]
+  int8_t* widened;  // [tile of channels][kPartGroups] groups
+  int32_t* sums;    // [rows][kBlock]
   int64_t first_row, c0, c1, group0, group1;
 
   void widen() const {
@@ -697,8 +705,15 @@ struct WidenedBody {
       Accumulators<kRows, kWidenedVectors> acc;
       int32_t* stored = sums + (m - first_row) * kBlock + (c - c0);
       if (group0 > 0) acc.load(stored, kBlock);
-      acc.add(sink.a.data + m * sink.a.stride + group0 * Dot::kGroupBytes, sink.a.stride, Widened(), tile(c),
-              group1 - group0);
+      const uint8_t* a = sink.a.data + m * sink.a.stride + group0 * Dot::kGroupBytes;
+      if (m ==
+          first_row) {  // the next part, or the next panel, comes from memory while this one is multiplied
+        const PackedTile<kWidenedVectors> packed(sink.w, c);
+        acc.template add<true>(a, sink.a.stride, Widened(), tile(c), group1 - group0,
+                               packed.b + group1 * packed.group_stride, packed.group_stride);
+      } else {
+        acc.add(a, sink.a.stride, Widened(), tile(c), group1 - group0);
+      }
       if (group1 * 4 < sink.w.k) {
         acc.store(stored, kBlock);
       } else {
@@ -708,10 +723,14 @@ struct WidenedBody {
   }
 
  private:
-  int8_t* tile(int64_t c) const { return widened + (c - c0) / kWidenedChannels * kPartGroups * Widened::group_stride; }
+  int8_t* tile(int64_t c) const {
+    return widened + (c - c0) / kWidenedChannels * kPartGroups * Widened::group_stride;
+  }
 };
 
-bool is_widened(int64_t rows, int64_t k) { return Dot::kWidens && rows >= kWidenedRows && k <= kMaxInt32K && k > 0; }
+bool is_widened(int64_t rows, int64_t k) {
+  return Dot::kWidens && rows >= kWidenedRows && k <= kMaxInt32K && k > 0;
+}
 
 int64_t gemm_scratch(int64_t rows, int64_t k) {
   if (!is_widened(rows, k)) return 0;
@@ -724,7 +743,8 @@ void widened_gemm(const Sink& sink, int8_t* scratch, int64_t m0, int64_t m1, int
   int32_t* sums = reinterpret_cast<int32_t*>(scratch + kWidenedTiles * kPartGroups * Widened::group_stride);
   const int64_t groups = (sink.w.k + 3) / 4, parts = (groups + kPartGroups - 1) / kPartGroups;
   for (int64_t p = 0; p < parts; ++p) {
-    const WidenedBody<Sink> body{sink, scratch, sums, m0, c0, c1, groups * p / parts, groups * (p + 1) / parts};
+    const WidenedBody<Sink> body{
+        sink, scratch, sums, m0, c0, c1, groups * p / parts, groups * (p + 1) / parts};
     body.widen();
     for_row_tiles(m0, m1, body);
   }
@@ -749,17 +769,29 @@ void gemm(const Sink& sink, int8_t* scratch, int64_t m0, int64_t m1, int64_t blo
   }
 }
 
-void linear(Operand a, const QParams* qparams, const Weight& w, const Output& out, int8_t* scratch, int64_t m0,
-            int64_t m1, int64_t block0, int64_t block1) {
+void linear(Operand a, const QParams* qparams, const Weight& w, const Output& out, int8_t* scratch,
+            int64_t m0, int64_t m1, int64_t block0, int64_t block1) {
   gemm(LinearSink{a, qparams, w, out}, scratch, m0, m1, block0, block1);
 }
 
-void int8_mm(Operand a, const Weight& w, int32_t* out, int8_t* scratch, int64_t m0, int64_t m1, int64_t block0,
-             int64_t block1) {
+void int8_mm(Operand a, const Weight& w, int32_t* out, int8_t* scratch, int64_t m0, int64_t m1,
+             int64_t block0, int64_t block1) {
   gemm(Int8MmSink{a, w, out}, scratch, m0, m1, block0, block1);
 }
 
 constexpr Kernels make_kernels(const char* name, double gops) {
-  return Kernels{name,     gops,   operand_stride,    min_max, rotate,  quantize,     quantize_per_token,
-                 quantize_per_tensor, operand_from_int8, gemm_scratch, linear,  int8_mm, weight_range, quantize_weight};
+  return Kernels{name,
+                 gops,
+                 operand_stride,
+                 min_max,
+                 rotate,
+                 quantize,
+                 quantize_per_token,
+                 quantize_per_tensor,
+                 operand_from_int8,
+                 gemm_scratch,
+                 linear,
+                 int8_mm,
+                 weight_range,
+                 quantize_weight};
 }

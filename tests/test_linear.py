@@ -694,6 +694,13 @@ def test_missing_and_unexpected_keys():
     assert model.load_state_dict(state, strict=False).missing_keys == ["0.bias"]
 
 
+def test_a_state_dict_taken_under_another_default_device():
+    _, layer = pair(32, 6)
+    with torch.device("meta"):
+        state = layer.state_dict()
+    layer.load_state_dict(state)
+
+
 def test_a_state_dict_is_no_view_of_the_packed_weight():
     _, layer = pair(32, 6)
     x = torch.randn(3, 32)

@@ -255,7 +255,8 @@ class QLinear(nn.Module):
         destination[prefix + "weight_scale"] = self.weight_scale
         super()._save_to_state_dict(destination, prefix, keep_vars)
         dtype = 1 + FLOAT_DTYPES.index(self.weight.dtype)
-        destination[prefix + "format"] = torch.tensor([FORMAT_VERSION, self.config.encode(), dtype, 0])
+        scheme = [FORMAT_VERSION, self.config.encode(), dtype, 0]
+        destination[prefix + "format"] = torch.tensor(scheme, device="cpu")
 
     def _load_from_state_dict(
         self,

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from .config import Config
+from .reference_epilogue import gelu, gelu_tanh, relu, silu
 
 FLT_MIN = torch.finfo(torch.float32).tiny
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PANELS = (64, 32, 16)
+_EPILOGUES = {"relu": relu, "gelu": gelu, "gelu_tanh": gelu_tanh, "silu": silu}
 MAX_K_INT8_MM = (2**31 - 1) // (128 * 127)
 
 
@@ -381,8 +383,4 @@ def _linear(
 
 def apply_epilogue(y: Tensor, epilogue: str) -> Tensor:
     """The function that a layer applies after its bias, fp32 to fp32."""
-    if epilogue == "none":
-        return y
-    if epilogue == "relu":
-        return torch.where(y < 0.0, 0.0, y)
-    raise ValueError(f"dynquant: the epilogue {epilogue!r} has no definition")
+    return y if epilogue == "none" else _EPILOGUES[epilogue](y)

@@ -481,9 +481,41 @@ DYNQUANT_INLINE void dequantize(const Accumulators<kRows, kVectors>& tile, const
   }
 }
 
-F apply_epilogue(Epilogue epilogue, F y) {
-  if (epilogue == Epilogue::kRelu) return V::select(V::less(y, V::broadcast(0.0f)), V::broadcast(0.0f), y);
-  return y;
+#include "../epilogue_math.h"
+
+template <Epilogue kEpilogue, typename Vectors>
+DYNQUANT_INLINE typename Vectors::F epilogue_of(typename Vectors::F x) {
+  using Math = EpilogueMath<Vectors>;
+  if constexpr (kEpilogue == Epilogue::kRelu) return Math::relu(x);
+  if constexpr (kEpilogue == Epilogue::kGelu) return Math::gelu(x);
+  if constexpr (kEpilogue == Epilogue::kGeluTanh) return Math::gelu_tanh(x);
+  if constexpr (kEpilogue == Epilogue::kSilu) return Math::silu(x);
+}
+
+template <Epilogue kEpilogue>
+void apply_epilogue_to(float* y, int64_t stride, int rows, int64_t width) {
+  using Pair = Several<V, 2>;
+  for (int i = 0; i < rows; ++i) {
+    float* row = y + i * stride;
+    int64_t j = 0;
+    for (; j + 2 * W <= width; j += 2 * W) {
+      const Pair::F done = epilogue_of<kEpilogue, Pair>(Pair::F{{V::load(row + j), V::load(row + j + W)}});
+      V::store(row + j, done.v[0]);
+      V::store(row + j + W, done.v[1]);
+    }
+    if (j < width) V::store(row + j, epilogue_of<kEpilogue, V>(V::load(row + j)));
+  }
+}
+
+// In place, on whole vectors: width is a multiple of W.
+void apply_epilogue(Epilogue epilogue, float* y, int64_t stride, int rows, int64_t width) {
+  switch (epilogue) {
+    case Epilogue::kNone: return;
+    case Epilogue::kRelu: return apply_epilogue_to<Epilogue::kRelu>(y, stride, rows, width);
+    case Epilogue::kGelu: return apply_epilogue_to<Epilogue::kGelu>(y, stride, rows, width);
+    case Epilogue::kGeluTanh: return apply_epilogue_to<Epilogue::kGeluTanh>(y, stride, rows, width);
+    case Epilogue::kSilu: return apply_epilogue_to<Epilogue::kSilu>(y, stride, rows, width);
+  }
 }
 
 // What is done with the accumulators of a tile: dequantized to the output, or kept as they are.
@@ -559,10 +591,10 @@ struct LinearSink {
     float* direct = out.dtype == Dtype::kFloat32 ? static_cast<float*>(out.data) + at : nullptr;
     if (whole && direct != nullptr) {
       compute(channels, direct, out.stride);
-      if (out.epilogue != Epilogue::kNone) convert<kRows>(direct, out.stride, n, direct);
-      return;
+      return apply_epilogue(out.epilogue, direct, out.stride, kRows, kWidth);
     }
     compute(channels, static_cast<float*>(y), kWidth);
+    apply_epilogue(out.epilogue, y, kWidth, kRows, kWidth);
     switch (out.dtype) {
       case Dtype::kFloat32: return convert<kRows>(y, kWidth, n, direct);
       case Dtype::kBFloat16: return convert<kRows>(y, kWidth, n, static_cast<BFloat16*>(out.data) + at);
@@ -574,9 +606,9 @@ struct LinearSink {
   void convert(const float* y, int64_t stride, int64_t n, T* to) const {
     for (int i = 0; i < kRows; ++i) {
       for (int64_t j = 0; j < n; j += W) {
-        const F done = apply_epilogue(out.epilogue, V::load(y + i * stride + j));
+        const F row = V::load(y + i * stride + j);
         T* at = to + i * out.stride + j;
-        n - j >= W ? V::store(at, done) : store_part(at, done, n - j);
+        n - j >= W ? V::store(at, row) : store_part(at, row, n - j);
       }
     }
   }

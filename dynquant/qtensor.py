@@ -243,6 +243,11 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     if not isinstance(weight, QTensor) or isinstance(input, QTensor) or isinstance(bias, QTensor):
         input, weight, bias = tree_map_only(QTensor, _dequantize, (input, weight, bias))
         return F.linear(input, weight, bias)
+    if input.dim() and input.shape[-1] != weight.shape[1]:
+        # The packed weight knows K to the next multiple of 4 only.
+        raise RuntimeError(
+            f"F.linear: expected input.shape[-1] == weight.shape[1] ({weight.shape[1]}), got {input.shape[-1]}"
+        )
     if bias is not None:
         bias = bias.to(torch.float32)
     out: Tensor = _ops.linear_dynamic(

@@ -457,6 +457,7 @@ def test_bad_assignments_are_refused():
     [
         (torch.randn(2, 512), "QLinear: expected input.shape[-1] == in_features (768), got 512"),
         (torch.randn(512), "QLinear: expected input.shape[-1] == in_features (768), got 512"),
+        (torch.randn(2, 767), "QLinear: expected input.shape[-1] == in_features (768), got 767"),
         (torch.randn(2, 0), "QLinear: expected input.shape[-1] == in_features (768), got 0"),
         (
             torch.zeros(2, 768, dtype=torch.int64),

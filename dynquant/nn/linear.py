@@ -162,29 +162,30 @@ class QLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         packed_weight, weight_sum, weight_scale, config = self._packed
         try:
-            # bias is looked up where torch.func.functional_call and the like replace it.
-            bias = self._parameters["bias"]
-            return _linear_dynamic(x, packed_weight, weight_sum, weight_scale, bias, config)
-        except RuntimeError as error:
+            # The packed weight knows K to the next multiple of 4 only.
+            if x.shape[-1] == self.in_features:
+                # bias is looked up where torch.func.functional_call and the like replace it.
+                bias = self._parameters["bias"]
+                return _linear_dynamic(x, packed_weight, weight_sum, weight_scale, bias, config)
+        except (AttributeError, IndexError, RuntimeError) as error:
             raise self._explain(x, error) from None
+        raise self._explain(x, None)
 
-    def _explain(self, x: Tensor, error: RuntimeError) -> RuntimeError:
+    def _explain(self, x: Tensor, error: Exception | None) -> Exception:
         """The error of the op in the words of the layer, where x is at fault."""
         if not isinstance(x, Tensor):
-            return error
+            return TypeError(f"QLinear: expected input to be a tensor, got {type(x).__name__}")
         if x.dtype not in FLOAT_DTYPES:
             return RuntimeError(f"QLinear: expected input of dtype {FLOAT_WORDS}, got {x.dtype}")
         if x.dim() == 0:
             return RuntimeError("QLinear: expected input with at least 1 dimension, got a scalar")
-        if x.shape[-1] != self.in_features:
-            return RuntimeError(
-                f"QLinear: expected input.shape[-1] == in_features ({self.in_features}), got {x.shape[-1]}"
-            )
         if x.device != self.weight.device:
             return RuntimeError(
                 f"QLinear: expected input on {self.weight.device}, where the weight is, got it on {x.device}"
             )
-        return error
+        return error or RuntimeError(
+            f"QLinear: expected input.shape[-1] == in_features ({self.in_features}), got {x.shape[-1]}"
+        )
 
     @property
     def config(self) -> Config:

@@ -245,9 +245,8 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         return F.linear(input, weight, bias)
     if input.dim() and input.shape[-1] != weight.shape[1]:
         # The packed weight knows K to the next multiple of 4 only.
-        raise RuntimeError(
-            f"F.linear: expected input.shape[-1] == weight.shape[1] ({weight.shape[1]}), got {input.shape[-1]}"
-        )
+        expected, got = weight.shape[1], input.shape[-1]
+        raise RuntimeError(f"F.linear: expected input.shape[-1] == weight.shape[1] ({expected}), got {got}")
     if bias is not None:
         bias = bias.to(torch.float32)
     out: Tensor = _ops.linear_dynamic(

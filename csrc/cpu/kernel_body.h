@@ -620,13 +620,23 @@ struct Int8MmSink {
   int32_t* out;
 
   template <int kRows, int kVectors>
-  void finish(int64_t m, int64_t channel, const Accumulators<kRows, kVectors>& acc) const {
+  DYNQUANT_INLINE void finish(int64_t m, int64_t channel, const Accumulators<kRows, kVectors>& acc) const {
+    const int64_t n = least(kVectors * W, w.n - channel);
+    int32_t* row = out + m * w.n + channel;
+    if (n == kVectors * W) {
+      const I offset = V::broadcast(Dot::kOffset);
+      DYNQUANT_UNROLL
+      for (int j = 0; j < kVectors; ++j) {
+        const I taken = V::mul(offset, V::load(w.sum + channel + j * W));
+        DYNQUANT_UNROLL
+        for (int i = 0; i < kRows; ++i) V::store(row + i * w.n + j * W, V::sub(acc.acc[i][j], taken));
+      }
+      return;
+    }
     int32_t sums[kRows][kVectors * W];
     acc.store(sums[0], kVectors * W);
-    const int64_t n = least(kVectors * W, w.n - channel);
     for (int i = 0; i < kRows; ++i) {
-      int32_t* row = out + (m + i) * w.n + channel;
-      for (int64_t j = 0; j < n; ++j) row[j] = sums[i][j] - Dot::kOffset * w.sum[channel + j];
+      for (int64_t j = 0; j < n; ++j) row[i * w.n + j] = sums[i][j] - Dot::kOffset * w.sum[channel + j];
     }
   }
 

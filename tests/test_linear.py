@@ -9,6 +9,7 @@ import pickle
 import warnings
 
 import pytest
+import safetensors.torch as safetensors
 import torch
 from same_bits import assert_same_bits
 from torch import Tensor, nn
@@ -566,7 +567,6 @@ def test_state_dict_round_trip(scheme, bias, dtype):
 
 
 def test_state_dict_through_files(tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch")
     model = nn.Sequential(
         QLinear(32, 16), nn.ReLU(), QLinear(16, 4, weights="per_tensor", rotation="hadamard")
     )

@@ -353,10 +353,10 @@ def test_missing_nvcc_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setenv("DYNQUANT_CUDA", "0")
     assert extension.cuda_toolkit() == (None, "")
 
-    old = nvcc.Toolkit("/opt/bin/nvcc", (12, 4), frozenset((80, 90)), (), ())
+    old = nvcc.Toolkit("/toolkit/bin/nvcc", (12, 4), frozenset((80, 90)), (), ())
     monkeypatch.setattr(nvcc, "find_toolkit", lambda: old)
     monkeypatch.delenv("DYNQUANT_CUDA")
-    assert "/opt/bin/nvcc is of CUDA 12.4, torch of CUDA 13.0" in extension.cuda_toolkit()[1]
+    assert "/toolkit/bin/nvcc is of CUDA 12.4, torch of CUDA 13.0" in extension.cuda_toolkit()[1]
     monkeypatch.setenv("DYNQUANT_CUDA", "1")
     assert extension.cuda_toolkit() == (old, "")
 
@@ -369,14 +369,14 @@ def test_toolkit_is_read_through_a_wrapper(monkeypatch: pytest.MonkeyPatch, tmp_
         'case "$1" in\n'
         "--version) echo 'Cuda compilation tools, release 13.0, V13.0.88' ;;\n"
         "--list-gpu-arch) echo compute_80; echo compute_90 ;;\n"
-        """*) echo '#$ INCLUDES="-I/opt/cuda/bin/../include"  '\n"""
-        """   echo '#$ LIBRARIES=  "-L/opt/cuda/lib64"' ;;\n"""
+        """*) echo '#$ INCLUDES="-I/toolkit/bin/../include"  '\n"""
+        """   echo '#$ LIBRARIES=  "-L/toolkit/lib64"' ;;\n"""
         "esac\n"
     )
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     assert nvcc.find_toolkit() == nvcc.Toolkit(
-        str(script), (13, 0), frozenset((80, 90)), ("/opt/cuda/include",), ("/opt/cuda/lib64",)
+        str(script), (13, 0), frozenset((80, 90)), ("/toolkit/include",), ("/toolkit/lib64",)
     )
 
 

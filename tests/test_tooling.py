@@ -8,6 +8,7 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import safetensors.torch as safetensors
 import torch
 import torch.nn.functional as F
 from same_bits import assert_same_bits
@@ -356,7 +357,6 @@ def test_nothing_outlives_the_layer():
 
 
 def test_tied_modules_through_safetensors(tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch")
     shared = nn.Linear(8, 8)
     model = quantize_dynamic(nn.Sequential(shared, nn.ReLU(), shared))
     safetensors.save_model(model, tmp_path / "tied.safetensors")

@@ -1,0 +1,312 @@
+// Rows of x: rotation, range, quantization; rows of a weight likewise. A part of kernel_body.h, over its V and Dot.
+
+// ---- rows of x -----------------------------------------------------------------------------------------------------
+
+// Rotates blocks of kVectors * W elements, all stages in registers: strides below W inside each, then across them.
+template <int kVectors, int kStages, typename T>
+void rotate_blocks(const T* x, int64_t k, float* out) {
+  int64_t i = 0;
+  for (; i + kVectors * W <= k; i += kVectors * W) {
+    F v[kVectors];
+    for (int j = 0; j < kVectors; ++j) {
+      v[j] = V::load(x + i + j * W);
+      if constexpr (kStages >= 1) v[j] = V::butterfly<1>(v[j]);
+      if constexpr (kStages >= 2) v[j] = V::butterfly<2>(v[j]);
+      if constexpr (kStages >= 3 && W >= 8) v[j] = V::template butterfly<4>(v[j]);
+      if constexpr (kStages >= 4 && W >= 16) v[j] = V::template butterfly<8>(v[j]);
+    }
+    for (int stride = 1; stride < kVectors; stride *= 2) {
+      for (int j = 0; j < kVectors; ++j) {
+        if (j & stride) continue;
+        const F a = v[j], b = v[j + stride];
+        v[j] = V::add(a, b);
+        v[j + stride] = V::sub(a, b);
+      }
+    }
+    for (int j = 0; j < kVectors; ++j) V::store(out + i + j * W, v[j]);
+  }
+  if (i < k) {  // only blocks smaller than a vector leave a rest, and it holds whole blocks
+    T rest[kVectors * W] = {};
+    __builtin_memcpy(rest, x + i, (k - i) * sizeof(T));
+    float rotated[kVectors * W];
+    rotate_blocks<kVectors, kStages>(rest, kVectors * W, rotated);
+    __builtin_memcpy(out + i, rotated, (k - i) * sizeof(float));
+  }
+}
+
+template <int kBlockSize, typename T>
+void rotate_span_by(const T* x, int64_t k, float* out) {
+  constexpr int kStages = __builtin_ctz(kBlockSize);
+  rotate_blocks<(kBlockSize > W ? kBlockSize / W : 1), kStages>(x, k, out);
+}
+
+template <typename T>
+void rotate_span(const T* x, int64_t k, int block, float* out) {
+  switch (block) {
+    case 2: return rotate_span_by<2>(x, k, out);
+    case 4: return rotate_span_by<4>(x, k, out);
+    case 8: return rotate_span_by<8>(x, k, out);
+    case 16: return rotate_span_by<16>(x, k, out);
+    case 32: return rotate_span_by<32>(x, k, out);
+    case 64: return rotate_span_by<64>(x, k, out);
+    case 128: return rotate_span_by<128>(x, k, out);
+    default: return rotate_span_by<1>(x, k, out);
+  }
+}
+
+// Calls body(pointer to row m), in x's dtype, or in fp32 from the scratch row when it is rotated.
+template <typename Body>
+void with_row(const Rows& x, int64_t m, float* row, Body body) {
+  const int64_t at = m * x.stride;
+  const auto typed = [&](const auto* data) {
+    if (x.rotation_block > 0) {
+      rotate_span(data + at, x.k, x.rotation_block, row);
+      body(static_cast<const float*>(row));
+    } else {
+      body(data + at);
+    }
+  };
+  switch (x.dtype) {
+    case Dtype::kFloat32: return typed(static_cast<const float*>(x.data));
+    case Dtype::kBFloat16: return typed(static_cast<const BFloat16*>(x.data));
+    case Dtype::kFloat16: return typed(static_cast<const Half*>(x.data));
+  }
+}
+
+void rotate(const Rows& x, int64_t m, float* out) {
+  with_row(x, m, out, [](const auto*) {});
+}
+
+// ---- range ---------------------------------------------------------------------------------------------------------
+
+// Running minimum, maximum and largest magnitude. minps and maxps drop a NaN, so it is found among the magnitudes:
+// as integers, NaNs are larger than every number.
+struct RangeLanes {
+  F lo, hi;
+  I magnitude;
+
+  DYNQUANT_INLINE RangeLanes() : lo(V::broadcast(0.0f)), hi(lo), magnitude(V::broadcast(0)) {}
+
+  DYNQUANT_INLINE void take(F x) {
+    lo = V::min(lo, x);
+    hi = V::max(hi, x);
+    magnitude = V::max(magnitude, V::bit_and(V::as_int(x), V::broadcast(0x7fffffff)));
+  }
+};
+
+constexpr int32_t kInfinityBits = 0x7f800000;
+
+int32_t largest_lane(I x) {
+  int32_t lanes[W], largest = 0;
+  V::store(lanes, x);
+  for (int i = 0; i < W; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
+  return largest;
+}
+
+Range merge(Range a, Range b) {
+  if (a.lo != a.lo || b.lo != b.lo) return Range{__builtin_nanf(""), __builtin_nanf("")};
+  return Range{b.lo < a.lo ? b.lo : a.lo, b.hi > a.hi ? b.hi : a.hi};
+}
+
+Range reduce(const RangeLanes& lanes) {
+  if (largest_lane(lanes.magnitude) > kInfinityBits) return Range{__builtin_nanf(""), __builtin_nanf("")};
+  float lo[W], hi[W];
+  V::store(lo, lanes.lo);
+  V::store(hi, lanes.hi);
+  Range range{lo[0], hi[0]};
+  for (int i = 1; i < W; ++i) range = merge(range, Range{lo[i], hi[i]});
+  return Range{range.lo + 0.0f, range.hi + 0.0f};  // no -0.0
+}
+
+template <typename T>
+Range span_range(const T* x, int64_t k) {
+  RangeLanes even, odd;  // two chains: min and max take four cycles on some CPUs
+  int64_t i = 0;
+  for (; i + 2 * W <= k; i += 2 * W) {
+    even.take(V::load(x + i));
+    odd.take(V::load(x + i + W));
+  }
+  for (; i < k; i += W) even.take(i + W <= k ? V::load(x + i) : load_part(x + i, k - i));
+  even.lo = V::min(even.lo, odd.lo);
+  even.hi = V::max(even.hi, odd.hi);
+  even.magnitude = V::max(even.magnitude, odd.magnitude);
+  return reduce(even);
+}
+
+Range min_max(const Rows& x, int64_t m0, int64_t m1, float* row) {
+  Range range{0.0f, 0.0f};
+  for (int64_t m = m0; m < m1; ++m) {
+    with_row(x, m, row, [&](const auto* data) { range = merge(range, span_range(data, x.k)); });
+  }
+  return range;
+}
+
+// ---- quantize ------------------------------------------------------------------------------------------------------
+
+// round(x / scale) + zero_point clamped to [-128, 127]. The clamp comes first (its bounds are integers, so the result
+// is the same), since a large float would not fit the int that round makes.
+struct Quantizer {
+  F inv_scale, low, high, nan;
+  I zero_point;
+
+  explicit Quantizer(QParams q)
+      : inv_scale(V::broadcast(1.0f / q.scale)),
+        low(V::broadcast(-128.0f - static_cast<float>(q.zero_point))),
+        high(V::broadcast(127.0f - static_cast<float>(q.zero_point))),
+        nan(V::broadcast(-static_cast<float>(q.zero_point))),
+        zero_point(V::broadcast(q.zero_point)) {}
+
+  template <bool kMayBeNan>
+  I quantize(F x) const {
+    const F steps = V::mul(x, inv_scale);
+    F clamped = V::min(V::max(steps, low), high);
+    if constexpr (kMayBeNan) clamped = V::select(V::unordered(steps), nan, clamped);
+    return V::add(V::round(clamped), zero_point);
+  }
+};
+
+// Quantizes chunk by chunk; put(i, q0, q1, q2, q3) takes elements [i, i + kChunk), zeros beyond k quantized too.
+template <bool kMayBeNan, typename T, typename Put>
+void quantize_chunks(const T* x, int64_t k, QParams qparams, Put put) {
+  const Quantizer quantizer(qparams);
+  int64_t i = 0;
+  const auto chunk = [&](const T* p) {
+    put(i, quantizer.template quantize<kMayBeNan>(V::load(p)),
+        quantizer.template quantize<kMayBeNan>(V::load(p + W)),
+        quantizer.template quantize<kMayBeNan>(V::load(p + 2 * W)),
+        quantizer.template quantize<kMayBeNan>(V::load(p + 3 * W)));
+  };
+  for (; i + kChunk <= k; i += kChunk) chunk(x + i);
+  if (i < k) {
+    T rest[kChunk] = {};
+    __builtin_memcpy(rest, x + i, (k - i) * sizeof(T));
+    chunk(rest);
+  }
+}
+
+// A put for quantize_chunks and the like: int8 in order, exactly k of them.
+struct PutInt8 {
+  int8_t* q;
+  int64_t k;
+
+  void operator()(int64_t i, I q0, I q1, I q2, I q3) const {
+    if (i + kChunk <= k) return V::store_bytes(q + i, q0, q1, q2, q3);
+    int8_t rest[kChunk];
+    V::store_bytes(rest, q0, q1, q2, q3);
+    __builtin_memcpy(q + i, rest, k - i);
+  }
+};
+
+// The same for an operand row, which has room for whole chunks.
+struct PutOperand {
+  uint8_t* row;
+
+  void operator()(int64_t i, I q0, I q1, I q2, I q3) const {
+    Dot::store_operand(row + i / 4 * Dot::kGroupBytes, q0, q1, q2, q3);
+  }
+};
+
+int64_t operand_stride(int64_t k) {
+  const int64_t lines = (round_up(k, kChunk) / 4 * Dot::kGroupBytes + 63) / 64;
+  return (lines | 1) * 64;
+}
+
+void zero_operand_row(uint8_t* row, int64_t k) {
+  const I zero = V::broadcast(0);
+  for (int64_t i = 0; i < k; i += kChunk) PutOperand{row}(i, zero, zero, zero, zero);
+}
+
+void quantize(const Rows& x, int64_t m, QParams qparams, int8_t* q, float* row) {
+  if (qparams.scale != qparams.scale) {
+    for (int64_t i = 0; i < x.k; ++i) q[i] = 0;
+    return;
+  }
+  with_row(x, m, row, [&](const auto* data) { quantize_chunks<true>(data, x.k, qparams, PutInt8{q, x.k}); });
+}
+
+template <typename T>
+void quantize_operand_row(const T* data, int64_t k, QParams qparams, uint8_t* row) {
+  if (qparams.scale != qparams.scale) return zero_operand_row(row, k);
+  quantize_chunks<false>(data, k, qparams, PutOperand{row});
+}
+
+void quantize_per_token(const Rows& x, int64_t m0, int64_t m1, Operand a, QParams* qparams, float* row) {
+  for (int64_t m = m0; m < m1; ++m) {
+    with_row(x, m, row, [&](const auto* data) {
+      qparams[m] = choose_qparams(span_range(data, x.k));
+      quantize_operand_row(data, x.k, qparams[m], a.data + m * a.stride);
+    });
+  }
+}
+
+void quantize_per_tensor(const Rows& x, int64_t m0, int64_t m1, QParams given, bool check_rows, Operand a,
+                         QParams* qparams, float* row) {
+  for (int64_t m = m0; m < m1; ++m) {
+    with_row(x, m, row, [&](const auto* data) {
+      qparams[m] = given;
+      if (check_rows) {
+        const Range range = span_range(data, x.k);
+        const bool finite = range.lo - range.lo == 0.0f && range.hi - range.hi == 0.0f;
+        if (!finite) qparams[m] = QParams{__builtin_nanf(""), 0};
+      }
+      quantize_operand_row(data, x.k, qparams[m], a.data + m * a.stride);
+    });
+  }
+}
+
+void operand_from_int8(const int8_t* q, int64_t k, int64_t m0, int64_t m1, Operand a) {
+  for (int64_t m = m0; m < m1; ++m) {
+    const PutOperand put{a.data + m * a.stride};
+    for (int64_t i = 0; i < k; i += kChunk) {
+      int8_t chunk[kChunk] = {};
+      __builtin_memcpy(chunk, q + m * k + i, least(kChunk, k - i));
+      put(i, V::load_bytes(chunk), V::load_bytes(chunk + W), V::load_bytes(chunk + 2 * W),
+          V::load_bytes(chunk + 3 * W));
+    }
+  }
+}
+
+// ---- weights -------------------------------------------------------------------------------------------------------
+
+// A weight is rotated by the orthogonal transform's share 1/block, a power of two; activations by the bare sums.
+void scale_rotated(float* row, const Rows& w) {
+  const F share = V::broadcast(1.0f / static_cast<float>(w.rotation_block));
+  for (int64_t i = 0; i < w.k; i += W) {
+    if (i + W <= w.k) {
+      V::store(row + i, V::mul(V::load(row + i), share));
+    } else {
+      store_part(row + i, V::mul(load_part(row + i, w.k - i), share), w.k - i);
+    }
+  }
+}
+
+float weight_range(const Rows& w, int64_t m, float* row) {
+  I magnitude = V::broadcast(0);
+  with_row(w, m, row, [&](const auto* data) {
+    if (w.rotation_block > 0) scale_rotated(row, w);
+    for (int64_t i = 0; i < w.k; i += W) {
+      const F x = i + W <= w.k ? V::load(data + i) : load_part(data + i, w.k - i);
+      magnitude = V::max(magnitude, V::bit_and(V::as_int(x), V::broadcast(0x7fffffff)));
+    }
+  });
+  const int32_t bits = largest_lane(magnitude);
+  float largest;
+  __builtin_memcpy(&largest, &bits, sizeof(largest));
+  return largest;
+}
+
+void quantize_weight(const Rows& w, int64_t m, float scale, int8_t* q, float* row) {
+  const F divisor = V::broadcast(scale), low = V::broadcast(-127.0f), high = V::broadcast(127.0f);
+  const auto steps = [&](F x) { return V::round(V::min(V::max(V::div(x, divisor), low), high)); };
+  with_row(w, m, row, [&](const auto* data) {
+    if (w.rotation_block > 0) scale_rotated(row, w);
+    const PutInt8 put{q, w.k};
+    for (int64_t i = 0; i < w.k; i += kChunk) {
+      const auto part = [&](int64_t at) {
+        if (at + W <= w.k) return steps(V::load(data + at));
+        return steps(at < w.k ? load_part(data + at, w.k - at) : V::broadcast(0.0f));
+      };
+      put(i, part(i), part(i + W), part(i + 2 * W), part(i + 3 * W));
+    }
+  });
+}

@@ -1,9 +1,10 @@
 """Derives the coefficients of dynquant/reference_epilogue.py again and says how far those in use are from the
 exact functions: python docs/epilogue_coefficients.py
 
-Each polynomial is a minimax fit in float64 (Lawson's reweighted least squares). Its coefficients are rounded to
-fp32 one by one from the lowest power up, the others fitted anew each time, so that they make up for the rounding.
-Errors are in parts of 2^-24, the largest relative rounding error of one fp32 operation; 4 are allowed in all.
+Each polynomial is a minimax fit in float64 (Lawson's reweighted least squares). Its coefficients are
+rounded to fp32 one by one from the lowest power up, the others fitted anew each time, so that they make up
+for the rounding. Errors are in parts of 2^-24, the largest relative rounding error of one fp32 operation; 4
+are allowed in all.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ UNIT = 2.0**-24
 
 
 def points(low: float, high: float, count: int = 700) -> Tensor:
-    """Chebyshev points, dense at the ends, where a minimax error peaks; without the first, where weights vanish."""
+    """Chebyshev points, dense at the ends, where a minimax error peaks. Not the first: weights vanish there."""
     angles = torch.linspace(0, math.pi, count, dtype=torch.float64)
     return (low + (1 - torch.cos(angles)) / 2 * (high - low))[1:]
 
@@ -88,7 +89,8 @@ def main() -> None:
     weights = a * phi / torch.clamp(a * phi, min=2.0**-10) / twice_k / UNIT
     show("GELU", a, (twice_k - 1) / a, weights * a, used.GELU, 0)
 
-    # What 0.5625 a (a + 2.8125) leaves of the cubic w(a) = alpha a + beta a^3 has two positive roots beside 0.
+    # What 0.5625 a (a + 2.8125) leaves of the cubic w(a) = alpha a + beta a^3 has two positive
+    # roots beside 0.
     alpha = 2 * math.sqrt(2 / math.pi) / math.log(2)
     beta = 0.044715 * alpha
     half, product = 0.5625 / beta / 2, (alpha - 0.5625 * 2.8125) / beta

@@ -1,13 +1,13 @@
-"""The epilogue functions as fixed sequences of fp32 operations, each rounded once; kernels give the same bits.
+"""The epilogue functions as fixed sequences of fp32 operations, each rounded once, as the kernels do them.
 
-torch's own gelu and silu differ between CPU capabilities and devices, so these are written out. Their error is at
-most 2^-22 max(abs(y), 2^-10) for every fp32 x. docs/epilogue.md derives them; csrc/epilogue_math.h is the same
-text in C++.
+torch's own gelu and silu differ between CPU capabilities and devices, so these are written out. Their error
+is at most 2^-22 max(abs(y), 2^-10) for every fp32 x. docs/epilogue.md derives them; csrc/epilogue_math.h is
+the same text in C++.
 
-All but relu have the form y = max(x, 0) - h(a), where a = abs(x) and h(a) = a * (the function's gate at -a): one
-half line is left to approximate, and the tails are exact. 2^-n for an integer n comes from the bits of a float:
-12583039 - n, that is 1.5 * 2^23 + 127 - n, has 127 - n, the exponent field of 2^-n, as its lowest bits. n = 127
-gives 0.
+All but relu have the form y = max(x, 0) - h(a), where a = abs(x) and h(a) = a * (the function's gate at
+-a): one half line is left to approximate, and the tails are exact. 2^-n for an integer n comes from the
+bits of a float: 12583039 - n, that is 1.5 * 2^23 + 127 - n, has 127 - n, the exponent field of 2^-n, as its
+lowest bits. n = 127 gives 0.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch import Tensor
 EXP2_MINUS_1 = (0.693147182, 0.240226462, 0.0555035435, 0.00961863901, 0.00133940298, 0.000153021625)
 EXP_MINUS_1 = (1.0, 0.499999911, 0.166665047, 0.0416688211, 0.00837066211, 0.00137997477)
 
-# 2 * Phi(-a) * 2^Q(a) - 1 = a * (k0 + a * (k1 + ...)), Phi the normal distribution, Q(a) = 0.59375 a (a + 2.875).
+# 2 * Phi(-a) * 2^Q(a) - 1 = a * (k0 + a * (k1 + ...)), Phi the normal distribution and
+# Q(a) = 0.59375 a (a + 2.875).
 GELU = (
     0.385338783,
     0.167495534,

@@ -42,7 +42,7 @@ def function(name: str) -> Callable[[Tensor], Tensor]:
 
 
 def dense_inputs() -> Tensor:
-    """Every bf16 pattern (so each exponent, NaN, infinity), random fp32 patterns, and where the curves bend."""
+    """Every bf16 pattern (each exponent, NaN, infinity), random fp32 patterns, and where the curves bend."""
     generator = torch.Generator().manual_seed(0)
     every_bf16 = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
     patterns = torch.randint(-(2**31), 2**31, (1 << 16,), generator=generator).int().view(torch.float32)

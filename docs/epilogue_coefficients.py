@@ -20,7 +20,7 @@ UNIT = 2.0**-24
 
 
 def points(low: float, high: float, count: int = 700) -> Tensor:
-    """Chebyshev points, dense at the ends, where a minimax error peaks. Not the first: weights vanish there."""
+    """Chebyshev points, dense at the ends, where a minimax error peaks. Not the first: weights vanish."""
     angles = torch.linspace(0, math.pi, count, dtype=torch.float64)
     return (low + (1 - torch.cos(angles)) / 2 * (high - low))[1:]
 

@@ -12,6 +12,13 @@
 
 namespace dynquant {
 
+// Rows of x: all leading dimensions together.
+inline int64_t leading_size(const at::Tensor& x) {
+  int64_t m = 1;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) m *= x.size(d);
+  return m;
+}
+
 inline Config check_config(int64_t code) {
   TORCH_CHECK_VALUE(is_valid_config(code), "dynquant: config ", code,
                     " has bits that this version does not know");
@@ -55,6 +62,32 @@ inline void check_qparams(const char* op, int64_t m, const at::Tensor& scale, co
 inline void check_device(const char* op, const at::Tensor& x, const char* name, const at::Tensor& other) {
   TORCH_CHECK(other.device() == x.device(), op, ": expected all tensors on one device, got x on ", x.device(),
               " and ", name, " on ", other.device());
+}
+
+inline void check_ranges(const char* op, const at::Tensor& lo, const at::Tensor& hi) {
+  TORCH_CHECK(lo.scalar_type() == at::kFloat && hi.scalar_type() == at::kFloat && lo.sizes() == hi.sizes(),
+              op, ": expected lo and hi of dtype float32 and one shape, got ", lo.dtype(), " of shape ",
+              lo.sizes(), " and ", hi.dtype(), " of shape ", hi.sizes());
+  TORCH_CHECK(lo.device() == hi.device(), op, ": expected all tensors on one device, got lo on ", lo.device(),
+              " and hi on ", hi.device());
+}
+
+inline void check_rotation(const char* op, int64_t k, int64_t block) {
+  TORCH_CHECK(block >= 1 && block <= 128 && (block & (block - 1)) == 0 && k % block == 0, op,
+              ": expected block to be a power of two up to 128 that divides K (", k, "), got ", block);
+}
+
+// Everything that int8_mm asks of its tensors but the shape of the packed weight.
+inline void check_int8_mm(const at::Tensor& q, const at::Tensor& packed_weight,
+                          const at::Tensor& weight_sum) {
+  constexpr int64_t kMaxK = INT32_MAX / (128 * 127);
+  TORCH_CHECK(q.scalar_type() == at::kChar && q.dim() == 2,
+              "int8_mm: expected q to be int8 with 2 dimensions [M, K], got ", q.dtype(), " with ", q.dim());
+  check_channels("int8_mm", "weight_sum", weight_sum, at::kInt, weight_sum.numel());
+  TORCH_CHECK(q.size(1) <= kMaxK, "int8_mm: expected K <= ", kMaxK, " so that int32 is exact, got ",
+              q.size(1));
+  check_device("int8_mm", q, "packed_weight", packed_weight);
+  check_device("int8_mm", q, "weight_sum", weight_sum);
 }
 
 // Everything that a linear op asks of its tensors but the shape of the packed weight, which is the device's

@@ -21,12 +21,6 @@ using at::Tensor;
 
 // ---- rows, outputs and scratch ----------------------------------------------------------------------------
 
-int64_t leading_size(const Tensor& x) {
-  int64_t m = 1;
-  for (int64_t d = 0; d + 1 < x.dim(); ++d) m *= x.size(d);
-  return m;
-}
-
 // x as rows that the kernels can read; `owner` keeps the copy alive where one was needed (fp64, odd strides).
 Rows rows_of(const Tensor& x, int rotation_block, Tensor& owner) {
   owner = x.scalar_type() == at::kDouble ? x.to(at::kFloat) : x;
@@ -181,9 +175,7 @@ std::tuple<Tensor, Tensor> min_max(const Tensor& x, bool per_token) {
 }
 
 std::tuple<Tensor, Tensor> choose_qparams_op(const Tensor& lo, const Tensor& hi) {
-  TORCH_CHECK(lo.scalar_type() == at::kFloat && hi.scalar_type() == at::kFloat && lo.sizes() == hi.sizes(),
-              "choose_qparams: expected lo and hi of dtype float32 and one shape, got ", lo.dtype(),
-              " of shape ", lo.sizes(), " and ", hi.dtype(), " of shape ", hi.sizes());
+  check_ranges("choose_qparams", lo, hi);
   const Tensor lows = lo.contiguous(), highs = hi.contiguous();
   Tensor scale = at::empty(lo.sizes(), lo.options()),
          zero_point = at::empty(lo.sizes(), lo.options().dtype(at::kInt));
@@ -221,11 +213,6 @@ Tensor quantize(const Tensor& x, const Tensor& scale, const Tensor& zero_point) 
     }
   });
   return q;
-}
-
-void check_rotation(const char* op, int64_t k, int64_t block) {
-  TORCH_CHECK(block >= 1 && block <= 128 && (block & (block - 1)) == 0 && k % block == 0, op,
-              ": expected block to be a power of two up to 128 that divides K (", k, "), got ", block);
 }
 
 Tensor rotate(const Tensor& x, int64_t block) {
@@ -351,16 +338,10 @@ Tensor unpack_weight(const Tensor& packed_weight, int64_t n, int64_t k) {
 // ---- products ---------------------------------------------------------------------------------------------
 
 Tensor int8_mm(const Tensor& q, const Tensor& packed_weight, const Tensor& weight_sum) {
-  constexpr int64_t kMaxK = INT32_MAX / (128 * 127);
-  TORCH_CHECK(q.scalar_type() == at::kChar && q.dim() == 2,
-              "int8_mm: expected q to be int8 with 2 dimensions [M, K], got ", q.dtype(), " with ", q.dim());
+  check_int8_mm(q, packed_weight, weight_sum);
   const int64_t m = q.size(0), k = q.size(1), n = weight_sum.numel();
-  check_channels("int8_mm", "weight_sum", weight_sum, at::kInt, n);
-  TORCH_CHECK(k <= kMaxK, "int8_mm: expected K <= ", kMaxK, " so that int32 is exact, got ", k);
   const auto shape = packed_shape(n, k);
   check_packed("int8_mm", packed_weight, shape, n, k);
-  check_device("int8_mm", q, "packed_weight", packed_weight);
-  check_device("int8_mm", q, "weight_sum", weight_sum);
   Tensor out = at::empty({m, n}, q.options().dtype(at::kInt));
   if (m == 0 || n == 0) return out;
 

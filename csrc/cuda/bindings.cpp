@@ -1,0 +1,203 @@
+// The CUDA ops: check, allocate, launch on the current stream. Stream and device are reached through libc10's virtual
+// guard, so that this file compiles and links under a torch without CUDA too. What is not here (weights, which are
+// quantized and packed once) runs the reference, on the device.
+
+#include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <tuple>
+
+#include "../checks.h"
+#include "kernels.h"
+
+namespace dynquant::cuda {
+namespace {
+
+using at::Tensor;
+
+// Makes the device of a tensor the current one, for torch and for this module's own copy of the CUDA runtime.
+class OnDevice {
+ public:
+  OnDevice(const char* op, const Tensor& x) : op_(op), device_(x.device()), guard_(device_) {
+    const c10::impl::VirtualGuardImpl torch(device_.type());
+    stream_ = static_cast<cudaStream_t>(torch.getStreamNativeHandle(torch.getStream(device_)));
+    check(cudaSetDevice(device_.index()));
+    check(current_device(&properties_));
+  }
+
+  cudaStream_t stream() const { return stream_; }
+  const Device& properties() const { return properties_; }
+
+  void check(cudaError_t error) const {
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // so that it is not reported again by whoever asks next
+    TORCH_CHECK(false, op_, ": CUDA kernels on ", device_, " (compute capability ",
+                properties_.capability / 10, ".", properties_.capability % 10,
+                ") failed: ", cudaGetErrorString(error),
+                "; `python -m dynquant info` says which devices they were built for");
+  }
+
+ private:
+  const char* op_;
+  c10::Device device_;
+  c10::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+  Device properties_ = {};
+};
+
+DType dtype_of(at::ScalarType type) {
+  return type == at::kFloat ? DType::kFloat32 : type == at::kBFloat16 ? DType::kBFloat16 : DType::kFloat16;
+}
+
+// x as contiguous rows; `owner` keeps the copy alive where one was needed (fp64, strides).
+Rows rows_of(const Tensor& x, Tensor& owner) {
+  owner = (x.scalar_type() == at::kDouble ? x.to(at::kFloat) : x).contiguous();
+  return Rows{owner.const_data_ptr(), dtype_of(owner.scalar_type()), leading_size(x), x.size(-1)};
+}
+
+// Scratch memory until the end of the call: the next user of the stream may have it afterwards.
+Tensor workspace_of(const Tensor& x, size_t bytes) {
+  return at::empty({static_cast<int64_t>(bytes)}, x.options().dtype(at::kByte));
+}
+
+// ---- single steps ----
+
+std::tuple<Tensor, Tensor> min_max_op(const Tensor& x, bool per_token) {
+  check_float("min_max", "x", x);
+  const OnDevice on("min_max", x);
+  Tensor owner;
+  const Rows rows = rows_of(x, owner);
+  const auto options = x.options().dtype(at::kFloat);
+  Tensor lo = at::empty({per_token ? rows.m : 1}, options), hi = at::empty({per_token ? rows.m : 1}, options);
+  if (per_token) {
+    on.check(min_max_rows(rows, lo.mutable_data_ptr<float>(), hi.mutable_data_ptr<float>(), on.stream()));
+  } else {
+    const Tensor workspace = workspace_of(x, kRangeWorkspace);
+    on.check(min_max_tensor(rows, lo.mutable_data_ptr<float>(), hi.mutable_data_ptr<float>(),
+                            workspace.mutable_data_ptr(), on.stream()));
+  }
+  return {lo, hi};
+}
+
+std::tuple<Tensor, Tensor> choose_qparams_op(const Tensor& lo, const Tensor& hi) {
+  check_ranges("choose_qparams", lo, hi);
+  const OnDevice on("choose_qparams", lo);
+  const Tensor lows = lo.contiguous(), highs = hi.contiguous();
+  Tensor scale = at::empty(lo.sizes(), lo.options()),
+         zero_point = at::empty(lo.sizes(), lo.options().dtype(at::kInt));
+  on.check(choose_qparams(lows.const_data_ptr<float>(), highs.const_data_ptr<float>(), lows.numel(),
+                          scale.mutable_data_ptr<float>(), zero_point.mutable_data_ptr<int32_t>(),
+                          on.stream()));
+  return {scale, zero_point};
+}
+
+Tensor quantize_op(const Tensor& x, const Tensor& scale, const Tensor& zero_point) {
+  check_float("quantize", "x", x);
+  check_qparams("quantize", leading_size(x), scale, zero_point);
+  check_device("quantize", x, "scale", scale);
+  check_device("quantize", x, "zero_point", zero_point);
+  const OnDevice on("quantize", x);
+  Tensor owner;
+  const Rows rows = rows_of(x, owner);
+  const Tensor scales = scale.contiguous(), zero_points = zero_point.contiguous();
+  Tensor q = at::empty(x.sizes(), x.options().dtype(at::kChar));
+  on.check(quantize(rows, scales.const_data_ptr<float>(), zero_points.const_data_ptr<int32_t>(),
+                    scale.size(0) != 1, q.mutable_data_ptr<int8_t>(), on.stream()));
+  return q;
+}
+
+Tensor rotate_op(const Tensor& x, int64_t block) {
+  check_float("rotate", "x", x);
+  check_rotation("rotate", x.size(-1), block);
+  const OnDevice on("rotate", x);
+  Tensor owner;
+  const Rows rows = rows_of(x, owner);
+  Tensor out = at::empty(x.sizes(), x.options().dtype(at::kFloat));
+  on.check(rotate(rows, static_cast<int>(block), out.mutable_data_ptr<float>(), on.stream()));
+  return out;
+}
+
+// ---- products ----
+
+Tensor int8_mm_op(const Tensor& q, const Tensor& packed_weight, const Tensor& weight_sum) {
+  check_int8_mm(q, packed_weight, weight_sum);
+  const int64_t m = q.size(0), k = q.size(1), n = weight_sum.size(0);
+  check_packed("int8_mm", packed_weight, {n, k}, n, k);
+  const OnDevice on("int8_mm", q);
+  const Tensor rows = q.contiguous();
+  Tensor out = at::empty({m, n}, q.options().dtype(at::kInt));
+  const Int8Mm args = {rows.const_data_ptr<int8_t>(),  packed_weight.const_data_ptr<int8_t>(), m, n, k,
+                       out.mutable_data_ptr<int32_t>()};
+  const Tensor workspace = workspace_of(q, workspace_size(args, on.properties()));
+  on.check(int8_mm(args, on.properties(), workspace.mutable_data_ptr(), on.stream()));
+  return out;
+}
+
+// scale, zero_point: of linear_static, null for linear_dynamic.
+Tensor linear_op(const char* op, const Tensor& x, const Tensor& packed_weight, const Tensor& weight_sum,
+                 const Tensor& weight_scale, const std::optional<Tensor>& bias, const Tensor* scale,
+                 const Tensor* zero_point, int64_t code) {
+  check_linear(op, x, packed_weight, weight_sum, weight_scale, bias);
+  const Config config = check_config(code);
+  const int64_t n = weight_scale.size(0), k = x.size(-1);
+  check_packed(op, packed_weight, {n, k}, n, k);
+  if (config.rotation_block > 0) check_rotation(op, k, config.rotation_block);
+
+  const OnDevice on(op, x);
+  Tensor owner;
+  const Rows rows = rows_of(x, owner);
+  // fp64 is computed through fp32.
+  const at::ScalarType wanted = out_dtype(config, x);
+  const at::ScalarType computed = wanted == at::kDouble ? at::kFloat : wanted;
+  c10::SmallVector<int64_t, 5> out_shape(x.sizes().begin(), x.sizes().end());
+  out_shape.back() = n;
+  Tensor out = at::empty(out_shape, x.options().dtype(computed));
+
+  const Linear args = {rows,
+                       n,
+                       packed_weight.const_data_ptr<int8_t>(),
+                       weight_sum.const_data_ptr<int32_t>(),
+                       weight_scale.const_data_ptr<float>(),
+                       bias.has_value() ? bias->const_data_ptr<float>() : nullptr,
+                       scale != nullptr ? scale->const_data_ptr<float>() : nullptr,
+                       zero_point != nullptr ? zero_point->const_data_ptr<int32_t>() : nullptr,
+                       config,
+                       out.mutable_data_ptr(),
+                       dtype_of(computed)};
+  const Tensor workspace = workspace_of(x, workspace_size(args, on.properties()));
+  on.check(linear(args, on.properties(), workspace.mutable_data_ptr(), on.stream()));
+  return wanted == computed ? out : out.to(wanted);
+}
+
+Tensor linear_dynamic_op(const Tensor& x, const Tensor& packed_weight, const Tensor& weight_sum,
+                         const Tensor& weight_scale, const std::optional<Tensor>& bias, int64_t config) {
+  return linear_op("linear_dynamic", x, packed_weight, weight_sum, weight_scale, bias, nullptr, nullptr,
+                   config);
+}
+
+Tensor linear_static_op(const Tensor& x, const Tensor& packed_weight, const Tensor& weight_sum,
+                        const Tensor& weight_scale, const std::optional<Tensor>& bias, const Tensor& scale,
+                        const Tensor& zero_point, int64_t config) {
+  check_qparams("linear_static", 1, scale, zero_point);
+  check_device("linear_static", x, "scale", scale);
+  check_device("linear_static", x, "zero_point", zero_point);
+  return linear_op("linear_static", x, packed_weight, weight_sum, weight_scale, bias, &scale, &zero_point,
+                   config);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(dynquant, CUDA, m) {
+  m.impl("min_max", min_max_op);
+  m.impl("choose_qparams", choose_qparams_op);
+  m.impl("quantize", quantize_op);
+  m.impl("rotate", rotate_op);
+  m.impl("int8_mm", int8_mm_op);
+  m.impl("linear_dynamic", linear_dynamic_op);
+  m.impl("linear_static", linear_static_op);
+}
+
+}  // namespace dynquant::cuda

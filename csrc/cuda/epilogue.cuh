@@ -1,0 +1,255 @@
+// From accumulators to outputs, for every GEMM kernel:
+//
+//   acc[m, n] = sum_k q[m, k] * weight[n, k] - zero_point[m] * weight_sum[n]
+//   out[m, n] = cast(function((float(acc[m, n]) * scale[m]) * weight_scale[n] + bias[n]))
+//
+// A thread writes 8 neighbouring outputs of a row: 16 bytes of the narrowest dtype.
+#pragma once
+
+#include "gemm.h"
+#include "ptx.cuh"
+
+namespace dynquant::cuda {
+
+#define DYNQUANT_INLINE __device__ __forceinline__
+#include "epilogue_math.h"
+#undef DYNQUANT_INLINE
+
+// One number at a time, as epilogue_math.h asks for it.
+struct Scalar {
+  using F = float;
+  using I = int32_t;
+
+  static __device__ __forceinline__ F broadcast(float x) { return x; }
+  static __device__ __forceinline__ I broadcast(int32_t x) { return x; }
+  static __device__ __forceinline__ F add(F a, F b) { return a + b; }
+  static __device__ __forceinline__ F sub(F a, F b) { return a - b; }
+  static __device__ __forceinline__ F mul(F a, F b) { return a * b; }
+  static __device__ __forceinline__ F div(F a, F b) { return a / b; }
+  static __device__ __forceinline__ F min(F a, F b) { return a < b ? a : b; }
+  static __device__ __forceinline__ F max(F a, F b) { return a > b ? a : b; }
+  static __device__ __forceinline__ I bit_and(I a, I b) { return a & b; }
+  template <int kCount>
+  static __device__ __forceinline__ I shift_left(I a) {
+    return static_cast<I>(static_cast<uint32_t>(a) << kCount);
+  }
+  static __device__ __forceinline__ I as_int(F a) { return __float_as_int(a); }
+  static __device__ __forceinline__ F as_float(I a) { return __int_as_float(a); }
+};
+
+constexpr int kGroup = 8;
+
+struct RowQparams {
+  float scale;
+  int32_t zero_point;
+};
+
+struct ColumnQparams {
+  float scale[kGroup];
+  int32_t sum[kGroup];
+  float bias[kGroup];
+};
+
+__device__ __forceinline__ RowQparams load_row(const Output& out, int64_t m) {
+  if (out.dtype == DType::kInt32 || m >= out.m) return {0.0f, 0};
+  return {out.scale[m * out.row_stride], out.zero_point[m * out.row_stride]};
+}
+
+template <class T>
+__device__ __forceinline__ void load_group(const T* source, int64_t count, T (&values)[kGroup]) {
+  if (count >= kGroup && reinterpret_cast<uintptr_t>(source) % 16 == 0) {
+    const uint4 low = __ldg(reinterpret_cast<const uint4*>(source));
+    const uint4 high = __ldg(reinterpret_cast<const uint4*>(source) + 1);
+    const uint32_t words[kGroup] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    memcpy(values, words, sizeof(words));
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) {
+    values[i] = i < count ? __ldg(source + i) : T{0};
+  }
+}
+
+// Of columns n ... n + 7; zeros beyond the last one.
+__device__ __forceinline__ ColumnQparams load_columns(const Output& out, int64_t n) {
+  ColumnQparams columns = {};
+  if (out.dtype == DType::kInt32) return columns;
+  load_group(out.weight_scale + n, out.n - n, columns.scale);
+  load_group(out.weight_sum + n, out.n - n, columns.sum);
+  if (out.bias != nullptr) load_group(out.bias + n, out.n - n, columns.bias);
+  return columns;
+}
+
+__device__ __forceinline__ void apply(Epilogue function, float (&y)[kGroup]) {
+  using Math = EpilogueMath<Scalar>;
+  const auto each = [&](const auto& of_one) {
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      y[i] = of_one(y[i]);
+    }
+  };
+  switch (function) {
+    case Epilogue::kNone: break;
+    case Epilogue::kRelu: each([](float x) { return Math::relu(x); }); break;
+    case Epilogue::kGelu: each([](float x) { return Math::gelu(x); }); break;
+    case Epilogue::kGeluTanh: each([](float x) { return Math::gelu_tanh(x); }); break;
+    case Epilogue::kSilu: each([](float x) { return Math::silu(x); }); break;
+  }
+}
+
+// 4-byte words to where only `element_bytes` is a sure alignment; `count` of the row's elements are left.
+template <int kWords>
+__device__ __forceinline__ void store_words(void* target, const uint32_t (&words)[kWords], int64_t count) {
+  if (count >= kGroup && reinterpret_cast<uintptr_t>(target) % 16 == 0) {
+    uint4* vectors = static_cast<uint4*>(target);
+#pragma unroll
+    for (int i = 0; i < kWords / 4; ++i) {
+      vectors[i] = make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) {
+    if (i < count) {
+      if constexpr (kWords == kGroup) {
+        static_cast<uint32_t*>(target)[i] = words[i];
+      } else {
+        static_cast<uint16_t*>(target)[i] = static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16));
+      }
+    }
+  }
+}
+
+// Eight sums over k of one row: as they are, and without the zero point's share, rounded once.
+struct Accumulators {
+  int32_t exact[kGroup];
+  float compensated[kGroup];
+};
+
+// Sum is int32_t, or int64_t where parts of k were added.
+template <class Sum>
+__device__ __forceinline__ Accumulators compensate(const Sum (&sums)[kGroup], const RowQparams& row,
+                                                   const ColumnQparams& columns) {
+  Accumulators acc;
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) {
+    acc.exact[i] = static_cast<int32_t>(sums[i]);
+    acc.compensated[i] = static_cast<float>(sums[i] - static_cast<Sum>(row.zero_point) * columns.sum[i]);
+  }
+  return acc;
+}
+
+// Outputs n ... n + 7 of row m, as far as they are inside.
+__device__ __forceinline__ void write_outputs(const Output& out, int64_t m, int64_t n,
+                                              const Accumulators& acc, const RowQparams& row,
+                                              const ColumnQparams& columns) {
+  if (m >= out.m || n >= out.n) return;
+  const int64_t first = m * out.n + n;
+  uint32_t words[kGroup];
+  if (out.dtype == DType::kInt32) {
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      words[i] = static_cast<uint32_t>(acc.exact[i]);
+    }
+    store_words(static_cast<int32_t*>(out.data) + first, words, out.n - n);
+    return;
+  }
+  float y[kGroup];
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) {
+    y[i] = (acc.compensated[i] * row.scale) * columns.scale[i];
+    if (out.bias != nullptr) y[i] = y[i] + columns.bias[i];
+  }
+  apply(out.function, y);
+  if (out.dtype == DType::kFloat32) {
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      words[i] = __float_as_uint(y[i]);
+    }
+    store_words(static_cast<float*>(out.data) + first, words, out.n - n);
+    return;
+  }
+  uint32_t pairs[kGroup / 2];
+#pragma unroll
+  for (int i = 0; i < kGroup / 2; ++i) {
+    pairs[i] = out.dtype == DType::kBFloat16 ? ptx::bfloat16_pair(y[2 * i], y[2 * i + 1])
+                                             : ptx::half_pair(y[2 * i], y[2 * i + 1]);
+  }
+  store_words(static_cast<uint16_t*>(out.data) + first, pairs, out.n - n);
+}
+
+// ---- parts of k ----
+
+__device__ __forceinline__ void store_part(const Output& out, int32_t* sums, int part, int64_t m, int64_t n,
+                                           const int32_t (&values)[kGroup]) {
+  if (m >= out.m || n >= out.n) return;
+  int32_t* target = sums + (part * out.m + m) * out.n + n;
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) {
+    if (n + i < out.n) target[i] = values[i];
+  }
+}
+
+// For all threads of a block that have stored their part of a tile: whether every other part is stored too. True
+// for one block of each tile.
+__device__ __forceinline__ bool is_last_part(int32_t* counter, int parts) {
+  __threadfence();
+  __syncthreads();
+  const bool last = __syncthreads_or(threadIdx.x == 0 && atomicAdd(counter, 1) == parts - 1);
+  __threadfence();
+  return last;
+}
+
+__device__ __forceinline__ void add_parts(const Output& out, const int32_t* sums, int parts, int64_t m,
+                                          int64_t n, int64_t (&total)[kGroup]) {
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) {
+    total[i] = 0;
+  }
+  if (m >= out.m) return;
+  for (int part = 0; part < parts; ++part) {
+    const int32_t* source = sums + (part * out.m + m) * out.n + n;
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      if (n + i < out.n) total[i] += __ldcg(source + i);
+    }
+  }
+}
+
+// The end of every tile kernel. The block's sums of a tile_m x tile_n tile at (m, n) are complete: sums_at(row,
+// group, values) yields 8 of them, for each row of the tile and group of columns. Every thread of the block calls
+// this; each takes every kThreads-th group.
+template <int kThreads, int kTileM, int kTileN, class SumsAt>
+__device__ __forceinline__ void finish_tile(const Output& out, int64_t m, int64_t n, int parts, int part,
+                                            int64_t tile, int32_t* counters, int32_t* partial_sums,
+                                            const SumsAt& sums_at) {
+  constexpr int kGroups = kTileN / kGroup;
+  static_assert(kThreads % kGroups == 0, "a thread keeps to its columns");
+  const int group = threadIdx.x % kGroups;
+  const int64_t column = n + group * kGroup;
+  if (parts > 1) {
+    for (int row = threadIdx.x / kGroups; row < kTileM; row += kThreads / kGroups) {
+      int32_t values[kGroup];
+      sums_at(row, group, values);
+      store_part(out, partial_sums, part, m + row, column, values);
+    }
+    if (!is_last_part(counters + tile, parts)) return;
+  }
+  const ColumnQparams columns = load_columns(out, column);
+  for (int row = threadIdx.x / kGroups; row < kTileM; row += kThreads / kGroups) {
+    const RowQparams qparams = load_row(out, m + row);
+    Accumulators acc;
+    if (parts > 1) {
+      int64_t total[kGroup];
+      add_parts(out, partial_sums, parts, m + row, column, total);
+      acc = compensate(total, qparams, columns);
+    } else {
+      int32_t values[kGroup];
+      sums_at(row, group, values);
+      acc = compensate(values, qparams, columns);
+    }
+    write_outputs(out, m + row, column, acc, qparams, columns);
+  }
+}
+
+}  // namespace dynquant::cuda

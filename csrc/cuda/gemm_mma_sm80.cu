@@ -1,0 +1,189 @@
+// GEMM by mma.sync: tiles of q and of the weight wait in shared memory, kStages deep, filled by cp.async.
+//
+// A block of 4 warps computes kTile x kTile outputs; a warp a quarter of them, from 16-row by 8-column pieces:
+//
+//                 columns = rows of the weight                    one piece of a warp (mma.m16n8k32)
+//              +-----------+-----------+                             column 2t, 2t+1 (t = lane%4)
+//              |  warp 0   |  warp 1   |                             +--------------+
+//   rows of q  |           |           |                       row g |    c0, c1    |  (g = lane/4)
+//              +-----------+-----------+                             |              |
+//              |  warp 2   |  warp 3   |                     row g+8 |    c2, c3    |
+//              |           |           |                             +--------------+
+//              +-----------+-----------+
+//
+// Shared memory, 64 bytes of k a row (shared_layout.h):
+//
+//   stage 0: q [kTile][64], weight [kTile][64] | stage 1 | stage 2 | stage 3
+//
+// and when k is done, in the same place, the sums [kTile][kTile + 8], from which every thread takes 8 neighbouring
+// ones (the padding keeps the warp's 8-byte stores in different banks).
+#include "epilogue.cuh"
+#include "launch.h"
+#include "shared_layout.h"
+#include "unaligned.cuh"
+
+namespace dynquant::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kStages = 4;
+constexpr int kStepK = 64;
+constexpr int kBand = 8;
+
+template <int kTile>
+struct Shared {
+  static constexpr int kOperand = kTile * kStepK;
+  static constexpr int kStage = 2 * kOperand;
+  static constexpr int kSumsOfRow = kTile + 8;
+  static constexpr int kBytes = std::max<int>(kStages * kStage, kTile* kSumsOfRow * sizeof(int32_t));
+};
+
+template <int kTile>
+__global__ void __launch_bounds__(kThreads, kTile == 64 ? 4 : 2)
+    gemm_mma_kernel(const Gemm a, const int64_t tiles_m, const int64_t tiles_n, const int64_t k_of_part,
+                    const int parts, const PartialSums partial, const bool weight_aligned) {
+  using Layout = Shared<kTile>;
+  constexpr int kWarpTile = kTile / 2;
+  constexpr int kPiecesM = kWarpTile / 16;
+  constexpr int kPiecesN = kWarpTile / 8;
+  int8_t* const shared = ptx::dynamic_shared<int8_t>();
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  const TileIndex tile = tile_at(blockIdx.x, tiles_m, tiles_n, kBand);
+  const int64_t m = tile.m * kTile;
+  const int64_t n = tile.n * kTile;
+  const int part = blockIdx.y;
+  const int64_t begin = part * k_of_part;
+  const int64_t end = min(a.k, begin + k_of_part);
+  const int steps = end > begin ? static_cast<int>((end - begin + kStepK - 1) / kStepK) : 0;
+  const int8_t* const weight_end = a.weight + a.n * a.k;
+
+  // Thread i takes chunk i%4 of the rows i/4, i/4 + 32 ...
+  const int chunk = threadIdx.x % 4;
+  const auto fetch_q = [&](int step) {
+    int8_t* const target = shared + step % kStages * Layout::kStage;
+    const int64_t k = begin + step * kStepK + chunk * 16;
+#pragma unroll
+    for (int i = 0; i < kTile; i += kThreads / 4) {
+      const int row = i + threadIdx.x / 4;
+      const bool inside = m + row < a.m && k < end;
+      const int8_t* const source = inside ? a.q + (m + row) * a.q_row_bytes + k : a.q;
+      ptx::copy_async(target + offset_in_rows_of_64(row, chunk), source, inside);
+    }
+  };
+  const auto fetch_weight = [&](int step) {
+    int8_t* const target = shared + step % kStages * Layout::kStage + Layout::kOperand;
+    const int64_t k = begin + step * kStepK + chunk * 16;
+#pragma unroll
+    for (int i = 0; i < kTile; i += kThreads / 4) {
+      const int row = i + threadIdx.x / 4;
+      const bool inside = n + row < a.n && k < end;
+      const int8_t* const source = inside ? a.weight + (n + row) * a.k + k : a.weight;
+      int8_t* const place = target + offset_in_rows_of_64(row, chunk);
+      if (weight_aligned) {
+        ptx::copy_async(place, source, inside);
+      } else {
+        *reinterpret_cast<uint4*>(place) =
+            inside ? load_unaligned(source, a.weight, weight_end) : make_uint4(0, 0, 0, 0);
+      }
+    }
+  };
+
+  int32_t sums[kPiecesM][kPiecesN][4] = {};
+  const int warp_m = warp / 2 * kWarpTile;
+  const int warp_n = warp % 2 * kWarpTile;
+  const auto multiply = [&](int step) {
+    const int8_t* const q = shared + step % kStages * Layout::kStage;
+    const int8_t* const weight = q + Layout::kOperand;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {  // 32 of the 64 k: chunks 2*half and 2*half + 1
+      uint32_t of_q[kPiecesM][4];
+      uint32_t of_weight[kPiecesN / 2][4];
+#pragma unroll
+      for (int i = 0; i < kPiecesM;
+           ++i) {  // matrices: rows 0-7 and 8-15 of the first chunk, then of the second
+        ptx::load_matrices(of_q[i],
+                           q + offset_in_rows_of_64(warp_m + 16 * i + lane % 16, 2 * half + lane / 16));
+      }
+#pragma unroll
+      for (int i = 0; i < kPiecesN / 2; ++i) {  // matrices: rows 0-7 of both chunks, then rows 8-15
+        ptx::load_matrices(of_weight[i],
+                           weight + offset_in_rows_of_64(warp_n + 16 * i + lane / 16 * 8 + lane % 8,
+                                                         2 * half + lane / 8 % 2));
+      }
+#pragma unroll
+      for (int i = 0; i < kPiecesM; ++i) {
+#pragma unroll
+        for (int j = 0; j < kPiecesN; ++j) {
+          ptx::mma_16x8x32(sums[i][j], of_q[i], of_weight[j / 2][j % 2 * 2], of_weight[j / 2][j % 2 * 2 + 1]);
+        }
+      }
+    }
+  };
+
+  for (int step = 0; step < kStages - 1; ++step) {
+    if (step < steps) fetch_weight(step);  // the weight never comes from the kernel before
+  }
+  ptx::wait_for_previous_kernel();
+  for (int step = 0; step < kStages - 1; ++step) {
+    if (step < steps) fetch_q(step);
+    ptx::copy_async_commit();
+  }
+  for (int step = 0; step < steps; ++step) {
+    ptx::copy_async_wait<kStages - 2>();
+    __syncthreads();  // the stage has arrived for all, and nobody still reads the one that is filled next
+    const int ahead = step + kStages - 1;
+    if (ahead < steps) {
+      fetch_weight(ahead);
+      fetch_q(ahead);
+    }
+    ptx::copy_async_commit();
+    multiply(step);
+  }
+  ptx::copy_async_wait<0>();
+  __syncthreads();
+
+  int32_t* const tile_sums = reinterpret_cast<int32_t*>(shared);
+#pragma unroll
+  for (int i = 0; i < kPiecesM; ++i) {
+#pragma unroll
+    for (int j = 0; j < kPiecesN; ++j) {
+      int32_t* const place =
+          tile_sums + (warp_m + 16 * i + lane / 4) * Layout::kSumsOfRow + warp_n + 8 * j + lane % 4 * 2;
+      *reinterpret_cast<int2*>(place) = make_int2(sums[i][j][0], sums[i][j][1]);
+      *reinterpret_cast<int2*>(place + 8 * Layout::kSumsOfRow) = make_int2(sums[i][j][2], sums[i][j][3]);
+    }
+  }
+  __syncthreads();
+  const auto sums_at = [&](int row, int group, int32_t(&values)[kGroup]) {
+    const int4* const source =
+        reinterpret_cast<const int4*>(tile_sums + row * Layout::kSumsOfRow + group * kGroup);
+    const int4 low = source[0], high = source[1];
+    values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
+    values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
+  };
+  finish_tile<kThreads, kTile, kTile>(a.output, m, n, parts, part, tile.n * tiles_m + tile.m,
+                                      partial.counters, partial.sums, sums_at);
+}
+
+template <int kTile>
+cudaError_t launch_mma(const Gemm& args, const GemmPlan& plan, const PartialSums& partial, bool overlap,
+                       cudaStream_t stream) {
+  const bool weight_aligned = is_aligned_weight(args);
+  const GemmShape shape = {args.m, args.n, args.k, weight_aligned};
+  Launch how{dim3(static_cast<unsigned>(plan.tiles(shape)), static_cast<unsigned>(plan.parts)), kThreads,
+             Shared<kTile>::kBytes};
+  how.overlap = overlap;
+  return launch(gemm_mma_kernel<kTile>, how, stream, args, plan.tiles_m(shape), plan.tiles_n(shape),
+                plan.k_of_part, plan.parts, partial, weight_aligned);
+}
+
+}  // namespace
+
+cudaError_t gemm_mma(const Gemm& args, const GemmPlan& plan, const PartialSums& partial, bool overlap,
+                     cudaStream_t stream) {
+  if (plan.tile_m == 128) return launch_mma<128>(args, plan, partial, overlap, stream);
+  return launch_mma<64>(args, plan, partial, overlap, stream);
+}
+
+}  // namespace dynquant::cuda

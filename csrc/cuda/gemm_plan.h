@@ -1,0 +1,125 @@
+// Which GEMM kernel runs, with which tile and how many parts of k: pure functions of shape and device.
+#pragma once
+
+#include <algorithm>
+
+#include "kernels.h"
+
+namespace dynquant::cuda {
+
+// No int32 accumulator sums up more of k than this; |q - zero_point| * |weight| <= 255 * 127 allows 66,311.
+constexpr int64_t kMaxPartOfK = 65536;
+
+struct GemmShape {
+  int64_t m;
+  int64_t n;
+  int64_t k;
+  bool weight_aligned;  // rows of the weight start at multiples of 16 bytes
+};
+
+enum class GemmKernel : int {
+  kSmallDp4a,  // up to 16 rows of q a block, dot products by dp4a: any device
+  kSmallMma,   // the same by mma.sync: sm_80 and newer
+  kMma,        // tiles by mma.sync, cp.async pipeline: sm_80 and newer
+  kWgmma,      // tiles by wgmma, TMA pipeline: 9.0 exactly, aligned weights, k in one part
+};
+
+// Tiles of tile_m x tile_n outputs; of each, `parts` blocks sum up k_of_part of k, and the last one to finish adds
+// up the parts.
+struct GemmPlan {
+  GemmKernel kernel;
+  int tile_m;
+  int tile_n;
+  int parts;
+  int64_t k_of_part;
+
+  constexpr int64_t tiles_m(const GemmShape& shape) const { return (shape.m + tile_m - 1) / tile_m; }
+  constexpr int64_t tiles_n(const GemmShape& shape) const { return (shape.n + tile_n - 1) / tile_n; }
+  constexpr int64_t tiles(const GemmShape& shape) const { return tiles_m(shape) * tiles_n(shape); }
+};
+
+// `plan` with k in `parts` or as many as exactness takes; each part starts at a multiple of 256.
+constexpr GemmPlan with_parts(GemmPlan plan, int64_t k, int64_t parts) {
+  parts = std::max<int64_t>({parts, (k + kMaxPartOfK - 1) / kMaxPartOfK, 1});
+  plan.k_of_part = std::max<int64_t>((k + parts * 256 - 1) / (parts * 256) * 256, 256);
+  plan.parts = static_cast<int>(std::max<int64_t>((k + plan.k_of_part - 1) / plan.k_of_part, 1));
+  return plan;
+}
+
+constexpr GemmPlan plan_small(const GemmShape& shape, const Device& device) {
+  GemmPlan plan = {};
+  const bool mma = device.capability >= 80 && shape.m > 4;
+  plan.kernel = mma ? GemmKernel::kSmallMma : GemmKernel::kSmallDp4a;
+  if (mma) {
+    plan.tile_m = shape.m <= 8 ? 8 : 16;
+  } else {
+    plan.tile_m = shape.m <= 1 ? 1 : shape.m <= 4 ? 4 : 16;
+  }
+  // 16 rows of q cost as much as 16 rows of weights: read them for 32.
+  plan.tile_n = mma && plan.tile_m == 16 ? 32 : 16;
+  // A few blocks alone cannot keep the memory busy, if each has much to read.
+  const int64_t tiles = plan.tiles(shape);
+  const bool few = 2 * tiles < device.multiprocessors;
+  return with_parts(plan, shape.k,
+                    few ? std::min(device.multiprocessors / std::max<int64_t>(tiles, 1), shape.k / 4096) : 1);
+}
+
+constexpr GemmPlan plan_mma(const GemmShape& shape, const Device& device) {
+  GemmPlan plan = {GemmKernel::kMma, 128, 128, 1, 0};
+  if (plan.tiles(shape) < device.multiprocessors) plan.tile_m = plan.tile_n = 64;
+  const int64_t tiles = std::max<int64_t>(plan.tiles(shape), 1);
+  return with_parts(plan, shape.k, std::min(device.multiprocessors / tiles, shape.k / 1024));
+}
+
+constexpr int kWgmmaTileM = 128;
+
+constexpr bool wgmma_can(const GemmShape& shape, const Device& device) {
+  return device.capability == 90 && shape.weight_aligned && shape.k > 0 && shape.k <= kMaxPartOfK;
+}
+
+constexpr GemmPlan plan_gemm(const GemmShape& shape, const Device& device) {
+  if (shape.m <= 16 || device.capability < 80) return plan_small(shape, device);
+  if (wgmma_can(shape, device) && shape.m > kWgmmaTileM) {
+    // The widest tile that leaves few multiprocessors idle.
+    for (int tile_n : {256, 128, 64}) {
+      const GemmPlan plan = with_parts({GemmKernel::kWgmma, kWgmmaTileM, tile_n, 1, 0}, shape.k, 1);
+      const int64_t pairs = (plan.tiles_m(shape) + 1) / 2 * plan.tiles_n(shape);
+      if (8 * pairs >= 3 * device.multiprocessors) return plan;
+    }
+  }
+  return plan_mma(shape, device);
+}
+
+// Counters (one for each tile), then the parts' int32 sums [parts, m, n]; nothing for a single part.
+constexpr size_t counter_bytes(const GemmPlan& plan, const GemmShape& shape) {
+  return plan.parts > 1 ? (plan.tiles(shape) * 4 + 15) / 16 * 16 : 0;
+}
+
+constexpr size_t workspace_bytes(const GemmPlan& plan, const GemmShape& shape) {
+  return plan.parts > 1 ? counter_bytes(plan, shape) + plan.parts * shape.m * shape.n * 4 : 0;
+}
+
+struct TileIndex {
+  int64_t m;
+  int64_t n;
+};
+
+// Tiles in the order in which blocks take them: bands of `band` tiles along m, so that tiles that are computed at
+// the same time share rows and columns that are still in L2.
+//
+//        n ->
+//   m  0 2 4 6      (band = 2)
+//   |  1 3 5 7
+//   v  8 ...
+#if defined(__CUDACC__)
+__host__ __device__
+#endif
+    constexpr TileIndex
+    tile_at(int64_t index, int64_t tiles_m, int64_t tiles_n, int64_t band) {
+  const int64_t first_m = index / (band * tiles_n) * band;
+  const int64_t height = tiles_m - first_m < band ? tiles_m - first_m : band;
+  const int64_t in_band = index % (band * tiles_n);
+  return {first_m + in_band % height, in_band / height};
+}
+
+}  // namespace dynquant::cuda

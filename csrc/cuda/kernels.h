@@ -1,0 +1,92 @@
+// What the CUDA part computes: raw pointers of the current device, a stream to launch on, cudaError_t back. No torch
+// header is needed to compile or to call it. Everything is asynchronous, allocates nothing and can be captured in a
+// CUDA graph. The arithmetic is dynquant/reference.py's, bit for bit. Any m, n, k >= 0; tensors are contiguous and
+// aligned to their element size only, workspaces to 16 bytes.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "config.h"
+
+namespace dynquant::cuda {
+
+enum class DType : int { kFloat32, kBFloat16, kFloat16, kInt32 };
+
+constexpr int64_t size_of(DType dtype) {
+  return dtype == DType::kBFloat16 || dtype == DType::kFloat16 ? 2 : 4;
+}
+
+// What the choice of a kernel depends on.
+struct Device {
+  int capability;  // 90 for 9.0
+  int multiprocessors;
+};
+
+cudaError_t current_device(Device* device);
+
+// A floating-point matrix [m, k].
+struct Rows {
+  const void* data;
+  DType dtype;
+  int64_t m;
+  int64_t k;
+};
+
+// ---- single steps ----
+
+// lo = min(min(x), 0) and hi = max(max(x), 0) of each row, [m] each; both NaN where the row holds a NaN.
+cudaError_t min_max_rows(const Rows& x, float* lo, float* hi, cudaStream_t stream);
+
+// The same of all of x, [1] each. The result does not depend on the order in which blocks run.
+constexpr size_t kRangeWorkspace = 1024 * 2 * sizeof(float);
+cudaError_t min_max_tensor(const Rows& x, float* lo, float* hi, void* workspace, cudaStream_t stream);
+
+// scale and zero_point of `count` ranges; NaN and 0 where one is not finite.
+cudaError_t choose_qparams(const float* lo, const float* hi, int64_t count, float* scale, int32_t* zero_point,
+                           cudaStream_t stream);
+
+// q = clamp(round(x / scale) + zero_point, -128, 127), [m, k]; 0 where that is NaN. One pair of qparams, or one for
+// each row.
+cudaError_t quantize(const Rows& x, const float* scale, const int32_t* zero_point, bool per_row, int8_t* q,
+                     cudaStream_t stream);
+
+// Walsh-Hadamard transform of each `block` (1, 2, 4 ... 128, a divisor of k) elements of a row, [m, k].
+cudaError_t rotate(const Rows& x, int block, float* out, cudaStream_t stream);
+
+// ---- products ----
+
+// out[m, n] = sum over k of q[m, k] * weight[n, k]; int32, wrapping beyond it.
+struct Int8Mm {
+  const int8_t* q;
+  const int8_t* weight;
+  int64_t m;
+  int64_t n;
+  int64_t k;
+  int32_t* out;
+};
+
+size_t workspace_size(const Int8Mm& args, const Device& device);
+cudaError_t int8_mm(const Int8Mm& args, const Device& device, void* workspace, cudaStream_t stream);
+
+// A whole forward: quantize x, multiply, dequantize. Launches 2 kernels, 3 with config.per_tensor.
+struct Linear {
+  Rows x;
+  int64_t n;
+  const int8_t* weight;       // [n, x.k]
+  const int32_t* weight_sum;  // [n]
+  const float* weight_scale;  // [n]
+  const float* bias;          // [n], or null
+  const float* scale;         // [1] for fixed qparams, null to choose them from x
+  const int32_t* zero_point;  // [1], with scale
+  Config config;              // its out_dtype is not read
+  void* out;                  // [x.m, n]
+  DType out_dtype;
+};
+
+size_t workspace_size(const Linear& args, const Device& device);
+cudaError_t linear(const Linear& args, const Device& device, void* workspace, cudaStream_t stream);
+
+}  // namespace dynquant::cuda

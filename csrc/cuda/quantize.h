@@ -1,0 +1,52 @@
+// The kernels of quantize.cu as linear.cu and the single steps of kernels.h use them.
+#pragma once
+
+#include "kernels.h"
+
+namespace dynquant::cuda {
+
+// A range that holds 0, as the blocks of a reduction hand it on.
+struct Range {
+  float lo;
+  float hi;
+};
+
+constexpr int kMaxRanges = kRangeWorkspace / sizeof(Range);
+
+// Ranges of parts of x, at most kMaxRanges; together they are the range of x, after rotation by blocks (0: none).
+cudaError_t find_ranges(const Rows& x, int rotation_block, const Device& device, Range* ranges, int* count,
+                        cudaStream_t stream);
+
+enum class QparamsFrom : int {
+  kRow,     // chosen from each row's own range; written, [m]
+  kRanges,  // chosen from the range of all of x, found before; written, [1]
+  kGiven,   // read, [1] or [m]
+  kStatic,  // read, [1]; written, [m]: NaN and 0 for a row that is not finite
+};
+
+struct QuantizeRows {
+  Rows x;
+  int rotation_block;  // 0: none
+  QparamsFrom from;
+  const Range* ranges;
+  int range_count;
+  const float* given_scale;
+  const int32_t* given_zero_point;
+  bool given_per_row;
+  // Outputs. q is [m, row_bytes], zeros beyond k.
+  int8_t* q;
+  int64_t row_bytes;
+  float* scale;
+  int32_t* zero_point;
+  // Where not null, the only outputs: the ranges of the rows, [m] (from is kRow).
+  float* lo;
+  float* hi;
+  // Set to 0: the counters of a GEMM that adds up parts of k.
+  int32_t* counters;
+  int64_t counter_count;
+};
+
+// `overlap`: the kernel before it lets it start early.
+cudaError_t quantize_rows(const QuantizeRows& args, const Device& device, bool overlap, cudaStream_t stream);
+
+}  // namespace dynquant::cuda

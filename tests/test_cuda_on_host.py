@@ -1,0 +1,388 @@
+"""The CUDA kernels' own sources, run on the CPU thread by thread in random order, against the reference."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_on_host import SOURCES, CudaOnHost, HostError, build
+from same_bits import assert_same_bits
+from torch import Tensor
+
+from dynquant import reference
+from dynquant.config import EPILOGUES, Config
+from dynquant.config import rotation_block as largest_block
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SMALL_DP4A = [("small_dp4a", (rows, 16)) for rows in (1, 4, 16)]
+SMALL_MMA = [("small_mma", (8, 16)), ("small_mma", (16, 32))]
+MMA = [("mma", (64, 64)), ("mma", (128, 128))]
+WGMMA = [("wgmma", (128, columns)) for columns in (64, 128, 256)]
+# A warp holds rows up to 1024, blocks of 128, 256 and 1024 threads up to 2048, 4096 and 16384; then chunks.
+ROW_SHAPES = [(5, 1), (11, 3), (9, 64), (3, 1000), (10, 1024), (3, 1025), (2, 4090), (2, 4097), (1, 17000)]
+PRODUCT_SHAPES = [(1, 1, 16), (3, 5, 7), (17, 33, 20), (40, 70, 144), (70, 130, 273), (9, 20, 0)]
+LINEAR_SHAPES = [(1, 3, 3), (4, 70, 129), (13, 40, 256), (50, 66, 100)]
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cuda_on_host")
+    build(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def host(built: Path) -> CudaOnHost:
+    return CudaOnHost(built / "libcuda_on_host.so")
+
+
+@pytest.fixture(autouse=True)
+def _newest_device(host: CudaOnHost) -> None:
+    torch.manual_seed(1)
+    host.set_device(90, 4)
+
+
+def random_int8(*shape: int) -> Tensor:
+    return torch.randint(-128, 128, shape, dtype=torch.int8)
+
+
+def exact_product(q: Tensor, weight: Tensor) -> Tensor:
+    return (q.to(torch.float64) @ weight.to(torch.float64).t()).to(torch.int32)
+
+
+def awkward_rows(m: int, k: int, dtype: torch.dtype) -> Tensor:
+    """Rows that each have something about them: one sign, constants, largest, smallest, NaN, inf."""
+    x = torch.randn(m, k)
+    largest, smallest = torch.finfo(dtype).max, torch.finfo(dtype).tiny
+    makers: list[Callable[[Tensor], Tensor]] = [
+        lambda row: row.abs(),
+        lambda row: -row.abs(),
+        lambda row: torch.zeros_like(row),
+        lambda row: torch.full_like(row, -3.25),
+        lambda row: row.sign() * largest,
+        lambda row: row * smallest * 2**-3,
+        lambda row: row.index_fill(0, torch.tensor([k // 2]), float("nan")),
+        lambda row: row.index_fill(0, torch.tensor([k - 1]), float("inf")),
+        lambda row: row.index_fill(0, torch.tensor([0]), -float("inf")),
+        lambda row: -torch.zeros_like(row),
+    ]
+    for i in range(m):
+        x[i] = makers[i % len(makers)](x[i])
+    return x.to(dtype)
+
+
+# ---- single steps ----
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*ROW_SHAPES, (0, 5), (4, 0)])
+def test_ranges_qparams_quantize(host: CudaOnHost, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    for make, per_token in itertools.product((torch.randn, awkward_rows), (True, False)):
+        x = torch.randn(shape).to(dtype) if make is torch.randn or 0 in shape else awkward_rows(*shape, dtype)
+        lo, hi = host.min_max(x, per_token)
+        for actual, expected in zip((lo, hi), reference.min_max(x, per_token), strict=True):
+            assert_same_bits(actual, expected, f"range, per_token={per_token}")
+        scale, zero_point = host.choose_qparams(lo, hi)
+        for actual, expected in zip((scale, zero_point), reference.choose_qparams(lo, hi), strict=True):
+            assert_same_bits(actual, expected, f"qparams, per_token={per_token}")
+        q = host.quantize(x, scale, zero_point)
+        assert_same_bits(q, reference.quantize(x, scale, zero_point), f"q, per_token={per_token}")
+
+
+def test_qparams_of_any_ranges(host: CudaOnHost) -> None:
+    ends = torch.tensor([0.0, -0.0, 1e-45, 1e-38, 1e-3, 1.0, 254.9, 3e38, float("inf"), float("nan")])
+    lo, hi = (-ends).repeat_interleave(len(ends)), ends.repeat(len(ends))
+    for actual, expected in zip(host.choose_qparams(lo, hi), reference.choose_qparams(lo, hi), strict=True):
+        assert_same_bits(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantize_with_qparams_that_do_not_fit(host: CudaOnHost, dtype: torch.dtype) -> None:
+    x = torch.randn(8, 40)
+    x[6], x[7] = float("inf"), float("nan")
+    scale = torch.tensor([1e-38, 0.004, 1e30, float("inf"), float("nan"), 0.5, 0.25, 0.25])
+    zero_point = torch.tensor([0, 127, -128, 3, 0, 1_000_000_000, 5, 5], dtype=torch.int32)
+    x = x.to(dtype)
+    assert_same_bits(host.quantize(x, scale, zero_point), reference.quantize(x, scale, zero_point))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", [1, 2, 4, 8, 16, 32, 64, 128])
+def test_rotate(host: CudaOnHost, block: int, dtype: torch.dtype) -> None:
+    for m, blocks in ((1, 1), (3, 5), (7, 33)):
+        x = torch.randn(m, block * blocks).to(dtype)
+        assert_same_bits(host.rotate(x, block), reference.rotate(x, block))
+
+
+# ---- products ----
+
+
+@pytest.mark.parametrize(("kernel", "tile"), [*SMALL_DP4A, *SMALL_MMA, *MMA, *WGMMA])
+@pytest.mark.parametrize("shape", PRODUCT_SHAPES)
+def test_accumulators(
+    host: CudaOnHost, kernel: str, tile: tuple[int, int], shape: tuple[int, int, int]
+) -> None:
+    m, n, k = shape
+    if kernel == "wgmma":
+        k = max(k // 16 * 16, 16)  # it takes aligned rows alone; the plan sees to that
+    q, weight = random_int8(m, k), random_int8(n, k)
+    if kernel == "small_dp4a":
+        q = q[: 2 * tile[0] + 1]
+    expected = exact_product(q, weight)
+    for parts in (1,) if kernel == "wgmma" else (1, 3):
+        assert_same_bits(host.gemm(kernel, tile, parts, q, weight), expected, f"{parts} parts")
+
+
+@pytest.mark.parametrize("columns", [64, 128, 256])
+def test_wgmma_takes_several_tiles_and_wraps_its_ring(host: CudaOnHost, columns: int) -> None:
+    q, weight = random_int8(300, 1152), random_int8(2 * columns + 8, 1152)
+    assert_same_bits(host.gemm("wgmma", (128, columns), 1, q, weight), exact_product(q, weight))
+
+
+@pytest.mark.parametrize("value", [-128, 127])
+def test_accumulators_of_extremes(host: CudaOnHost, value: int) -> None:
+    q, weight = torch.full((33, 512), -128, dtype=torch.int8), torch.full((40, 512), value, dtype=torch.int8)
+    for kernel, tile in (SMALL_DP4A[2], SMALL_MMA[1], MMA[0], WGMMA[0]):
+        assert_same_bits(host.gemm(kernel, tile, 1, q, weight), exact_product(q, weight), kernel)
+
+
+@pytest.mark.parametrize("capability", [75, 80, 89, 90, 100])
+def test_int8_mm(host: CudaOnHost, capability: int) -> None:
+    host.set_device(capability, 4)
+    for m, n, k in ((1, 100, 37), (4, 16, 256), (7, 33, 100), (40, 50, 128), (260, 70, 64), (0, 5, 3)):
+        q, weight = random_int8(m, k), random_int8(n, k)
+        assert_same_bits(host.int8_mm(q, weight), exact_product(q, weight), f"{m, n, k}")
+
+
+# ---- whole layers ----
+
+
+def layer(n: int, k: int, config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """weight, weight_sum, weight_scale [N], bias."""
+    weight, scale = reference.quantize_weight(torch.randn(n, k), config.encode())
+    return weight, weight.sum(1, dtype=torch.int32), scale.expand(n).contiguous(), torch.randn(n)
+
+
+def check_linear(
+    host: CudaOnHost, x: Tensor, n: int, config: Config, bias: bool = True, static: bool = False
+) -> None:
+    weight, weight_sum, weight_scale, of_bias = layer(n, x.shape[-1], config)
+    qparams = (torch.tensor([0.021]), torch.tensor([-7], dtype=torch.int32)) if static else ()
+    operands = (weight_sum, weight_scale, of_bias if bias else None)
+    actual = host.linear(x, weight, *operands, config, *qparams)
+    function = reference.linear_static if static else reference.linear_dynamic
+    expected = function(x, reference.pack_weight(weight)[0], *operands, *qparams, config.encode())
+    assert_same_bits(actual, expected, f"{config}, bias={bias}, static={static}")
+
+
+@pytest.mark.parametrize("capability", [75, 80, 89, 90, 120])
+@pytest.mark.parametrize("activations", ["per_token", "per_tensor"])
+def test_linear(host: CudaOnHost, capability: int, activations: str) -> None:
+    host.set_device(capability, 4)
+    for (m, n, k), dtype in itertools.product(LINEAR_SHAPES, DTYPES):
+        for rotation_block in (0, largest_block(k)):
+            config = Config(activations=activations, rotation_block=rotation_block)
+            check_linear(host, torch.randn(m, k).to(dtype), n, config)
+            assert host.launches == (2 if activations == "per_token" else 3)
+    check_linear(host, torch.randn(6, 64), 20, Config(activations=activations), static=True)
+    assert host.launches == 2
+
+
+@pytest.mark.parametrize("activations", ["per_token", "per_tensor"])
+def test_linear_by_wgmma(host: CudaOnHost, activations: str) -> None:
+    assert host.plan(270, 140, 272)[0] == "wgmma"
+    config = Config(activations=activations, rotation_block=16)
+    for dtype, bias in zip(DTYPES, (True, False, True), strict=True):
+        check_linear(host, torch.randn(270, 272).to(dtype), 140, config, bias=bias)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3), (5, 0, 3), (5, 4, 0), (1, 1, 1)])
+def test_linear_of_empty_shapes(host: CudaOnHost, shape: tuple[int, int, int]) -> None:
+    m, n, k = shape
+    for activations, static in itertools.product(("per_token", "per_tensor"), (False, True)):
+        check_linear(host, torch.randn(m, k), n, Config(activations=activations), static=static)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_of_awkward_rows(host: CudaOnHost, dtype: torch.dtype, static: bool) -> None:
+    x = awkward_rows(20, 96, dtype)
+    for rotation_block, epilogue in itertools.product((0, 32), EPILOGUES):
+        check_linear(host, x, 24, Config(rotation_block=rotation_block, epilogue=epilogue), static=static)
+    finite = x[x.isfinite().all(1)]
+    check_linear(host, finite, 24, Config(activations="per_tensor"))
+    check_linear(host, x, 24, Config(activations="per_tensor"))
+
+
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_linear_epilogues_and_output_types(host: CudaOnHost, epilogue: str) -> None:
+    for dtype, out_dtype, bias in itertools.product(DTYPES, (None, *DTYPES), (True, False)):
+        config = Config(epilogue=epilogue, out_dtype=out_dtype)
+        check_linear(host, torch.randn(18, 48).to(dtype) * 300, 21, config, bias=bias)
+
+
+def test_linear_of_more_k_than_an_int32_holds(host: CudaOnHost) -> None:
+    k = 140_000
+    weight = torch.full((5, k), 127, dtype=torch.int8)
+    weight[1:3] = -127
+    weight[4, ::2] = 0
+    weight_sum, weight_scale = weight.sum(1, dtype=torch.int32), torch.full((5,), 0.01)
+    for m, capability in ((1, 75), (2, 90), (20, 90)):
+        host.set_device(capability, 4)
+        x = torch.ones(m, k)
+        x[-1] = -1
+        config = Config()
+        expected = reference.linear_dynamic(
+            x, reference.pack_weight(weight)[0], weight_sum, weight_scale, None, config.encode()
+        )
+        assert expected.abs().max() > 1000
+        assert_same_bits(host.linear(x, weight, weight_sum, weight_scale, None, config), expected)
+
+
+# ---- choices and addresses ----
+
+
+@pytest.mark.parametrize("capability", [75, 80, 86, 89, 90, 100, 120])
+def test_every_plan_can_run(host: CudaOnHost, capability: int) -> None:
+    host.set_device(capability, 132)
+    sizes = (0, 1, 4, 5, 16, 17, 128, 129, 1000, 4096, 70_000)
+    for m, n, k in itertools.product(sizes, sizes, (0, 1, 16, 100, 4096, 14336, 65_536, 65_552, 200_000)):
+        aligned = k % 16 == 0
+        kernel, tile_m, _, parts, k_of_part = host.plan(m, n, k, aligned)
+        assert parts * k_of_part >= k > (parts - 1) * k_of_part or (k == 0 and parts == 1)
+        assert k_of_part % 256 == 0
+        assert k_of_part <= 65_536
+        if kernel == "wgmma":
+            assert capability == 90
+            assert aligned
+            assert parts == 1
+        if kernel != "small_dp4a":
+            assert capability >= 80
+        grid_y, grid_z = (parts, -(-m // tile_m)) if kernel.startswith("small") else (parts, 1)
+        assert grid_y <= 65_535
+        assert grid_z <= 65_535
+
+
+def test_plans_for_a_card_with_132_multiprocessors(host: CudaOnHost) -> None:
+    host.set_device(90, 132)
+    assert host.plan(1, 4096, 4096)[:4] == ("small_dp4a", 1, 16, 1)
+    assert host.plan(8, 4096, 4096)[:4] == ("small_mma", 8, 16, 1)
+    assert host.plan(16, 14336, 4096)[:4] == ("small_mma", 16, 32, 1)
+    assert host.plan(64, 4096, 4096)[:3] == ("mma", 64, 64)
+    assert host.plan(256, 4096, 4096)[:3] == ("wgmma", 128, 64)
+    assert host.plan(512, 4096, 4096)[:3] == ("wgmma", 128, 128)
+    assert host.plan(4096, 4096, 4096)[:3] == ("wgmma", 128, 256)
+    assert host.plan(4096, 4096, 4100, False)[:3] == ("mma", 128, 128)
+
+
+def test_tiles_are_each_taken_once(host: CudaOnHost) -> None:
+    for tiles_m, tiles_n, band in itertools.product((1, 2, 7, 16, 17), (1, 3, 8), (1, 4, 8)):
+        taken = {host.tile_at(index, tiles_m, tiles_n, band) for index in range(tiles_m * tiles_n)}
+        assert taken == set(itertools.product(range(tiles_m), range(tiles_n)))
+
+
+def test_swizzle_of_rows_of_64_bytes(host: CudaOnHost) -> None:
+    offsets = [host.offset_in_rows_of_64(row, chunk) for row in range(128) for chunk in range(4)]
+    assert sorted(offsets) == list(range(0, 128 * 64, 16))
+    for first_row, chunk in itertools.product(range(0, 128, 8), range(4)):
+        # The eight rows that ldmatrix reads at once come from all 32 banks.
+        columns = {host.offset_in_rows_of_64(first_row + i, chunk) % 128 for i in range(8)}
+        assert len(columns) == 8
+
+
+def test_wgmma_descriptor(host: CudaOnHost) -> None:
+    for address in (0, 1024, 1024 + 32, 196_608 + 96):
+        descriptor = host.descriptor_of_rows_of_128(address)
+        assert descriptor & 0x3FFF == address >> 4
+        assert descriptor >> 32 & 0x3FFF == 64, "8 rows of 128 bytes further, in units of 16"
+        assert descriptor >> 62 == 1, "swizzle of 128 bytes"
+        assert descriptor >> 49 & 7 == 0, "groups of 8 rows start at multiples of 1024"
+    first, further = host.descriptor_of_rows_of_128(2048), host.descriptor_of_rows_of_128(2048 + 64)
+    assert further == first + 4, "the kernel adds to the descriptor itself"
+
+
+# ---- the tests' own test: a fault that is planted in a kernel must show ----
+
+PLANTED = {
+    "mma reads a stage that has not arrived": (
+        "gemm_mma_sm80.cu",
+        "__syncthreads();  // the stage has arrived",
+        "// the stage has arrived",
+    ),
+    "mma waits for one group of copies too few": (
+        "gemm_mma_sm80.cu",
+        "copy_async_wait<kStages - 2>",
+        "copy_async_wait<kStages - 1>",
+    ),
+    "mma does not wait for the quantized rows": ("gemm_mma_sm80.cu", "ptx::wait_for_previous_kernel();", ""),
+    "mma overwrites stages with sums too early": (
+        "gemm_mma_sm80.cu",
+        "ptx::copy_async_wait<0>();\n  __syncthreads();",
+        "ptx::copy_async_wait<0>();",
+    ),
+    "small adds up sums that are not there": (
+        "gemm_small_m.cuh",
+        "dot.store(sums + warp * kTile, lane);\n  __syncthreads();",
+        "dot.store(sums + warp * kTile, lane);",
+    ),
+    "parts are added before all are stored": ("epilogue.cuh", "== parts - 1", "== parts - 2"),
+    "wgmma fills a stage that is still read": (
+        "gemm_wgmma_sm90.cu",
+        "ptx::barrier_wait(emptied + ring.stage, ring.parity ^ 1);",
+        "",
+    ),
+    "wgmma releases a stage too early": ("gemm_wgmma_sm90.cu", "wgmma_wait<1>", "wgmma_wait<2>"),
+    "wgmma's lanes reuse their slice too early": (
+        "gemm_wgmma_sm90.cu",
+        "        __syncwarp();\n      }\n",
+        "      }\n",
+    ),
+    "the range of a row is reduced over old values": (
+        "quantize.cu",
+        "__syncthreads();  // what the last call left",
+        "// what the last call left",
+    ),
+}
+
+
+def exercise(host: CudaOnHost, file: str, times: int = 1) -> None:
+    """What the kernels of a file do, with other random orders each time."""
+    for _ in range(times):
+        exercise_once(host, file)
+
+
+def exercise_once(host: CudaOnHost, file: str) -> None:
+    host.set_device(90, 2)
+    if file == "quantize.cu":
+        x = torch.randn(40, 1100) * torch.logspace(-3, 3, 40)[:, None]
+        for actual, expected in zip(host.min_max(x, True), reference.min_max(x, True), strict=True):
+            assert_same_bits(actual, expected)
+        return
+    kernel, tile = WGMMA[0] if "wgmma" in file else MMA[0] if "mma" in file else SMALL_MMA[0]
+    q, weight = random_int8(70, 1152), random_int8(140, 1152)
+    for parts in (1,) if kernel == "wgmma" else (1, 2):
+        assert_same_bits(host.gemm(kernel, tile, parts, q, weight), exact_product(q, weight), kernel)
+    if kernel == "mma":
+        check_linear(host, torch.randn(70, 1152), 70, Config())
+
+
+@pytest.mark.parametrize("file", sorted({file for file, _, _ in PLANTED.values()}))
+def test_without_a_planted_fault_all_is_well(host: CudaOnHost, file: str) -> None:
+    exercise(host, file)
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_a_planted_fault_is_found(fault: str, built: Path, tmp_path: Path) -> None:
+    file, original, faulty = PLANTED[fault]
+    sources = tmp_path / "cuda"
+    shutil.copytree(SOURCES, sources)
+    text = (sources / file).read_text()
+    assert text.count(original) == 1, f"{file} no longer says {original!r}"
+    (sources / file).write_text(text.replace(original, faulty))
+    host = CudaOnHost(build(tmp_path, sources, built))
+    with pytest.raises((HostError, AssertionError)):
+        exercise(host, file, times=8)

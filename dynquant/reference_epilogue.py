@@ -100,11 +100,14 @@ def _gated(a: Tensor, s: Tensor, power: Tensor) -> Tensor:
 
 
 def _polynomial(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
-    *lower, highest = coefficients
-    sum_ = torch.full_like(x, highest)
-    for coefficient in reversed(lower):
-        sum_ = sum_ * x + coefficient
-    return sum_
+    """c0 + c1 x + x^2 (c2 + c3 x + x^2 (...)): in pairs half as many steps wait for each other."""
+    square = x * x
+    pairs = [coefficients[i : i + 2] for i in range(0, len(coefficients), 2)]
+    values = [x * pair[1] + pair[0] if len(pair) == 2 else torch.full_like(x, pair[0]) for pair in pairs]
+    total = values.pop()
+    while values:
+        total = total * square + values.pop()
+    return total
 
 
 def _leading_bits(x: Tensor) -> Tensor:

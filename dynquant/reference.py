@@ -267,7 +267,8 @@ def check_channels(op: str, name: str, values: Tensor, dtype: torch.dtype, n: in
 
 
 def _exact_mm(q: Tensor, weight: Tensor) -> Tensor:
-    return q.to(torch.float64) @ weight.to(torch.float64).t()
+    # + 0.0: with K = 1 a product of a negative number and 0 can come out as -0.0, which no integer is.
+    return q.to(torch.float64) @ weight.to(torch.float64).t() + 0.0
 
 
 def check_linear(

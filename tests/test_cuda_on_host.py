@@ -225,6 +225,16 @@ def test_linear_epilogues_and_output_types(host: CudaOnHost, epilogue: str) -> N
         check_linear(host, torch.randn(18, 48).to(dtype) * 300, 21, config, bias=bias)
 
 
+def test_linear_of_one_input_and_a_weight_of_zero(host: CudaOnHost) -> None:
+    """An accumulator of 0 has no sign: the output is +0."""
+    weight, ones = torch.zeros(3, 1, dtype=torch.int8), torch.ones(3)
+    operands = (torch.zeros(3, dtype=torch.int32), ones, None)
+    x = torch.full((2, 1), -5.0)
+    expected = reference.linear_dynamic(x, reference.pack_weight(weight)[0], *operands, 0)
+    assert_same_bits(expected, torch.zeros(2, 3))
+    assert_same_bits(host.linear(x, weight, *operands, Config()), expected)
+
+
 def test_linear_of_more_k_than_an_int32_holds(host: CudaOnHost) -> None:
     k = 140_000
     weight = torch.full((5, k), 127, dtype=torch.int8)

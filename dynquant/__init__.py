@@ -2,6 +2,7 @@
 
 from . import ops as _ops  # noqa: F401  registers torch.ops.dynquant
 from . import reference
+from .calibrate import calibrate, freeze
 from .config import Config
 from .convert import quantize_dynamic
 from .info import Info, available_isas, info, isa
@@ -17,6 +18,8 @@ __all__ = [
     "QTensor",
     "__version__",
     "available_isas",
+    "calibrate",
+    "freeze",
     "info",
     "isa",
     "quantize_dynamic",

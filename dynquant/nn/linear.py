@@ -17,6 +17,7 @@ from ..reference import FLOAT_DTYPES
 FORMAT_VERSION = 1
 
 _linear_dynamic = torch.ops.dynquant.linear_dynamic.default
+_linear_static = torch.ops.dynquant.linear_static.default
 
 
 def layer_config(
@@ -63,6 +64,8 @@ class QLinear(nn.Module):
         weight: the :class:`dynquant.QTensor` [N, K]. Assigning a float tensor quantizes that one instead.
         weight_scale: fp32 [N], [1] per_tensor.
         bias: fp32 Parameter [N], or None.
+        activation_scale, activation_zero_point: fp32 and int32 [1], the qparams of every input where the
+            layer is static (see :func:`dynquant.freeze`), else None: qparams come from each input.
         config: the :class:`dynquant.Config` that runs.
 
     Shape:
@@ -78,7 +81,9 @@ class QLinear(nn.Module):
     out_features: int
     weight: QTensor
     bias: nn.Parameter | None
-    _packed: tuple[Tensor, Tensor, Tensor, int]
+    activation_scale: Tensor | None
+    activation_zero_point: Tensor | None
+    _packed: tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None, int]
 
     def __init__(
         self,
@@ -131,6 +136,8 @@ class QLinear(nn.Module):
                 copy = bias.detach().to(torch.float32, copy=True)
                 bias = nn.Parameter(copy, requires_grad=bias.requires_grad)
         self.register_parameter("bias", bias)
+        self.register_buffer("activation_scale", None)
+        self.register_buffer("activation_zero_point", None)
         self._set_weight(_quantized(linear.weight, config), config)
 
     def _set_weight(self, weight: QTensor, config: Config) -> None:
@@ -138,14 +145,37 @@ class QLinear(nn.Module):
         if weight.shape != expected:
             got = list(weight.shape)
             raise ValueError(f"QLinear: expected a weight of shape {list(expected)}, got {got}")
+        scale, zero_point = self.activation_scale, self.activation_zero_point
+        qparams = None if scale is None or zero_point is None else (scale, zero_point)
+        if qparams is not None:
+            _check_not_rotated(config)
         # All that the op takes in one tuple: the forward call looks up one thing.
         self.__dict__["weight"] = weight
         self.__dict__["_packed"] = (
             weight.packed_weight,
             weight.weight_sum,
             weight.channel_scale,
+            qparams,
             config.encode(),
         )
+
+    def set_activation_qparams(self, scale: Tensor | None, zero_point: Tensor | None) -> None:
+        """Make the layer static, with these qparams for every input; None for both: dynamic again.
+
+        Args:
+            scale, zero_point: fp32 and int32 [1], on the layer's device.
+
+        Raises:
+            ValueError: for another shape or dtype, a scale that is not finite and positive, a zero_point
+                beyond [-128, 127], a layer that rotates its input.
+        """
+        if scale is not None and zero_point is not None:
+            _check_activation_qparams(scale, zero_point)
+            _check_not_rotated(self.config)
+        elif scale is not None or zero_point is not None:
+            raise ValueError("QLinear: expected both of scale and zero_point or none of them")
+        self.activation_scale, self.activation_zero_point = scale, zero_point
+        self._set_weight(self.weight, self.config)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "weight":
@@ -160,13 +190,15 @@ class QLinear(nn.Module):
             raise TypeError(f"QLinear: expected a tensor for .weight, got {type(value).__name__}")
 
     def forward(self, x: Tensor) -> Tensor:
-        packed_weight, weight_sum, weight_scale, config = self._packed
+        packed_weight, weight_sum, weight_scale, qparams, config = self._packed
         try:
             # The packed weight knows K to the next multiple of 4 only.
             if x.shape[-1] == self.in_features:
                 # bias is looked up where torch.func.functional_call and the like replace it.
                 bias = self._parameters["bias"]
-                return _linear_dynamic(x, packed_weight, weight_sum, weight_scale, bias, config)
+                if qparams is None:
+                    return _linear_dynamic(x, packed_weight, weight_sum, weight_scale, bias, config)
+                return _linear_static(x, packed_weight, weight_sum, weight_scale, bias, *qparams, config)
         except (AttributeError, IndexError, RuntimeError) as error:
             raise self._explain(x, error) from None
         raise self._explain(x, None)
@@ -189,7 +221,7 @@ class QLinear(nn.Module):
 
     @property
     def config(self) -> Config:
-        return Config.decode(self._packed[3])
+        return Config.decode(self._packed[-1])
 
     @property
     def weight_scale(self) -> Tensor:
@@ -220,7 +252,13 @@ class QLinear(nn.Module):
 
     def extra_repr(self) -> str:
         config = self.config
-        scheme = f"activations={config.activations}, weights={config.weights}"
+        activations = config.activations
+        if self.activation_scale is not None and self.activation_zero_point is not None:
+            activations = "static"
+            if self.activation_scale.device.type != "meta":
+                scale, zero_point = self.activation_scale.item(), self.activation_zero_point.item()
+                activations += f"(scale={scale:.4g}, zero_point={zero_point})"
+        scheme = f"activations={activations}, weights={config.weights}"
         if config.rotation_block:
             scheme += f", rotation=hadamard({config.rotation_block})"
         if config.epilogue != "none":
@@ -243,7 +281,7 @@ class QLinear(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": self._packed[3]}
+        return {**self.__dict__, "_packed": self._packed[-1]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -251,7 +289,8 @@ class QLinear(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """Format 1: ``weight`` int8 [N, K], ``weight_scale`` fp32 [N] or [1], ``bias`` fp32 [N] if any, and
-        ``format`` int64 [4]: (version, config, 1 + index in FLOAT_DTYPES of the dtype of ``.weight``, 0)."""
+        ``format`` int64 [4]: (version, config, 1 + index in FLOAT_DTYPES of the dtype of ``.weight``, 0). A
+        static layer has ``activation_scale`` fp32 [1] and ``activation_zero_point`` int32 [1] besides."""
         destination[prefix + "weight"] = self.weight.int_repr()
         destination[prefix + "weight_scale"] = self.weight_scale
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -269,7 +308,8 @@ class QLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """The weight is loaded whole or not at all; a float one, of an unquantized model, is quantized."""
+        """The weight is loaded whole or not at all; a float one, of an unquantized model, is quantized. The
+        layer becomes static or dynamic as the one was that is loaded."""
         own: dict[str, Any] = {
             name: state_dict.get(prefix + name) for name in ("weight", "weight_scale", "format")
         }
@@ -283,10 +323,13 @@ class QLinear(nn.Module):
                 assign = local_metadata.get("assign_to_params_buffers", False)
                 device = None if assign else self.weight.device
                 loaded = self._read(**own, bias=state_dict.get(prefix + "bias"), device=device)
+                qparams = self._read_qparams(state_dict, prefix, loaded[1], device)
             except ValueError as error:
                 error_msgs.append(f"QLinear {prefix.removesuffix('.')!r}: {error}")
                 return
 
+        if loaded is not None:
+            self.activation_scale, self.activation_zero_point = qparams
         unexpected: list[str] = []
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected, error_msgs
@@ -333,6 +376,44 @@ class QLinear(nn.Module):
             raise ValueError(f"expected bias of dtype torch.float32, got {bias.dtype}")
         weight, weight_scale = weight.to(device), weight_scale.to(device)
         return QTensor.from_int8(weight, weight_scale, config, FLOAT_DTYPES[dtype - 1]), config
+
+    def _read_qparams(
+        self, state_dict: dict[str, Any], prefix: str, config: Config, device: torch.device | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Room for the qparams of a static layer where a state_dict holds them, which must be sound."""
+        scale = state_dict.get(prefix + "activation_scale")
+        zero_point = state_dict.get(prefix + "activation_zero_point")
+        if scale is None and zero_point is None:
+            return None, None
+        if scale is None or zero_point is None:
+            raise ValueError("expected activation_scale and activation_zero_point together, got one of them")
+        _check_activation_qparams(scale, zero_point)
+        _check_not_rotated(config)
+        return torch.empty_like(scale, device=device), torch.empty_like(zero_point, device=device)
+
+
+def _check_not_rotated(config: Config) -> None:
+    if config.rotation_block:
+        raise ValueError(
+            f"expected a static layer to have no rotation, got rotation=hadamard({config.rotation_block}): "
+            "its qparams are of the input itself, not of the rotated one"
+        )
+
+
+def _check_activation_qparams(scale: Tensor, zero_point: Tensor) -> None:
+    for name, value, dtype in (
+        ("activation_scale", scale, torch.float32),
+        ("activation_zero_point", zero_point, torch.int32),
+    ):
+        if value.dtype != dtype or list(value.shape) != [1]:
+            raise ValueError(
+                f"expected {name} to be {dtype} of shape [1], got {value.dtype} of shape {list(value.shape)}"
+            )
+    if scale.device.type != "meta":
+        if not (scale.isfinite() & (scale > 0)).item():
+            raise ValueError(f"expected activation_scale to be finite and positive, got {scale.item()}")
+        if not -128 <= zero_point.item() <= 127:
+            raise ValueError(f"expected activation_zero_point in [-128, 127], got {zero_point.item()}")
 
 
 def _quantized(weight: Tensor, config: Config) -> QTensor:

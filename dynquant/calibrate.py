@@ -1,0 +1,141 @@
+"""Static quantization, dynamic's counterpart: activation qparams from sample batches instead of each input.
+
+with dynquant.calibrate(model):
+    for batch in batches:
+        model(batch)
+dynquant.freeze(model)
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import one_of
+from .nn.linear import QLinear
+from .observers import OBSERVERS, Observer, make_observer
+
+_OBSERVED = "_observed_range"
+
+
+@contextmanager
+def calibrate(
+    model: nn.Module, observer: str = "min_max", *, percentile: float = 99.99
+) -> Iterator[dict[str, tuple[float, float]]]:
+    """Watch the inputs of all QLinear layers while the model runs on batches like those to come.
+
+    The layers compute as before. What was seen is kept with them for :func:`freeze`; a second calibration
+    replaces the first. Where the body raises, the model is left as it was.
+
+    Args:
+        model: a model with QLinear layers, such as :func:`dynquant.quantize_dynamic` returns.
+        observer: ``"min_max"``, the whole range seen; ``"percentile"``, the range that holds ``percentile``
+            percent of the values, half of the rest cut off at each end; ``"mse"``, the range whose 8 bits
+            give the smallest squared error of the values.
+        percentile: in (50, 100].
+
+    Yields:
+        A dict, empty until the end of the block: (lo, hi) of each layer that saw an input, by its name.
+
+    Raises:
+        ValueError: for a model without QLinear layers, a layer that rotates its input, an observer that does
+            not exist; from within the block, for an input with a NaN or an infinity, which has no range.
+    """
+    one_of("observer", observer, OBSERVERS)
+    if not 50.0 < percentile <= 100.0:
+        raise ValueError(f"dynquant.calibrate: expected percentile in (50, 100], got {percentile}")
+    layers = quantized_layers("calibrate", model)
+    for name, layer in layers.items():
+        if layer.config.rotation_block:
+            raise ValueError(
+                f"dynquant.calibrate: {_label(name)} rotates its input (rotation=hadamard("
+                f"{layer.config.rotation_block})), and a static range would be of the input before; "
+                "convert the model with rotation=None, or leave it dynamic"
+            )
+    observers = {name: make_observer(observer, percentile) for name in layers}
+    handles = [
+        layer.register_forward_pre_hook(_watch(name, observers[name]), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
+    ranges: dict[str, tuple[float, float]] = {}
+    try:
+        yield ranges
+        seen = {name: observed for name in layers if (observed := observers[name].range()) is not None}
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, layer in layers.items():
+        vars(layer).pop(_OBSERVED, None)
+        if name in seen:
+            vars(layer)[_OBSERVED] = seen[name]
+            ranges[name] = seen[name]
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Make the calibrated QLinear layers of a model static, in place.
+
+    They then run ``torch.ops.dynquant.linear_static`` with the qparams of the range that was observed; inputs
+    beyond it are clamped to it. ``state_dict()`` holds the qparams, and loading one into a dynamic model of
+    the same layers makes these static. Layers that saw no input stay dynamic, with a warning.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: for a model without QLinear layers, or one that was not calibrated, or whose layers saw
+            no input while it was.
+    """
+    layers = quantized_layers("freeze", model)
+    observed = {name: vars(layer)[_OBSERVED] for name, layer in layers.items() if _OBSERVED in vars(layer)}
+    if not observed:
+        raise ValueError(
+            f"dynquant.freeze: none of the {len(layers)} QLinear layers has seen a batch; run some under "
+            "`with dynquant.calibrate(model):` first"
+        )
+    for name, layer in layers.items():
+        if name in observed:
+            lo, hi = (torch.tensor([end], dtype=torch.float32) for end in observed[name])
+            scale, zero_point = torch.ops.dynquant.choose_qparams(lo, hi)
+            device = layer.weight.device
+            layer.set_activation_qparams(scale.to(device), zero_point.to(device))
+            del vars(layer)[_OBSERVED]
+    unseen = [_label(name) for name in layers if name not in observed]
+    if unseen:
+        warnings.warn(
+            f"dynquant.freeze: no input was seen, so these stay dynamic: {', '.join(unseen)}", stacklevel=2
+        )
+    return model
+
+
+def quantized_layers(caller: str, model: nn.Module) -> dict[str, QLinear]:
+    """The QLinear layers of a model, each once; a ValueError where there is none."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QLinear)}
+    if not layers:
+        raise ValueError(
+            f"dynquant.{caller}: expected a model with QLinear layers, got {type(model).__name__} with none; "
+            "convert it with dynquant.quantize_dynamic first"
+        )
+    return layers
+
+
+def _watch(name: str, observer: Observer) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs.get("x")
+        if isinstance(x, Tensor) and x.is_floating_point() and x.numel():
+            with torch.no_grad():
+                if not observer.observe(x.detach()):
+                    raise ValueError(
+                        f"dynquant.calibrate: the input of {_label(name)} holds a NaN or an infinity, which "
+                        "has no range"
+                    )
+
+    return hook
+
+
+def _label(name: str) -> str:
+    return f"layer {name!r}" if name else "the model itself"

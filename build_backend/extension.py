@@ -77,7 +77,6 @@ class BuildWithCuda(BuildExtension):
         jobs = int(os.environ["MAX_JOBS"])
         module.extra_objects += nvcc.compile_objects(toolkit, CSRC / "cuda", build_dir, wanted, jobs)
         module.sources.append("csrc/cuda/bindings.cpp")
-        module.define_macros.append(("DYNQUANT_WITH_CUDA", None))
         module.include_dirs += toolkit.include_dirs
         module.library_dirs += toolkit.library_dirs
         # The static runtime shares the device's primary context with torch's own, whichever version that is.

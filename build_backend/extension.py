@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 # The C++ standard is torch's choice. No -march: a file that needs an instruction set opens a target region.
 # -ffp-contract=off: a written operation is one rounding, on every instruction set.
-# -fopenmp: at::parallel_for is a header, and without it runs everything on one thread.
+# -fopenmp: at::parallel_for is a header, and without it runs everything on one thread. It is not given to the
+# linker: torch's own OpenMP runtime serves the calls, and a second one would have threads of its own.
 FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-fopenmp"]
 
 
@@ -43,7 +44,7 @@ def extension() -> Extension:
         depends=depends,
         include_dirs=[str(CSRC)],
         extra_compile_args=[*FLAGS, *debug],
-        extra_link_args=["-Wl,--exclude-libs,ALL", "-fopenmp"],
+        extra_link_args=["-Wl,--exclude-libs,ALL"],
     )
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from dynquant import _extension
+
 ROOT = Path(__file__).resolve().parent.parent
 CPU = ROOT / "csrc" / "cpu"
 EMULATED = ("avxvnni", "avx512vl_vnni", "avx512vnni")
@@ -111,3 +113,14 @@ def test_nothing_leaks(objects: dict[str, Path]) -> None:
         ]
         assert len(shared) == 1, f"{name} exports {shared}"
         assert shared[0].startswith("dynquant::cpu::k")
+
+
+def test_parallel_regions_are_compiled_in() -> None:
+    """at::parallel_for is a header: compiled without OpenMP it runs on one thread, and says nothing."""
+    if _extension.extension is None:
+        return
+    library = str(_extension.extension.__file__)
+    listing = subprocess.run(
+        ["nm", "-D", "--undefined-only", library], check=True, capture_output=True, text=True
+    )
+    assert re.search("GOMP_parallel|__kmpc_fork_call", listing.stdout)

@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, kTile == 64 ? 4 : 2)
     }
   }
   __syncthreads();
-  const auto sums_at = [&](int row, int group, int32_t(&values)[kGroup]) {
+  const auto sums_at = [&](int row, int group, int32_t (&values)[kGroup]) {
     const int4* const source =
         reinterpret_cast<const int4*>(tile_sums + row * Layout::kSumsOfRow + group * kGroup);
     const int4 low = source[0], high = source[1];

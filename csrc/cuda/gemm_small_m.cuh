@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kSmallThreads, Dot::kResident)
   int32_t* const sums = ptx::dynamic_shared<int32_t>();
   dot.store(sums + warp * kTile, lane);
   __syncthreads();
-  const auto sums_at = [&](int row, int group, int32_t(&values)[kGroup]) {
+  const auto sums_at = [&](int row, int group, int32_t (&values)[kGroup]) {
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
       values[i] = 0;

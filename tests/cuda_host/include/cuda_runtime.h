@@ -44,7 +44,7 @@ struct dim3 {
 };
 
 // threadIdx.x and the others: read as what they are for the thread that runs now.
-template <auto kTriple, unsigned emulator::Index::*kAxis>
+template <auto kTriple, unsigned emulator::Index::* kAxis>
 struct Coordinate {
   operator unsigned() const { return kTriple().*kAxis; }
 };

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -169,6 +170,21 @@ def test_pip_install_builds_against_the_environments_torch(installed: Path, tmp_
     assert seen["q"] == report(installed, tmp_path, DYNQUANT_ISA="reference")["q"]
     record = json.loads((Path(seen["file"]).parent / "_build.json").read_text())
     assert (record["torch"], record["torch_cuda"]) == (torch.__version__, torch.version.cuda)
+
+
+def test_threads_are_those_of_torchs_own_openmp(installed: Path, tmp_path: Path) -> None:
+    code = """
+import re
+def runtimes():
+    return set(re.findall(r"/\\S*lib[gi]?omp[^/\\s]*", open("/proc/self/maps").read()))
+import torch
+before = runtimes()
+import dynquant
+print(before == runtimes(), len(before), dynquant._extension.extension.__file__)
+"""
+    same, count, file = run(installed, "-c", code, cwd=tmp_path).split()[-3:]
+    assert (same, count) == ("True", "1")
+    assert re.search(rb"GOMP_parallel|__kmpc_fork_call", Path(file).read_bytes()), "compiled without OpenMP"
 
 
 def test_isa_is_lowered_by_the_environment_variable(installed: Path, tmp_path: Path) -> None:

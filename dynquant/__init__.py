@@ -5,6 +5,7 @@ from . import reference
 from .calibrate import calibrate, freeze
 from .config import Config
 from .convert import quantize_dynamic
+from .fuse import fuse
 from .info import Info, available_isas, info, isa
 from .nn import QLinear
 from .qtensor import QTensor
@@ -20,6 +21,7 @@ __all__ = [
     "available_isas",
     "calibrate",
     "freeze",
+    "fuse",
     "info",
     "isa",
     "quantize_dynamic",

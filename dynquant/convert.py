@@ -20,6 +20,9 @@ from torch.nn.utils.weight_norm import WeightNorm
 from tqdm import tqdm
 
 from .config import Config
+from .fuse import fuse as fuse_layers
+from .fuse import type_name
+from .hugging_face import CONV1D, linear_of_conv1d
 from .nn.linear import QLinear, layer_config
 from .qtensor import QTensor
 from .reference import FLOAT_DTYPES
@@ -57,6 +60,7 @@ def quantize_dynamic(
     activations: str = "per_token",
     weights: str = "per_channel",
     rotation: str | int | None = None,
+    fuse: bool = False,
 ) -> nn.Module:
     """Swap the nn.Linear layers of a model for :class:`dynquant.QLinear`; torch.ao's function of that name.
 
@@ -72,10 +76,13 @@ def quantize_dynamic(
             or one of torch.ao's QConfig objects, whose weight observer says per_tensor or per_channel. A name
             goes before a type, both before what holds for the parent, a ``qconfig`` attribute before all.
         dtype: torch.qint8 or torch.int8; ignored where ``qconfig_spec`` is a dict, as by torch.ao.
-        mapping: float type to quantized type with a ``from_float``; None for {nn.Linear: QLinear}.
+        mapping: float type to quantized type with a ``from_float``; None for {nn.Linear: QLinear}, and
+            Hugging Face's Conv1D, GPT-2's linear layer, likewise.
         inplace: swap in ``model`` itself instead of a copy. A model that is itself an nn.Linear is never
             changed: use what is returned.
         activations, weights, rotation: the scheme, as of :class:`dynquant.QLinear`.
+        fuse: move activation functions into the layers before them and let layers that read the same tensor
+            quantize it once, see :func:`dynquant.fuse`.
 
     Returns:
         The converted model.
@@ -88,10 +95,33 @@ def quantize_dynamic(
     words: Words = {"activations": activations, "weights": weights, "rotation": rotation}
     layer_config(1, **words)
     spec = read_spec(qconfig_spec, dtype, words)
-    selected, left = select(model, spec, words, {nn.Linear: QLinear} if mapping is None else mapping)
+    if mapping is None:
+        conv1d = {type(module): _Conv1D for module in model.modules() if type_name(module) == CONV1D}
+        mapping = {nn.Linear: QLinear, **conv1d}
+        if qconfig_spec is None:
+            spec = {**dict.fromkeys(conv1d, spec[nn.Linear]), **spec}
+    selected, left = select(model, spec, words, mapping)
     _tell_what_stays_float(model, spec if qconfig_spec is not None else {}, selected, left)
     with torch.inference_mode(False):
-        return swap(model, convert(selected), inplace).eval()
+        model = swap(model, convert(selected), inplace).eval()
+        return fuse_layers(model) if fuse else model
+
+
+class _Conv1D:
+    """Makes QLinear layers of Hugging Face's Conv1D."""
+
+    @staticmethod
+    def from_float(
+        conv: nn.Module,
+        activations: str,
+        weights: str,
+        rotation: str | int | None = None,
+        epilogue: str = "none",
+    ) -> QLinear:
+        linear = linear_of_conv1d(conv)
+        return QLinear.from_float(
+            linear, activations=activations, weights=weights, rotation=rotation, epilogue=epilogue
+        )
 
 
 def read_spec(

@@ -1,0 +1,152 @@
+"""What is known of Hugging Face's transformers, by name: nothing here imports that package.
+
+Its model families repeat a few patterns word for word, each with classes of its own. The names are those of
+transformers 4 and 5; what an installed version does not have matches nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+CONV1D = "transformers.pytorch_utils.Conv1D"
+"""GPT-2's linear layer, whose weight is [K, N]."""
+
+ACTIVATIONS = {
+    f"transformers.activations.{name}": epilogue
+    for name, epilogue in (
+        ("GELUActivation", "gelu"),
+        ("NewGELUActivation", "gelu_tanh"),
+        ("FastGELUActivation", "gelu_tanh"),
+        ("PytorchGELUTanh", "gelu_tanh"),
+        ("GELUTanh", "gelu_tanh"),
+        ("SiLUActivation", "silu"),
+    )
+}
+"""Types of activation modules and the epilogue that computes the same."""
+
+_BERT = {
+    "bert": "Bert",
+    "bert_generation": "BertGeneration",
+    "camembert": "Camembert",
+    "data2vec": "Data2VecText",
+    "electra": "Electra",
+    "ernie": "Ernie",
+    "layoutlm": "LayoutLM",
+    "layoutlmv3": "LayoutLMv3",
+    "longformer": "Longformer",
+    "nystromformer": "Nystromformer",
+    "roberta": "Roberta",
+    "roberta_prelayernorm": "RobertaPreLayerNorm",
+    "splinter": "Splinter",
+    "vit": "ViT",
+    "xlm_roberta": "XLMRoberta",
+    "xlm_roberta_xl": "XLMRobertaXL",
+    "xmod": "Xmod",
+    "yolos": "Yolos",
+}
+_BERT_INTERMEDIATE_ONLY = {
+    "convbert": "ConvBert",
+    "deberta": "Deberta",
+    "deberta_v2": "DebertaV2",
+    "mobilebert": "MobileBert",
+    "mpnet": "MPNet",
+    "rembert": "RemBert",
+    "roformer": "RoFormer",
+}
+_LLAMA = {
+    "cohere": "Cohere",
+    "gemma": "Gemma",
+    "gemma2": "Gemma2",
+    "gemma3": "Gemma3",
+    "granite": "Granite",
+    "gte": "Gte",
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "nomic_bert": "NomicBert",
+    "olmo": "Olmo",
+    "olmo2": "Olmo2",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "smollm3": "SmolLM3",
+    "stablelm": "StableLm",
+}
+_PROJECTIONS = {
+    "clip": "CLIPAttention",
+    "deit": "DeiTAttention",
+    "dinov2": "Dinov2Attention",
+    "gpt_neo": "GPTNeoSelfAttention",
+    "gptj": "GPTJAttention",
+    "opt": "OPTAttention",
+    "phi": "PhiAttention",
+    "siglip": "SiglipAttention",
+    "starcoder2": "Starcoder2Attention",
+    "vit": "ViTAttention",
+}
+
+
+def _modeling(folder: str, name: str) -> str:
+    module = f"{folder}_text" if name.startswith("Data2VecText") else folder
+    return f"transformers.models.{folder}.modeling_{module}.{name}"
+
+
+THEN: dict[str, tuple[str, str]] = {
+    **{
+        _modeling(folder, f"{prefix}Intermediate"): ("dense", "intermediate_act_fn")
+        for folder, prefix in (_BERT | _BERT_INTERMEDIATE_ONLY).items()
+    },
+    _modeling("albert", "AlbertLayer"): ("ffn", "activation"),
+    _modeling("bart", "BartDecoderLayer"): ("fc1", "activation_fn"),
+    _modeling("bart", "BartEncoderLayer"): ("fc1", "activation_fn"),
+    _modeling("clip", "CLIPMLP"): ("fc1", "activation_fn"),
+    _modeling("codegen", "CodeGenMLP"): ("fc_in", "act"),
+    _modeling("deit", "DeiTMLP"): ("fc1", "activation_fn"),
+    _modeling("dinov2", "Dinov2MLP"): ("fc1", "activation_fn"),
+    _modeling("distilbert", "FFN"): ("lin1", "activation"),
+    _modeling("falcon", "FalconMLP"): ("dense_h_to_4h", "act"),
+    _modeling("gpt2", "GPT2MLP"): ("c_fc", "act"),
+    _modeling("gpt_bigcode", "GPTBigCodeMLP"): ("c_fc", "act"),
+    _modeling("gpt_neo", "GPTNeoMLP"): ("c_fc", "act"),
+    _modeling("gpt_neox", "GPTNeoXMLP"): ("dense_h_to_4h", "act"),
+    _modeling("gptj", "GPTJMLP"): ("fc_in", "act"),
+    _modeling("marian", "MarianDecoderLayer"): ("fc1", "activation_fn"),
+    _modeling("marian", "MarianEncoderLayer"): ("fc1", "activation_fn"),
+    _modeling("opt", "OPTDecoderLayer"): ("fc1", "activation_fn"),
+    _modeling("phi", "PhiMLP"): ("fc1", "activation_fn"),
+    _modeling("siglip", "SiglipMLP"): ("fc1", "activation_fn"),
+    _modeling("starcoder2", "Starcoder2MLP"): ("c_fc", "act"),
+    _modeling("vit", "ViTMLP"): ("fc1", "activation_fn"),
+    _modeling("wav2vec2", "Wav2Vec2FeedForward"): ("intermediate_dense", "intermediate_act_fn"),
+    _modeling("whisper", "WhisperDecoderLayer"): ("fc1", "activation_fn"),
+    _modeling("whisper", "WhisperEncoderLayer"): ("fc1", "activation_fn"),
+}
+"""By type: the layer and the activation that its output goes to."""
+
+SAME_INPUT: dict[str, tuple[str, ...]] = {
+    **{
+        _modeling(folder, f"{prefix}SelfAttention"): ("query", "key", "value")
+        for folder, prefix in _BERT.items()
+    },
+    _modeling("albert", "AlbertAttention"): ("query", "key", "value"),
+    _modeling("distilbert", "DistilBertSelfAttention"): ("q_lin", "k_lin", "v_lin"),
+    _modeling("distilbert", "MultiHeadSelfAttention"): ("q_lin", "k_lin", "v_lin"),
+    _modeling("mpnet", "MPNetSelfAttention"): ("q", "k", "v"),
+    **{_modeling(folder, name): ("q_proj", "k_proj", "v_proj") for folder, name in _PROJECTIONS.items()},
+    **{
+        _modeling(folder, f"{prefix}Attention"): ("q_proj", "k_proj", "v_proj")
+        for folder, prefix in _LLAMA.items()
+    },
+    **{_modeling(folder, f"{prefix}MLP"): ("gate_proj", "up_proj") for folder, prefix in _LLAMA.items()},
+}
+"""By type: the layers that read the same tensor, in the order in which they are called."""
+
+
+def linear_of_conv1d(conv: Any) -> nn.Linear:
+    """GPT-2's Conv1D as the nn.Linear that computes the same; it shares the weight's memory."""
+    k, n = conv.weight.shape
+    linear = nn.Linear(k, n, bias=conv.bias is not None, device="meta")
+    linear.weight = nn.Parameter(conv.weight.detach().t(), requires_grad=False)
+    if conv.bias is not None:
+        linear.bias = conv.bias
+    return linear.train(conv.training)

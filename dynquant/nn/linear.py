@@ -192,7 +192,7 @@ class QLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         packed_weight, weight_sum, weight_scale, qparams, config = self._packed
         try:
-            # The packed weight knows K to the next multiple of 4 only. A tracer's proxy has no sizes to compare.
+            # The packed weight knows K to the next multiple of 4 only; a tracer's proxy has no sizes at all.
             if not isinstance(x, Tensor) or x.shape[-1] == self.in_features:
                 # bias is looked up where torch.func.functional_call and the like replace it.
                 bias = self._parameters["bias"]

@@ -32,11 +32,12 @@ constexpr int64_t kRowOf = kThreads * int64_t{kElementsPerThread<kThreads>};
 
 // A warp shares its block with others; a larger group is a block.
 template <int kThreads>
-constexpr int kBlockSize = kThreads == kWarp ? 256 : kThreads;
+constexpr int kBlockSize = kThreads == kWarp ? 128 : kThreads;
 
-// Blocks that a multiprocessor shall hold at least: 64 registers a thread, 80 where a warp has a row for itself.
+// Blocks that a multiprocessor shall hold at least: 64 registers a thread, up to 102 where a warp has a row for
+// itself (at 80 it spills for some architectures).
 template <int kThreads>
-constexpr int kResident = kThreads == kWarp ? 3 : 1024 / kThreads;
+constexpr int kResident = kThreads == kWarp ? 5 : 1024 / kThreads;
 
 // ---- elements ----
 

@@ -3,14 +3,21 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 
 #include <array>
 #include <optional>
+#include <string>
 
 #include "config.h"
 
 namespace dynquant {
+
+// The name that Python gives a dtype, e.g. "torch.int8": TypeMeta and ScalarType print C++'s own.
+inline std::string dtype_name(at::ScalarType type) {
+  return "torch." + std::string(c10::getDtypeNames(type).first);
+}
 
 // Rows of x: all leading dimensions together.
 inline int64_t leading_size(const at::Tensor& x) {
@@ -28,7 +35,7 @@ inline Config check_config(int64_t code) {
 inline void check_float(const char* op, const char* name, const at::Tensor& x) {
   const auto type = x.scalar_type();
   TORCH_CHECK(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || type == at::kDouble, op,
-              ": expected ", name, " of dtype float32, bfloat16, float16 or float64, got ", x.dtype());
+              ": expected ", name, " of dtype float32, bfloat16, float16 or float64, got ", dtype_name(type));
   TORCH_CHECK(x.dim() >= 1, op, ": expected ", name, " with at least 1 dimension, got 0");
 }
 
@@ -37,8 +44,8 @@ inline void check_channels(const char* op, const char* name, const at::Tensor& v
                            int64_t n) {
   TORCH_CHECK(
       values.scalar_type() == type && values.dim() == 1 && values.size(0) == n && values.is_contiguous(), op,
-      ": expected ", name, " to be contiguous ", type, " of shape [", n, "], got ", values.scalar_type(),
-      " of shape ", values.sizes());
+      ": expected ", name, " to be contiguous ", dtype_name(type), " of shape [", n, "], got ",
+      dtype_name(values.scalar_type()), " of shape ", values.sizes());
 }
 
 // Contiguous int8 of the shape that an [n, k] weight packs to on this device.
@@ -46,30 +53,30 @@ inline void check_packed(const char* op, const at::Tensor& packed, at::IntArrayR
                          int64_t k) {
   TORCH_CHECK(packed.scalar_type() == at::kChar && packed.sizes() == shape && packed.is_contiguous(), op,
               ": expected packed_weight to be contiguous int8 of shape ", shape, " for N = ", n,
-              " and K = ", k, ", got ", packed.scalar_type(), " of shape ", packed.sizes());
+              " and K = ", k, ", got ", dtype_name(packed.scalar_type()), " of shape ", packed.sizes());
 }
 
 inline void check_qparams(const char* op, int64_t m, const at::Tensor& scale, const at::Tensor& zero_point) {
   TORCH_CHECK(scale.scalar_type() == at::kFloat && zero_point.scalar_type() == at::kInt, op,
-              ": expected scale of dtype float32 and zero_point of dtype int32, got ", scale.dtype(), " and ",
-              zero_point.dtype());
+              ": expected scale of dtype float32 and zero_point of dtype int32, got ",
+              dtype_name(scale.scalar_type()), " and ", dtype_name(zero_point.scalar_type()));
   TORCH_CHECK(
       scale.dim() == 1 && scale.sizes() == zero_point.sizes() && (scale.size(0) == 1 || scale.size(0) == m),
       op, ": expected scale and zero_point of shape [1] or [", m, "], got ", scale.sizes(), " and ",
       zero_point.sizes());
 }
 
-inline void check_device(const char* op, const at::Tensor& x, const char* name, const at::Tensor& other) {
-  TORCH_CHECK(other.device() == x.device(), op, ": expected all tensors on one device, got x on ", x.device(),
-              " and ", name, " on ", other.device());
+inline void check_device(const char* op, const at::Tensor& x, const char* name, const at::Tensor& other,
+                         const char* name_of_x = "x") {
+  TORCH_CHECK(other.device() == x.device(), op, ": expected all tensors on one device, got ", name_of_x,
+              " on ", x.device(), " and ", name, " on ", other.device());
 }
 
 inline void check_ranges(const char* op, const at::Tensor& lo, const at::Tensor& hi) {
   TORCH_CHECK(lo.scalar_type() == at::kFloat && hi.scalar_type() == at::kFloat && lo.sizes() == hi.sizes(),
-              op, ": expected lo and hi of dtype float32 and one shape, got ", lo.dtype(), " of shape ",
-              lo.sizes(), " and ", hi.dtype(), " of shape ", hi.sizes());
-  TORCH_CHECK(lo.device() == hi.device(), op, ": expected all tensors on one device, got lo on ", lo.device(),
-              " and hi on ", hi.device());
+              op, ": expected lo and hi of dtype float32 and one shape, got ", dtype_name(lo.scalar_type()),
+              " of shape ", lo.sizes(), " and ", dtype_name(hi.scalar_type()), " of shape ", hi.sizes());
+  check_device(op, lo, "hi", hi, "lo");
 }
 
 inline void check_rotation(const char* op, int64_t k, int64_t block) {
@@ -82,12 +89,13 @@ inline void check_int8_mm(const at::Tensor& q, const at::Tensor& packed_weight,
                           const at::Tensor& weight_sum) {
   constexpr int64_t kMaxK = INT32_MAX / (128 * 127);
   TORCH_CHECK(q.scalar_type() == at::kChar && q.dim() == 2,
-              "int8_mm: expected q to be int8 with 2 dimensions [M, K], got ", q.dtype(), " with ", q.dim());
+              "int8_mm: expected q to be int8 with 2 dimensions [M, K], got ", dtype_name(q.scalar_type()),
+              " with ", q.dim());
   check_channels("int8_mm", "weight_sum", weight_sum, at::kInt, weight_sum.numel());
   TORCH_CHECK(q.size(1) <= kMaxK, "int8_mm: expected K <= ", kMaxK, " so that int32 is exact, got ",
               q.size(1));
-  check_device("int8_mm", q, "packed_weight", packed_weight);
-  check_device("int8_mm", q, "weight_sum", weight_sum);
+  check_device("int8_mm", q, "packed_weight", packed_weight, "q");
+  check_device("int8_mm", q, "weight_sum", weight_sum, "q");
 }
 
 // Everything that a linear op asks of its tensors but the shape of the packed weight, which is the device's
@@ -99,13 +107,11 @@ inline void check_linear(const char* op, const at::Tensor& x, const at::Tensor& 
   const int64_t n = weight_scale.numel();
   check_channels(op, "weight_scale", weight_scale, at::kFloat, n);
   check_channels(op, "weight_sum", weight_sum, at::kInt, n);
+  if (bias.has_value()) check_channels(op, "bias", *bias, at::kFloat, n);
   check_device(op, x, "packed_weight", packed_weight);
   check_device(op, x, "weight_sum", weight_sum);
   check_device(op, x, "weight_scale", weight_scale);
-  if (bias.has_value()) {
-    check_channels(op, "bias", *bias, at::kFloat, n);
-    check_device(op, x, "bias", *bias);
-  }
+  if (bias.has_value()) check_device(op, x, "bias", *bias);
 }
 
 inline at::ScalarType out_dtype(const Config& config, const at::Tensor& x) {

@@ -31,13 +31,26 @@ def _constant(value: float, like: Tensor) -> Tensor:
     return torch.tensor(value, dtype=torch.float32, device=like.device)
 
 
-def _rows(op: str, x: Tensor) -> Tensor:
-    """x as fp32 [M, K]: every leading dimension is a row, a 1-D x is one row."""
+def check_float(op: str, name: str, x: Tensor) -> None:
+    """A floating-point tensor that has rows."""
     check(
         x.dtype in FLOAT_DTYPES,
-        f"{op}: expected x of dtype float32, bfloat16, float16 or float64, got {x.dtype}",
+        f"{op}: expected {name} of dtype float32, bfloat16, float16 or float64, got {x.dtype}",
     )
-    check(x.dim() >= 1, f"{op}: expected x with at least 1 dimension, got 0")
+    check(x.dim() >= 1, f"{op}: expected {name} with at least 1 dimension, got 0")
+
+
+def check_device(op: str, x_name: str, x: Tensor, name: str, other: Tensor) -> None:
+    """``other`` is where ``x`` is."""
+    check(
+        other.device == x.device,
+        f"{op}: expected all tensors on one device, got {x_name} on {x.device} and {name} on {other.device}",
+    )
+
+
+def _rows(op: str, x: Tensor, name: str = "x") -> Tensor:
+    """x as fp32 [M, K]: every leading dimension is a row, a 1-D x is one row."""
+    check_float(op, name, x)
     return x.to(torch.float32).reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
@@ -72,6 +85,12 @@ def choose_qparams(lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         scale fp32 and zero_point int32 in [-128, 127]; NaN and 0 where lo or hi is not finite.
     """
+    check(
+        lo.dtype == hi.dtype == torch.float32 and lo.shape == hi.shape,
+        f"choose_qparams: expected lo and hi of dtype float32 and one shape, got {lo.dtype} of shape "
+        f"{list(lo.shape)} and {hi.dtype} of shape {list(hi.shape)}",
+    )
+    check_device("choose_qparams", "lo", lo, "hi", hi)
     steps = _constant(255.0, lo)
     finite = lo.isfinite() & hi.isfinite()
     scale = torch.where(finite, (hi / steps - lo / steps).clamp(min=FLT_MIN), _constant(float("nan"), lo))
@@ -95,6 +114,8 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """
     rows = _rows("quantize", x)
     check_qparams("quantize", rows.shape[0], scale, zero_point)
+    check_device("quantize", "x", x, "scale", scale)
+    check_device("quantize", "x", x, "zero_point", zero_point)
     steps = (rows * _inverse(scale)[:, None]).round() + zero_point[:, None].to(torch.float32)
     q = torch.where(steps.isnan(), 0.0, steps.clamp(-128.0, 127.0))
     return q.to(torch.int8).reshape(x.shape)
@@ -128,16 +149,21 @@ def rotate(x: Tensor, block: int) -> Tensor:
     """
     rows = _rows("rotate", x)
     k = rows.shape[1]
-    check(
-        1 <= block <= 128 and block & (block - 1) == 0 and k % block == 0,
-        f"rotate: expected block to be a power of two up to 128 that divides K ({k}), got {block}",
-    )
+    check_rotation("rotate", k, block)
     stride = 1
     while stride < block:
         a, b = rows.reshape(rows.shape[0], k // (2 * stride), 2, stride).unbind(2)
         rows = torch.stack((a + b, a - b), 2).reshape(rows.shape[0], k)
         stride *= 2
     return rows.reshape(x.shape).clone()
+
+
+def check_rotation(op: str, k: int, block: int) -> None:
+    """A block size that rows of k elements can be rotated by."""
+    check(
+        1 <= block <= 128 and block & (block - 1) == 0 and k % block == 0,
+        f"{op}: expected block to be a power of two up to 128 that divides K ({k}), got {block}",
+    )
 
 
 def quantize_weight(weight: Tensor, config: int) -> tuple[Tensor, Tensor]:
@@ -155,9 +181,10 @@ def quantize_weight(weight: Tensor, config: int) -> tuple[Tensor, Tensor]:
     """
     cfg = Config.decode(config)
     check(weight.dim() == 2, f"quantize_weight: expected weight with 2 dimensions [N, K], got {weight.dim()}")
-    w = _rows("quantize_weight", weight)
+    w = _rows("quantize_weight", weight, "weight")
     check_finite("quantize_weight", "weight", w)
     if cfg.rotation_block:
+        check_rotation("quantize_weight", w.shape[1], cfg.rotation_block)
         w = rotate(w, cfg.rotation_block) * (1.0 / cfg.rotation_block)
         check_finite("quantize_weight", "rotated weight", w)
     groups = w if cfg.weights == "per_channel" else w.reshape(1, -1)
@@ -253,6 +280,9 @@ def int8_mm(q: Tensor, packed_weight: Tensor, weight_sum: Tensor) -> Tensor:
     check_channels("int8_mm", "weight_sum", weight_sum, torch.int32, weight_sum.numel())
     k = q.shape[1]
     check(k <= MAX_K_INT8_MM, f"int8_mm: expected K <= {MAX_K_INT8_MM} so that int32 is exact, got {k}")
+    check_device("int8_mm", "q", q, "packed_weight", packed_weight)
+    check_device("int8_mm", "q", q, "weight_sum", weight_sum)
+    check_packed("int8_mm", packed_weight, weight_sum.shape[0], k)
     weight = unpack_weight(packed_weight, weight_sum.shape[0], k)
     return _exact_mm(q, weight).to(torch.int32)
 
@@ -275,11 +305,7 @@ def check_linear(
     op: str, x: Tensor, packed_weight: Tensor, weight_sum: Tensor, weight_scale: Tensor, bias: Tensor | None
 ) -> None:
     """What every linear op requires of its tensors before it reads them."""
-    check(
-        x.dtype in FLOAT_DTYPES,
-        f"{op}: expected x of dtype float32, bfloat16, float16 or float64, got {x.dtype}",
-    )
-    check(x.dim() >= 1, f"{op}: expected x with at least 1 dimension, got 0")
+    check_float(op, "x", x)
     n = weight_scale.numel()
     check_channels(op, "weight_scale", weight_scale, torch.float32, n)
     check_channels(op, "weight_sum", weight_sum, torch.int32, n)
@@ -291,11 +317,8 @@ def check_linear(
         ("weight_scale", weight_scale),
         ("bias", bias),
     ):
-        check(
-            tensor is None or tensor.device == x.device,
-            f"{op}: expected all tensors on one device, got x on {x.device} and {name} on "
-            f"{tensor.device if tensor is not None else None}",
-        )
+        if tensor is not None:
+            check_device(op, "x", x, name, tensor)
     check_packed(op, packed_weight, n, x.shape[-1])
 
 
@@ -346,6 +369,8 @@ def linear_static(
     """
     check_linear("linear_static", x, packed_weight, weight_sum, weight_scale, bias)
     check_qparams("linear_static", 1, scale, zero_point)
+    check_device("linear_static", "x", x, "scale", scale)
+    check_device("linear_static", "x", x, "zero_point", zero_point)
     cfg = Config.decode(config)
     rows = _rotated_rows("linear_static", x, cfg)
     finite = rows.isfinite().all(1)
@@ -357,7 +382,10 @@ def linear_static(
 
 def _rotated_rows(op: str, x: Tensor, cfg: Config) -> Tensor:
     rows = _rows(op, x)
-    return rotate(rows, cfg.rotation_block) if cfg.rotation_block else rows
+    if not cfg.rotation_block:
+        return rows
+    check_rotation(op, rows.shape[1], cfg.rotation_block)
+    return rotate(rows, cfg.rotation_block)
 
 
 def _linear(

@@ -128,8 +128,9 @@ class CudaOnHost:
         self.seed = 0
         self.set_device(90, 4)
 
-    def set_device(self, capability: int, multiprocessors: int) -> None:
-        self._library.host_set_device(capability, multiprocessors)
+    def set_device(self, capability: int, multiprocessors: int, code: int | None = None) -> None:
+        """``code``: what the kernels were compiled for, where that is older than the device."""
+        self._library.host_set_device(capability, multiprocessors, capability if code is None else code)
 
     @property
     def launches(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -193,6 +194,18 @@ def test_linear(host: CudaOnHost, capability: int, activations: str) -> None:
 
 
 @pytest.mark.parametrize("activations", ["per_token", "per_tensor"])
+def test_kernels_compiled_for_an_older_device_do_not_overlap(host: CudaOnHost, activations: str) -> None:
+    """PTX of 8.0 on a 9.0: it has no instruction that waits for the kernel before."""
+    host.set_device(90, 4, code=80)
+    config = Config(activations=activations)
+    for m, n, k in LINEAR_SHAPES:
+        check_linear(host, torch.randn(m, k), n, config)
+    x = torch.randn(9, 3000)
+    for actual, expected in zip(host.min_max(x, False), reference.min_max(x, False), strict=True):
+        assert_same_bits(actual, expected)
+
+
+@pytest.mark.parametrize("activations", ["per_token", "per_tensor"])
 def test_linear_by_wgmma(host: CudaOnHost, activations: str) -> None:
     assert host.plan(270, 140, 272)[0] == "wgmma"
     config = Config(activations=activations, rotation_block=16)
@@ -259,10 +272,10 @@ def test_linear_of_more_k_than_an_int32_holds(host: CudaOnHost) -> None:
 @pytest.mark.parametrize("capability", [75, 80, 86, 89, 90, 100, 120])
 def test_every_plan_can_run(host: CudaOnHost, capability: int) -> None:
     host.set_device(capability, 132)
-    sizes = (0, 1, 4, 5, 16, 17, 128, 129, 1000, 4096, 70_000)
+    sizes = (0, 1, 4, 5, 16, 17, 128, 129, 1000, 4096, 70_000, 2_000_000)
     for m, n, k in itertools.product(sizes, sizes, (0, 1, 16, 100, 4096, 14336, 65_536, 65_552, 200_000)):
         aligned = k % 16 == 0
-        kernel, tile_m, _, parts, k_of_part = host.plan(m, n, k, aligned)
+        kernel, tile_m, tile_n, parts, k_of_part = host.plan(m, n, k, aligned)
         assert parts * k_of_part >= k > (parts - 1) * k_of_part or (k == 0 and parts == 1)
         assert k_of_part % 256 == 0
         assert k_of_part <= 65_536
@@ -272,9 +285,9 @@ def test_every_plan_can_run(host: CudaOnHost, capability: int) -> None:
             assert parts == 1
         if kernel != "small_dp4a":
             assert capability >= 80
-        grid_y, grid_z = (parts, -(-m // tile_m)) if kernel.startswith("small") else (parts, 1)
-        assert grid_y <= 65_535
-        assert grid_z <= 65_535
+        if m * n < 2**40:  # as many outputs as a device can hold
+            assert -(-m // tile_m) * -(-n // tile_n) < 2**31, "blocks along x"
+        assert parts <= 65_535, "blocks along y"
 
 
 def test_plans_for_a_card_with_132_multiprocessors(host: CudaOnHost) -> None:
@@ -315,6 +328,28 @@ def test_wgmma_descriptor(host: CudaOnHost) -> None:
     assert further == first + 4, "the kernel adds to the descriptor itself"
 
 
+def test_only_calls_that_a_graph_capture_allows() -> None:
+    """Nothing in csrc/cuda allocates, waits for the device, or copies to or from the host."""
+    allowed = {
+        "cudaDeviceGetAttribute",
+        "cudaFuncGetAttributes",
+        "cudaFuncSetAttribute",
+        "cudaGetDevice",
+        "cudaGetDriverEntryPointByVersion",
+        "cudaGetErrorString",
+        "cudaGetLastError",
+        "cudaLaunchKernelEx",
+        "cudaMemcpy2DAsync",
+        "cudaMemset2DAsync",
+        "cudaMemsetAsync",
+        "cudaSetDevice",
+    }
+    text = "\n".join(path.read_text() for path in SOURCES.iterdir())
+    assert set(re.findall(r"\bcuda[A-Z]\w+(?=\()", text)) == allowed
+    assert "<<<" not in text
+    assert set(re.findall(r"\bcudaMemcpy[A-Z]\w+(?=,)", text)) == {"cudaMemcpyDeviceToDevice"}
+
+
 # ---- the tests' own test: a fault that is planted in a kernel must show ----
 
 PLANTED = {
@@ -339,6 +374,7 @@ PLANTED = {
         "dot.store(sums + warp * kTile, lane);\n  __syncthreads();",
         "dot.store(sums + warp * kTile, lane);",
     ),
+    "kernels overlap that cannot wait": ("kernels.h", "device.code >= 90", "device.capability >= 90"),
     "parts are added before all are stored": ("epilogue.cuh", "== parts - 1", "== parts - 2"),
     "wgmma fills a stage that is still read": (
         "gemm_wgmma_sm90.cu",
@@ -367,6 +403,10 @@ def exercise(host: CudaOnHost, file: str, times: int = 1) -> None:
 
 def exercise_once(host: CudaOnHost, file: str) -> None:
     host.set_device(90, 2)
+    if file == "kernels.h":
+        host.set_device(90, 2, code=80)
+        check_linear(host, torch.randn(8, 64), 20, Config())
+        return
     if file == "quantize.cu":
         x = torch.randn(40, 1100) * torch.logspace(-3, 3, 40)[:, None]
         for actual, expected in zip(host.min_max(x, True), reference.min_max(x, True), strict=True):

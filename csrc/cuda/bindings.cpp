@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "../checks.h"
@@ -34,9 +35,11 @@ class OnDevice {
   void check(cudaError_t error) const {
     if (error == cudaSuccess) return;
     cudaGetLastError();  // so that it is not reported again by whoever asks next
-    TORCH_CHECK(false, op_, ": CUDA kernels on ", device_, " (compute capability ",
-                properties_.capability / 10, ".", properties_.capability % 10,
-                ") failed: ", cudaGetErrorString(error),
+    const int capability = properties_.capability;
+    const std::string of = capability == 0 ? ""
+                                           : " (compute capability " + std::to_string(capability / 10) + "." +
+                                                 std::to_string(capability % 10) + ")";
+    TORCH_CHECK(false, op_, ": CUDA kernels on ", device_, of, " failed: ", cudaGetErrorString(error),
                 "; `python -m dynquant info` says which devices they were built for");
   }
 

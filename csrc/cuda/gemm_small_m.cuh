@@ -29,14 +29,15 @@ constexpr int kSmallWarps = kSmallThreads / 32;
 template <class Dot>
 __global__ void __launch_bounds__(kSmallThreads, Dot::kResident)
     gemm_small_kernel(const Gemm a, const int64_t k_of_part, const int parts, const PartialSums partial,
-                      const bool weight_aligned) {
+                      const bool weight_aligned, const unsigned tiles_n) {
   constexpr int kSteps = Dot::kSteps;
   constexpr int kRows = Dot::kTileN / 8;
   constexpr int kSpan = 64 * kSteps;
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
-  const int64_t n = blockIdx.x * int64_t{Dot::kTileN};
-  const int64_t m = blockIdx.z * int64_t{Dot::kTileM};
+  // Both in x: the other dimensions of a grid end at 65,535.
+  const int64_t n = blockIdx.x % tiles_n * int64_t{Dot::kTileN};
+  const int64_t m = blockIdx.x / tiles_n * int64_t{Dot::kTileM};
   const int part = blockIdx.y;
   const int64_t end = min(a.k, (part + 1) * k_of_part);
   const int8_t* const weight_end = a.weight + a.n * a.k;
@@ -105,21 +106,19 @@ __global__ void __launch_bounds__(kSmallThreads, Dot::kResident)
       }
     }
   };
-  const int64_t tile = blockIdx.z * int64_t{gridDim.x} + blockIdx.x;
-  finish_tile<kSmallThreads, Dot::kTileM, Dot::kTileN>(a.output, m, n, parts, part, tile, partial.counters,
-                                                       partial.sums, sums_at);
+  finish_tile<kSmallThreads, Dot::kTileM, Dot::kTileN>(a.output, m, n, parts, part, blockIdx.x,
+                                                       partial.counters, partial.sums, sums_at);
 }
 
 template <class Dot>
 cudaError_t launch_small(const Gemm& args, const GemmPlan& plan, const PartialSums& partial, bool overlap,
                          cudaStream_t stream) {
   const GemmShape shape = {args.m, args.n, args.k, true};
-  Launch how{dim3(static_cast<unsigned>(plan.tiles_n(shape)), static_cast<unsigned>(plan.parts),
-                  static_cast<unsigned>(plan.tiles_m(shape))),
-             kSmallThreads, kSmallWarps * Dot::kTileM * Dot::kTileN * sizeof(int32_t)};
+  Launch how{dim3(static_cast<unsigned>(plan.tiles(shape)), static_cast<unsigned>(plan.parts)), kSmallThreads,
+             kSmallWarps * Dot::kTileM * Dot::kTileN * sizeof(int32_t)};
   how.overlap = overlap;
   return launch(gemm_small_kernel<Dot>, how, stream, args, plan.k_of_part, plan.parts, partial,
-                is_aligned_weight(args));
+                is_aligned_weight(args), static_cast<unsigned>(plan.tiles_n(shape)));
 }
 
 }  // namespace dynquant::cuda

@@ -23,7 +23,12 @@ constexpr int64_t size_of(DType dtype) {
 struct Device {
   int capability;  // 90 for 9.0
   int multiprocessors;
+  int code;  // what the kernels that run here were compiled for: 80 for PTX of 8.0, whatever the device
 };
+
+// Whether a kernel can start before the one that it follows has ended. It must wait by an instruction of its own,
+// which only code for 9.0 and newer has; without it, it would read what is not there yet.
+constexpr bool kernels_overlap(const Device& device) { return device.code >= 90; }
 
 cudaError_t current_device(Device* device);
 

@@ -104,7 +104,7 @@ cudaError_t linear(const Linear& args, const Device& device, void* workspace, cu
   const GemmShape shape = shape_of(args);
   const GemmPlan plan = plan_gemm(shape, device);
   const LinearWorkspace pieces = carve(args, plan, workspace);
-  const bool overlap = device.capability >= 90;
+  const bool overlap = kernels_overlap(device);
 
   QuantizeRows rows = {};
   rows.x = args.x;

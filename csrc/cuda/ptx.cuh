@@ -31,7 +31,7 @@ __device__ __forceinline__ uint4 load_once(const void* pointer) {
   return v;
 }
 
-// ---- order of kernels (sm_90 and newer; before that a kernel starts when the one before it has ended) ----
+// ---- order of kernels (code for 9.0 and newer; other code must not be launched with `overlap`) ----
 
 // The kernel that is launched next on this stream, with `overlap`, may start now; it sees this kernel's results
 // after wait_for_previous_kernel.

@@ -417,14 +417,29 @@ cudaError_t launch_quantize(const QuantizeRows& args, const Device& device, bool
 }  // namespace
 
 cudaError_t current_device(Device* device) {
+  // Asked at every call: the last answer of each thread is kept.
+  thread_local int known_index = -1;
+  thread_local Device known = {};
   int index = 0, major = 0, minor = 0;
   cudaError_t error = cudaGetDevice(&index);
+  if (error == cudaSuccess && index == known_index) {
+    *device = known;
+    return cudaSuccess;
+  }
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&device->multiprocessors, cudaDevAttrMultiProcessorCount, index);
   }
   device->capability = 10 * major + minor;
+  // All files but the one for wgmma are compiled for the same architectures, so one kernel speaks for all.
+  cudaFuncAttributes attributes = {};
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, choose_qparams_kernel);
+  device->code = attributes.ptxVersion;
+  if (error == cudaSuccess) {
+    known_index = index;
+    known = *device;
+  }
   return error;
 }
 
@@ -470,7 +485,7 @@ cudaError_t min_max_tensor(const Rows& x, float* lo, float* hi, void* workspace,
   error = find_ranges(x, 0, device, ranges, &count, stream);
   if (error != cudaSuccess) return error;
   Launch how{dim3(1), kFlatThreads, kReductionBytes};
-  how.overlap = device.capability >= 90 && count > 0;
+  how.overlap = kernels_overlap(device) && count > 0;
   return launch(join_ranges_kernel, how, stream, ranges, count, lo, hi);
 }
 

@@ -8,6 +8,8 @@ namespace emulated_device {
 
 int capability = 90;
 int multiprocessors = 4;
+int code = 90;
+int index = 0;
 int launches = 0;
 
 size_t shared_bytes_of_block() {
@@ -26,7 +28,7 @@ std::map<const void*, size_t> allowed_shared_bytes;
 }  // namespace emulated_device
 
 cudaError_t cudaGetDevice(int* index) {
-  *index = 0;
+  *index = emulated_device::index;
   return cudaSuccess;
 }
 

@@ -24,7 +24,9 @@ const char* run(uint64_t seed, const Call& call) {
   return message.c_str();
 }
 
-Device device() { return {emulated_device::capability, emulated_device::multiprocessors}; }
+Device device() {
+  return {emulated_device::capability, emulated_device::multiprocessors, emulated_device::code};
+}
 
 Rows rows(const void* x, int dtype, int64_t m, int64_t k) { return {x, static_cast<DType>(dtype), m, k}; }
 
@@ -32,7 +34,10 @@ Rows rows(const void* x, int dtype, int64_t m, int64_t k) { return {x, static_ca
 
 extern "C" {
 
-void host_set_device(int capability, int multiprocessors) {
+// code: what the kernels were compiled for.
+void host_set_device(int capability, int multiprocessors, int code) {
+  ++emulated_device::index;
+  emulated_device::code = code;
   emulated_device::capability = capability;
   emulated_device::multiprocessors = multiprocessors;
 }

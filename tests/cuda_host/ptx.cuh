@@ -30,7 +30,9 @@ inline uint4 load_once(const void* pointer) {
 // ---- order of kernels ----
 
 inline void let_next_kernel_start() {}
-inline void wait_for_previous_kernel() { emulator::synchronize(); }
+inline void wait_for_previous_kernel() {
+  if (emulated_device::code >= 90) emulator::synchronize();
+}
 
 // ---- numbers ----
 

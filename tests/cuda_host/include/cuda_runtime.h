@@ -154,6 +154,9 @@ enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor,
 };
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaMemcpyKind { cudaMemcpyDeviceToDevice };
 enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess, cudaDriverEntryPointSymbolNotFound };
@@ -182,6 +185,8 @@ struct cudaLaunchConfig_t {
 namespace emulated_device {
 extern int capability;
 extern int multiprocessors;
+extern int code;
+extern int index;
 extern int launches;
 size_t shared_bytes_of_block();
 }  // namespace emulated_device
@@ -198,6 +203,12 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function
                                              cudaDriverEntryPointQueryResult* result);
 cudaError_t remember_shared_bytes(const void* kernel, int bytes);
 cudaError_t check_launch(const void* kernel, const cudaLaunchConfig_t& config, emulator::Shape* shape);
+
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
+  attributes->ptxVersion = emulated_device::code;
+  return cudaSuccess;
+}
 
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {

@@ -9,6 +9,7 @@ from .fuse import fuse
 from .info import Info, available_isas, info, isa
 from .nn import QLinear
 from .qtensor import QTensor
+from .report import Report, report
 
 __version__ = "0.1.0"
 
@@ -17,6 +18,7 @@ __all__ = [
     "Info",
     "QLinear",
     "QTensor",
+    "Report",
     "__version__",
     "available_isas",
     "calibrate",
@@ -26,4 +28,5 @@ __all__ = [
     "isa",
     "quantize_dynamic",
     "reference",
+    "report",
 ]

@@ -1,58 +1,37 @@
-"""quantize_dynamic: which layers of a model are swapped for quantized ones, and the swap."""
+"""quantize_dynamic: swaps layers of a model for quantized ones."""
 
 from __future__ import annotations
 
 import copy
-import difflib
 import inspect
 import warnings
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
-from torch import nn
-from torch.nn.parameter import is_lazy
+from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from tqdm import tqdm
 
-from .config import Config
 from .fuse import fuse as fuse_layers
-from .fuse import type_name
-from .hugging_face import CONV1D, linear_of_conv1d
+from .guard import check_arguments, kept_float
+from .measure import measure_layers, pair_layers
 from .nn.linear import QLinear, layer_config
 from .qtensor import QTensor
-from .reference import FLOAT_DTYPES
+from .report import Report, make_report
+from .sample import Sample, measuring
+from .selection import Left, Selected, Words, default_mapping, label, read_spec, select
 
-Words = dict[str, Any]
-"""The scheme of a layer as ``from_float`` takes it: activations, weights, rotation and so on."""
-
-
-@dataclass(frozen=True)
-class Selected:
-    """A module that is to be converted."""
-
-    name: str
-    module: nn.Module
-    target: Any
-    words: Words
+Spec = Mapping[type | str, Any] | Collection[type | str] | None
 
 
-@dataclass(frozen=True)
-class Left:
-    """A module that stays float although the spec covers it, and why."""
-
-    name: str
-    module: nn.Module
-    reason: str
-
-
+@overload
 def quantize_dynamic(
     model: nn.Module,
-    qconfig_spec: Mapping[type | str, Any] | Collection[type | str] | None = None,
+    qconfig_spec: Spec = None,
     dtype: torch.dtype = torch.qint8,
     mapping: Mapping[type, Any] | None = None,
     inplace: bool = False,
@@ -61,7 +40,48 @@ def quantize_dynamic(
     weights: str = "per_channel",
     rotation: str | int | None = None,
     fuse: bool = False,
-) -> nn.Module:
+    sample: Any = None,
+    min_speedup: float | None = None,
+    min_sqnr: float | None = None,
+    report: Literal[False] = False,
+) -> nn.Module: ...
+
+
+@overload
+def quantize_dynamic(
+    model: nn.Module,
+    qconfig_spec: Spec = None,
+    dtype: torch.dtype = torch.qint8,
+    mapping: Mapping[type, Any] | None = None,
+    inplace: bool = False,
+    *,
+    activations: str = "per_token",
+    weights: str = "per_channel",
+    rotation: str | int | None = None,
+    fuse: bool = False,
+    sample: Any = None,
+    min_speedup: float | None = None,
+    min_sqnr: float | None = None,
+    report: Literal[True],
+) -> tuple[nn.Module, Report]: ...
+
+
+def quantize_dynamic(
+    model: nn.Module,
+    qconfig_spec: Spec = None,
+    dtype: torch.dtype = torch.qint8,
+    mapping: Mapping[type, Any] | None = None,
+    inplace: bool = False,
+    *,
+    activations: str = "per_token",
+    weights: str = "per_channel",
+    rotation: str | int | None = None,
+    fuse: bool = False,
+    sample: Any = None,
+    min_speedup: float | None = None,
+    min_sqnr: float | None = None,
+    report: bool = False,
+) -> nn.Module | tuple[nn.Module, Report]:
     """Swap the nn.Linear layers of a model for :class:`dynquant.QLinear`; torch.ao's function of that name.
 
     Subclasses of nn.Linear are swapped where they run nn.Linear's own forward, the model itself where it is
@@ -81,167 +101,73 @@ def quantize_dynamic(
         inplace: swap in ``model`` itself instead of a copy. A model that is itself an nn.Linear is never
             changed: use what is returned.
         activations, weights, rotation: the scheme, as of :class:`dynquant.QLinear`.
-        fuse: move activation functions into the layers before them and let layers that read the same tensor
-            quantize it once, see :func:`dynquant.fuse`.
+        fuse: move activation functions into the layers before them, and bring layers that read the same
+            tensor together, see :func:`dynquant.fuse`.
+        sample: what the model is called with, as of :func:`dynquant.report`, for the three that follow. They
+            run the model on it, in eval mode and without gradients.
+        min_speedup: keep a layer float where time of the float layer / time of the int8 layer, measured on
+            its inputs from the sample, is below this; 1.0: no layer becomes slower. Layers that the sample
+            does not reach are converted.
+        min_sqnr: likewise where the SQNR of its output is below this, in dB; 20 is an error of a tenth.
+        report: return what was measured too.
 
     Returns:
-        The converted model.
+        The converted model; with ``report=True`` the pair of it and a :class:`dynquant.Report`.
 
     Raises:
         ValueError: for a name that the model does not have, a scheme word, dtype or qconfig that is not for
-            int8, a NaN or an infinity in a weight; with the name of the layer.
-        TypeError: for a ``qconfig_spec`` or a key or value in it of another kind.
+            int8, a NaN or an infinity in a weight, with the name of the layer; for a sample that the model
+            does not take, ``min_speedup``, ``min_sqnr`` or ``report`` without a sample.
+        TypeError: for a ``qconfig_spec`` or a key or value in it of another kind, a minimum that is no
+            number.
     """
     words: Words = {"activations": activations, "weights": weights, "rotation": rotation}
     layer_config(1, **words)
+    check_arguments(sample, report, min_speedup, min_sqnr)
     spec = read_spec(qconfig_spec, dtype, words)
     if mapping is None:
-        conv1d = {type(module): _Conv1D for module in model.modules() if type_name(module) == CONV1D}
-        mapping = {nn.Linear: QLinear, **conv1d}
+        mapping = default_mapping(model)
         if qconfig_spec is None:
-            spec = {**dict.fromkeys(conv1d, spec[nn.Linear]), **spec}
+            spec = {**dict.fromkeys(mapping, spec[nn.Linear]), **spec}
     selected, left = select(model, spec, words, mapping)
     _tell_what_stays_float(model, spec if qconfig_spec is not None else {}, selected, left)
-    with torch.inference_mode(False):
-        model = swap(model, convert(selected), inplace).eval()
-        return fuse_layers(model) if fuse else model
 
+    def build(selected: Collection[Selected], inplace: bool, shared: Iterable[Tensor] = ()) -> nn.Module:
+        with torch.inference_mode(False):
+            result = swap(model, convert(selected), inplace, shared).eval()
+            return fuse_layers(result) if fuse else result
 
-class _Conv1D:
-    """Makes QLinear layers of Hugging Face's Conv1D."""
-
-    @staticmethod
-    def from_float(
-        conv: nn.Module,
-        activations: str,
-        weights: str,
-        rotation: str | int | None = None,
-        epilogue: str = "none",
-    ) -> QLinear:
-        linear = linear_of_conv1d(conv)
-        return QLinear.from_float(
-            linear, activations=activations, weights=weights, rotation=rotation, epilogue=epilogue
-        )
-
-
-def read_spec(
-    qconfig_spec: Mapping[type | str, Any] | Collection[type | str] | None, dtype: torch.dtype, words: Words
-) -> dict[type | str, Words | None]:
-    """``qconfig_spec`` as a dict of types and names to their scheme, None for what is to stay float."""
-    if not isinstance(qconfig_spec, Mapping) and dtype not in (torch.qint8, torch.int8):
-        raise ValueError(
-            f"quantize_dynamic: expected dtype to be torch.qint8 or torch.int8, got {dtype}; dynquant has no "
-            "weights of that dtype"
-        )
-    if qconfig_spec is None:
-        return {nn.Linear: words}
-    if isinstance(qconfig_spec, str) or not isinstance(qconfig_spec, Collection):
-        raise TypeError(
-            "quantize_dynamic: expected qconfig_spec to be None, a set of types and names or a dict of them, "
-            f"got {qconfig_spec!r}"
-        )
-    for key in qconfig_spec:
-        if not isinstance(key, (type, str)):
-            raise TypeError(f"quantize_dynamic: expected types and names in qconfig_spec, got {key!r}")
-    if isinstance(qconfig_spec, Mapping):
-        return {key: read_qconfig(_label(key), value, words) for key, value in qconfig_spec.items()}
-    return dict.fromkeys(qconfig_spec, words)
-
-
-def read_qconfig(label: str, qconfig: Any, words: Words) -> Words | None:
-    """One value of the spec: None, a Config, or torch.ao's QConfig (a pair of observer factories)."""
-    if qconfig is None:
-        return None
-    if isinstance(qconfig, Config):
-        if qconfig.out_dtype is not None:
-            raise ValueError(
-                f"quantize_dynamic: the Config of {label} has an out_dtype, which layers do not take"
-            )
-        return {
-            "activations": qconfig.activations,
-            "weights": qconfig.weights,
-            "rotation": qconfig.rotation_block or None,
-            "epilogue": qconfig.epilogue,
-        }
-    if not callable(getattr(qconfig, "weight", None)):
-        raise TypeError(
-            f"quantize_dynamic: expected None, a dynquant.Config or a QConfig of torch.ao for {label}, got "
-            f"{qconfig!r}"
-        )
-    observer = qconfig.weight()
-    if observer.dtype not in (torch.qint8, torch.int8):
-        raise ValueError(
-            f"quantize_dynamic: expected the qconfig of {label} to ask for weights of torch.qint8, "
-            f"got {observer.dtype}"
-        )
-    per_channel = observer.qscheme in (torch.per_channel_symmetric, torch.per_channel_affine)
-    return {**words, "weights": "per_channel" if per_channel else "per_tensor"}
-
-
-def select(
-    model: nn.Module, spec: Mapping[type | str, Words | None], words: Words, mapping: Mapping[type, Any]
-) -> tuple[list[Selected], list[Left]]:
-    """The modules that the spec covers: those that can be converted, each once, and those that cannot.
-
-    Args:
-        words: the scheme for modules that have a ``qconfig`` attribute, where that leaves it open.
-
-    Raises:
-        ValueError: for a name in ``spec`` that ``model`` does not have, a layer that has no weight yet.
-    """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for key in spec:
-        if isinstance(key, str) and key not in modules:
-            close = difflib.get_close_matches(key, modules, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(
-                f"quantize_dynamic: qconfig_spec names {key!r}, which the model does not have{hint}"
-            )
-
-    covered: dict[str, Words | None] = {}
-    for name, module in modules.items():
-        keys = [name, *type(module).__mro__]
-        found = next((key for key in keys if key in spec), None)
-        if "qconfig" in vars(module):
-            covered[name] = read_qconfig(_label(name), module.qconfig, words)
-        elif found is not None:
-            covered[name] = spec[found]
-        elif name and (parent := name.rpartition(".")[0]) in covered:
-            covered[name] = covered[parent]
-    # A tied module has several names; one that says None is enough.
-    stays_float = {id(modules[name]) for name, scheme in covered.items() if scheme is None}
-
-    selected: dict[int, Selected] = {}
-    left: dict[int, Left] = {}
-    for name, scheme in covered.items():
-        module = modules[name]
-        if scheme is None or id(module) in stays_float or id(module) in selected:
-            continue
-        base = next((base for base in type(module).__mro__ if base in mapping), None)
-        reason = _why_not(name, module, base)
-        if reason is not None:
-            left[id(module)] = Left(name, module, reason)
-        elif base is not None:
-            selected[id(module)] = Selected(name, module, mapping[base], scheme)
-    return list(selected.values()), list(left.values())
-
-
-def _why_not(name: str, module: nn.Module, base: Any) -> str | None:
-    """Why a module that the spec covers stays float; None where it does not, or has no matrix to quantize."""
-    if base is None:
-        has_matrix = any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
-        return "there is no int8 version of it" if has_matrix else None
-    if type(module).forward is not base.forward or "forward" in vars(module):
-        return f"its forward is not that of {base.__name__}"
-    weight = getattr(module, "weight", None)
-    if weight is not None and is_lazy(weight):
-        raise ValueError(
-            f"quantize_dynamic: {_label(name)} ({type(module).__name__}) has no weight before its first "
-            "batch; run the model once before converting it"
-        )
-    if base is nn.Linear and weight is not None and weight.dtype not in FLOAT_DTYPES:
-        return f"its weight is {weight.dtype}"
-    return None
+    if sample is None:
+        return build(selected, inplace)
+    given = Sample.of(sample)
+    with measuring(model):
+        # Whether it fits is said before anything is converted.
+        given.run(model, "the model")
+        # In place, the model itself comes last, when nothing can fail any more: what is measured is a copy
+        # that shares its tensors.
+        shared = [*model.parameters(), *model.buffers()] if inplace else []
+        result = build(selected, False, shared)
+        pairs = pair_layers(model, result)
+        measured = measure_layers(model, pairs, given, timed=report or min_speedup is not None)
+        # A from_float of the user's may have converted layers that were not selected themselves.
+        mine = {id(item.module) for item in selected}
+        candidates = [pair for pair in pairs if id(pair.float_layer) in mine]
+        kept = kept_float(candidates, measured, min_speedup, min_sqnr)
+        if kept and min_speedup is not None:
+            # On a busy machine any layer may look slow once: what does is timed again, and that holds.
+            names = {item.name for item in kept}
+            candidates = [pair for pair in candidates if pair.name in names]
+            measured |= measure_layers(model, candidates, given)
+            kept = kept_float(candidates, measured, min_speedup, min_sqnr)
+        if kept:
+            del result, pairs, candidates
+            floats = {id(item.module) for item in kept}
+            selected = [item for item in selected if id(item.module) not in floats]
+            result = build(selected, False, shared)
+        told = make_report(model, result, given, kept=kept, measured=measured) if report else None
+    if inplace:
+        result = build(selected, True)
+    return result if told is None else (result, told)
 
 
 def convert(selected: Collection[Selected]) -> list[tuple[nn.Module, nn.Module]]:
@@ -253,7 +179,7 @@ def convert(selected: Collection[Selected]) -> list[tuple[nn.Module, nn.Module]]
             layer = _from_float(item)
         except (ValueError, TypeError, RuntimeError, AssertionError) as error:
             reason = str(error).removeprefix("dynquant: ")
-            raise ValueError(f"quantize_dynamic: {_label(item.name)}: {reason}") from error
+            raise ValueError(f"quantize_dynamic: {label(item.name)}: {reason}") from error
         parameter = item.module._parameters.get("weight")
         if isinstance(layer, QLinear) and parameter is not None:
             tied = weights.setdefault(id(parameter), layer.weight)
@@ -278,8 +204,17 @@ def _from_float(item: Selected) -> nn.Module:
     return layer
 
 
-def swap(model: nn.Module, pairs: Iterable[tuple[nn.Module, nn.Module]], inplace: bool) -> nn.Module:
-    """The model, or a copy of it, with the first module of each of ``pairs`` replaced by the second."""
+def swap(
+    model: nn.Module,
+    pairs: Iterable[tuple[nn.Module, nn.Module]],
+    inplace: bool,
+    shared: Iterable[Tensor] = (),
+) -> nn.Module:
+    """The model, or a copy of it, with the first module of each of ``pairs`` replaced by the second.
+
+    Args:
+        shared: tensors of the model that a copy of it is to have too, instead of copies.
+    """
     pairs = list(pairs)
     replacement = {id(old): new for old, new in pairs}
     if inplace:
@@ -291,7 +226,7 @@ def swap(model: nn.Module, pairs: Iterable[tuple[nn.Module, nn.Module]], inplace
                     parent._modules[name] = replacement[id(child)]
         return replacement.get(id(model), model)
     # As if the deepcopy had met them before: no float weight is copied, and every reference follows.
-    memo: dict[int, Any] = dict(replacement)
+    memo: dict[int, Any] = {**{id(tensor): tensor for tensor in shared}, **replacement}
     result = copy.deepcopy(model, memo)
     for old, new in pairs:
         _carry_over(old, new, memo)
@@ -308,12 +243,6 @@ def _carry_over(old: nn.Module, new: nn.Module, memo: dict[int, Any] | None) -> 
                 kept = (item for item in value.items() if not isinstance(item[1], _WEIGHT_HOOKS))
                 value = OrderedDict(kept)
             new.__dict__[name] = value if memo is None else copy.deepcopy(value, memo)
-
-
-def _label(key: type | str) -> str:
-    if isinstance(key, type):
-        return key.__name__
-    return f"layer {key!r}" if key else "the model itself"
 
 
 def _tell_what_stays_float(
@@ -334,7 +263,7 @@ def _tell_what_stays_float(
         if converted.isdisjoint(id(part) for module in matches.values() for part in module.modules()):
             for name, module in matches.items():
                 reason = reasons.get(id(module), "there is nothing in it to convert")
-                stays[name] = f"{_label(name)} ({type(module).__name__}): {reason}"
+                stays[name] = f"{label(name)} ({type(module).__name__}): {reason}"
     if stays:
         warnings.warn("quantize_dynamic: left as they are: " + "; ".join(stays.values()), stacklevel=3)
 

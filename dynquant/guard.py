@@ -1,0 +1,72 @@
+"""The guard: layers that int8 makes slower or too inexact stay float, by measurement on a sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .measure import Measured, Pair
+from .sample import SAMPLE_WORDS
+from .selection import Left
+
+
+def check_arguments(sample: Any, report: bool, min_speedup: float | None, min_sqnr: float | None) -> None:
+    """The arguments of quantize_dynamic that go with a sample.
+
+    Raises:
+        ValueError: for one of them without a sample, a sample without any of them, a number that is none.
+        TypeError: for what is no number.
+    """
+    asked = {"report": report or None, "min_speedup": min_speedup, "min_sqnr": min_sqnr}
+    words = ", ".join(f"{name}={value!r}" for name, value in asked.items() if value is not None)
+    if sample is None and words:
+        raise ValueError(
+            f"quantize_dynamic: {words} takes measuring, and there is no sample to measure on; pass as "
+            f"sample= what the model is called with: {SAMPLE_WORDS}"
+        )
+    if sample is not None and not words:
+        raise ValueError(
+            "quantize_dynamic: a sample serves report=True, min_speedup= and min_sqnr=, and none of these "
+            "was given"
+        )
+    for name, value in (("min_speedup", min_speedup), ("min_sqnr", min_sqnr)):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"quantize_dynamic: expected {name} to be a number, got {value!r}")
+        if math.isnan(value):
+            raise ValueError(f"quantize_dynamic: expected {name} to be a number, got nan")
+
+
+def kept_float(
+    pairs: Sequence[Pair],
+    measured: Mapping[str, Measured],
+    min_speedup: float | None,
+    min_sqnr: float | None,
+) -> list[Left]:
+    """The pairs that do not reach what was asked for, and by how much. What was not measured does.
+
+    Args:
+        measured: by the name of the layer.
+        min_speedup: time of the float layer / time of the int8 layer.
+        min_sqnr: dB.
+    """
+    left = []
+    for pair in pairs:
+        reason = _why_float(measured[pair.name], min_speedup, min_sqnr)
+        if reason is not None:
+            left.append(Left(pair.name, pair.float_layer, reason))
+    return left
+
+
+def _why_float(seen: Measured, min_speedup: float | None, min_sqnr: float | None) -> str | None:
+    if min_sqnr is not None and seen.sqnr_db is not None and seen.sqnr_db < min_sqnr:
+        return f"its int8 output has an SQNR of {seen.sqnr_db:.1f} dB, below min_sqnr={min_sqnr:g}"
+    speedup = seen.speedup
+    if min_speedup is not None and speedup is not None and speedup < min_speedup:
+        return (
+            f"in int8 it takes {seen.us_int8:.1f} µs a call, in float {seen.us_float:.1f} µs: "
+            f"{speedup:.2f} times as fast, below min_speedup={min_speedup:g}"
+        )
+    return None

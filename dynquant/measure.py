@@ -1,0 +1,398 @@
+"""Measures a converted model against the float one on a sample: each layer on its own inputs, and the whole.
+
+Each layer is measured while the float model runs, at the moment its input is there: no input is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
+
+from .fuse import type_name
+from .hugging_face import CONV1D
+from .nn.linear import QLinear
+from .sample import Sample
+from .selection import default_mapping, label
+from .timing import compare
+
+LAYER_ROUNDS, LAYER_SECONDS = 5, 0.005
+SLOW_LAYER_ROUNDS, SLOW_LAYER_SECONDS = 3, 0.02
+"""Rounds for a layer whose float and int8 call take so long together."""
+MODEL_ROUNDS, MODEL_SECONDS = 3, 0.05
+TIMED_SHAPES = 8
+"""So many different numbers of rows are timed for each layer, the first that come."""
+_CHUNK = 1 << 22
+
+_EPILOGUES: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda y: y,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A layer of the float model and the one of the same name that took its place."""
+
+    name: str
+    float_layer: nn.Module
+    int8_layer: nn.Module
+
+    def expected(self, x: Tensor) -> Tensor:
+        """What the int8 layer stands for: the float layer and the activation that went into the epilogue."""
+        epilogue = self.int8_layer.config.epilogue if isinstance(self.int8_layer, QLinear) else "none"
+        y: Tensor = self.float_layer.forward(x)
+        return _EPILOGUES[epilogue](y)
+
+    def actual(self, x: Tensor) -> Tensor:
+        """The int8 layer's output."""
+        y: Tensor = self.int8_layer.forward(x)
+        return y
+
+
+class Agreement:
+    """How close values are to the expected ones, summed in float64 over any number of tensors.
+
+    Places where the expected value is not finite do not count; elsewhere a NaN or an infinity is an infinite
+    error.
+    """
+
+    def __init__(self) -> None:
+        self.signal = self.noise = self.product = self.energy = 0.0
+        self.values = 0
+
+    def add(self, expected: Tensor, actual: Tensor) -> None:
+        """Two floating tensors of one shape."""
+        parts = zip(expected.flatten().split(_CHUNK), actual.flatten().split(_CHUNK), strict=True)
+        for part, other in parts:
+            y, z = part.double(), other.double()
+            signal, energy = y.dot(y).item(), z.dot(z).item()
+            if not math.isfinite(signal + energy):
+                counts = y.isfinite()
+                y, z = y[counts], z[counts].nan_to_num(math.inf, math.inf, math.inf)
+                signal, energy = y.dot(y).item(), z.dot(z).item()
+            self.values += y.numel()
+            self.signal += signal
+            self.energy += energy
+            self.product += y.dot(z).item()
+            difference = y.sub_(z)
+            self.noise += difference.dot(difference).item()
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """10 log10(signal / noise); infinite where nothing differs, None where nothing was added."""
+        if not self.values:
+            return None
+        if not self.noise:
+            return math.inf
+        ratio = self.signal / self.noise
+        return 10 * math.log10(ratio) if ratio > 0 else -math.inf
+
+    @property
+    def cosine(self) -> float | None:
+        """Cosine of the angle between all expected and all actual values; two zero vectors are equal."""
+        if not self.values:
+            return None
+        if not self.signal or not self.energy:
+            return float(self.signal == self.energy)
+        cosine = self.product / math.sqrt(self.signal) / math.sqrt(self.energy)
+        return min(cosine, 1.0) if math.isfinite(cosine) else 0.0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was seen of one pair.
+
+    Attributes:
+        calls: how often the float model called the layer.
+        rows: the different M of its inputs [M, K], ascending.
+        sqnr_db, cosine: of the int8 layer's outputs to the float layer's, over all calls; None where there
+            was no output.
+        us_float, us_int8: microseconds a call, the mean over the calls of the medians for their shapes; None
+            where nothing was timed.
+    """
+
+    calls: int
+    rows: tuple[int, ...]
+    sqnr_db: float | None
+    cosine: float | None
+    us_float: float | None
+    us_int8: float | None
+
+    @property
+    def speedup(self) -> float | None:
+        if self.us_float is None or not self.us_int8:
+            return None
+        return self.us_float / self.us_int8
+
+
+@dataclass(frozen=True)
+class MeasuredModel:
+    """Both whole models on the sample: agreement of their float outputs (None where they have none that can
+    be compared) and milliseconds a call."""
+
+    sqnr_db: float | None
+    cosine: float | None
+    ms_float: float
+    ms_int8: float
+
+
+def measure_layers(
+    model: nn.Module, pairs: Sequence[Pair], sample: Sample, *, timed: bool = True
+) -> dict[str, Measured]:
+    """Run the float model on the sample and measure each pair at the inputs of its float layer.
+
+    Args:
+        model: the float model, under :func:`dynquant.sample.measuring`.
+        timed: without it no time is taken.
+
+    Returns:
+        By name. Layers that were not reached have 0 calls.
+    """
+    with tqdm(total=len(pairs), desc="measuring", unit="layer", delay=1) as bar:
+        meters = {pair.name: _Meter(pair, bar.update, timed) for pair in pairs}
+        with _watched(model, meters):
+            sample.run(model, "the float model")
+    return {name: meter.measured() for name, meter in meters.items()}
+
+
+def measure_models(model: nn.Module, int8_model: nn.Module, sample: Sample) -> MeasuredModel:
+    """Both models on the sample, under :func:`dynquant.sample.measuring`.
+
+    Raises:
+        ValueError: where one of them does not take the sample.
+    """
+    agreement = Agreement()
+    outputs = sample.run(model, "the float model"), sample.run(int8_model, "the int8 model")
+    found = [list(tensors_in(output)) for output in outputs]
+    for expected, actual in zip(*found, strict=False):
+        if expected.shape == actual.shape and _has_floats(expected) and _has_floats(actual):
+            agreement.add(expected, actual)
+    del outputs, found
+    tensors = [*model.parameters(), *model.buffers()]
+    cuda = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
+    given = sample.fresh()
+    times = compare(
+        {"float": _call(model, given, cuda), "int8": _call(int8_model, given.fresh(), cuda)},
+        threads=torch.get_num_threads(),
+        rounds=MODEL_ROUNDS,
+        seconds=MODEL_SECONDS,
+    )
+    return MeasuredModel(
+        agreement.sqnr_db, agreement.cosine, times["float"].median_us / 1e3, times["int8"].median_us / 1e3
+    )
+
+
+def _has_floats(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.layout is torch.strided and not tensor.is_nested
+
+
+def _call(model: nn.Module, sample: Sample, cuda: torch.device | None) -> Callable[[], None]:
+    def call() -> None:
+        # As in measuring(): what a model keeps of a call is no inference tensor.
+        with torch.inference_mode(False), torch.no_grad():
+            sample.call(model)
+        if cuda is not None:
+            torch.cuda.synchronize(cuda)
+
+    return call
+
+
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """The tensors of a model's output, in order: in tuples, lists, mappings and dataclasses, at any depth."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from tensors_in(value)
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from tensors_in(value)
+    elif is_dataclass(output):
+        for field in fields(output):
+            yield from tensors_in(getattr(output, field.name))
+
+
+class _Meter:
+    """Measures one pair whenever its float layer is called."""
+
+    def __init__(self, pair: Pair, tell: Callable[[], object], timed: bool) -> None:
+        self.pair = pair
+        self.tell = tell
+        self.timed = timed
+        self.calls = 0
+        self.rows: set[int] = set()
+        self.agreement = Agreement()
+        self.times: dict[tuple[int, torch.dtype], tuple[float, float]] = {}
+        self.timed_calls = 0
+        self.us_float = self.us_int8 = 0.0
+
+    def see(self, x: Any) -> None:
+        """One call of the float layer with x [..., K]."""
+        if not self.calls:
+            self.tell()
+        self.calls += 1
+        if not isinstance(x, Tensor) or not x.is_floating_point() or not x.dim():
+            return
+        self.rows.add(math.prod(x.shape[:-1]))
+        if not x.numel():
+            return
+        start = time.perf_counter()
+        outputs = self.pair.expected(x), self.pair.actual(x)
+        seconds = time.perf_counter() - start
+        self.agreement.add(*outputs)
+        del outputs
+        if self.timed:
+            self._time(x, LAYER_ROUNDS if seconds < SLOW_LAYER_SECONDS else SLOW_LAYER_ROUNDS)
+
+    def _time(self, x: Tensor, rounds: int) -> None:
+        key = (math.prod(x.shape[:-1]), x.dtype)
+        if key not in self.times:
+            if len(self.times) == TIMED_SHAPES:
+                return
+            self.times[key] = self._compare(x, rounds)
+        us_float, us_int8 = self.times[key]
+        self.timed_calls += 1
+        self.us_float += us_float
+        self.us_int8 += us_int8
+
+    def _compare(self, x: Tensor, rounds: int) -> tuple[float, float]:
+        """Microseconds of the float and the int8 layer."""
+        times = compare(
+            {"float": lambda: self.pair.expected(x), "int8": lambda: self.pair.actual(x)},
+            threads=torch.get_num_threads(),
+            rounds=rounds,
+            seconds=LAYER_SECONDS,
+        )
+        return times["float"].median_us, times["int8"].median_us
+
+    def measured(self) -> Measured:
+        calls = self.timed_calls
+        return Measured(
+            self.calls,
+            tuple(sorted(self.rows)),
+            self.agreement.sqnr_db,
+            self.agreement.cosine,
+            self.us_float / calls if calls else None,
+            self.us_int8 / calls if calls else None,
+        )
+
+
+class _LastProduct(TorchDispatchMode):
+    """Keeps the left operand of the last matrix product.
+
+    In nn.MultiheadAttention that is the input of out_proj, which is never called as a module.
+    """
+
+    x: Tensor | None = None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten.addmm.default:
+            self.x = args[1]
+        elif func is torch.ops.aten.mm.default:
+            self.x = args[0]
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _watched(model: nn.Module, meters: Mapping[str, _Meter]) -> Iterator[None]:
+    """Inside, the float layers of the meters report their inputs."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    with contextlib.ExitStack() as stack:
+        # The fast path of nn.TransformerEncoder hands weights to one kernel, and no layer sees its input.
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
+        torch.backends.mha.set_fastpath_enabled(False)
+        for name, meter in meters.items():
+            parent = modules[name.rpartition(".")[0]]
+            if name.endswith("out_proj") and type(parent).forward is nn.MultiheadAttention.forward:
+                _watch_attention(stack, parent, meter)
+            else:
+                handle = meter.pair.float_layer.register_forward_pre_hook(_hook(meter), with_kwargs=True)
+                stack.callback(handle.remove)
+        yield
+
+
+def _hook(meter: _Meter) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        meter.see(next(iter((*args, *kwargs.values())), None))
+
+    return hook
+
+
+def _watch_attention(stack: contextlib.ExitStack, attention: Any, meter: _Meter) -> None:
+    modes: list[_LastProduct] = []
+
+    def before(module: nn.Module, args: Any) -> None:
+        modes.append(_LastProduct())
+        modes[-1].__enter__()
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        mode = modes.pop()
+        mode.__exit__(None, None, None)
+        if output is not None:
+            meter.see(mode.x)
+
+    # Also where the attention raises: its output is None then.
+    for handle in (
+        attention.register_forward_pre_hook(before),
+        attention.register_forward_hook(after, always_call=True),
+    ):
+        stack.callback(handle.remove)
+
+
+def pair_layers(model: nn.Module, int8_model: nn.Module) -> list[Pair]:
+    """The converted layers with the float layers of the same names, each once, in the order of the model.
+
+    Converted is what is a QLinear and was none, and what took the place of an nn.Linear (or of Hugging Face's
+    Conv1D) and is none, such as torch.ao's layers.
+
+    Raises:
+        ValueError: where the models are no such pair, with the name of the layer.
+    """
+    floats = dict(model.named_modules(remove_duplicate=False))
+    linear_types: tuple[type[nn.Module], ...] = tuple(default_mapping(model))
+    pairs = []
+    for name, layer in int8_model.named_modules():
+        before = floats.get(name)
+        if before is None:
+            if isinstance(layer, QLinear):
+                raise ValueError(
+                    f"dynquant.report: the int8 model has {label(name)}, the float one has not; expected the "
+                    "model before and after its conversion"
+                )
+        elif isinstance(layer, QLinear):
+            if not isinstance(before, QLinear):
+                _check_same_size(name, before, layer)
+                pairs.append(Pair(name, before, layer))
+        elif isinstance(before, linear_types) and not isinstance(layer, type(before)):
+            pairs.append(Pair(name, before, layer))
+    return pairs
+
+
+def _check_same_size(name: str, before: nn.Module, after: QLinear) -> None:
+    weight = getattr(before, "weight", None)
+    expected = (after.out_features, after.in_features)
+    shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
+    if type_name(before) == CONV1D and shape is not None:
+        shape = shape[::-1]
+    if shape != expected:
+        raise ValueError(
+            f"dynquant.report: {label(name)} is {expected[0]} x {expected[1]} [N, K] in the int8 model, and "
+            f"in the float one {type(before).__name__} with a weight of shape "
+            f"{None if shape is None else list(shape)}; expected the model before and after its conversion"
+        )

@@ -1,0 +1,191 @@
+"""Which layers of a model are to be quantized, with which scheme, and why others are not."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from .config import Config
+from .fuse import type_name
+from .hugging_face import CONV1D, linear_of_conv1d
+from .nn.linear import QLinear
+from .reference import FLOAT_DTYPES
+
+Words = dict[str, Any]
+"""The scheme of a layer as ``from_float`` takes it: activations, weights, rotation and so on."""
+
+
+@dataclass(frozen=True)
+class Selected:
+    """A module that is to be converted."""
+
+    name: str
+    module: nn.Module
+    target: Any
+    words: Words
+
+
+@dataclass(frozen=True)
+class Left:
+    """A module that stays float although the spec covers it, and why."""
+
+    name: str
+    module: nn.Module
+    reason: str
+
+
+def default_mapping(model: nn.Module) -> dict[type, Any]:
+    """Float type to quantized type: nn.Linear, and Hugging Face's Conv1D where ``model`` has any."""
+    conv1d = {type(module): _Conv1D for module in model.modules() if type_name(module) == CONV1D}
+    return {nn.Linear: QLinear, **conv1d}
+
+
+class _Conv1D:
+    """Makes QLinear layers of Hugging Face's Conv1D."""
+
+    @staticmethod
+    def from_float(
+        conv: nn.Module,
+        activations: str,
+        weights: str,
+        rotation: str | int | None = None,
+        epilogue: str = "none",
+    ) -> QLinear:
+        linear = linear_of_conv1d(conv)
+        return QLinear.from_float(
+            linear, activations=activations, weights=weights, rotation=rotation, epilogue=epilogue
+        )
+
+
+def read_spec(
+    qconfig_spec: Mapping[type | str, Any] | Collection[type | str] | None, dtype: torch.dtype, words: Words
+) -> dict[type | str, Words | None]:
+    """``qconfig_spec`` as a dict of types and names to their scheme, None for what is to stay float."""
+    if not isinstance(qconfig_spec, Mapping) and dtype not in (torch.qint8, torch.int8):
+        raise ValueError(
+            f"quantize_dynamic: expected dtype to be torch.qint8 or torch.int8, got {dtype}; dynquant has no "
+            "weights of that dtype"
+        )
+    if qconfig_spec is None:
+        return {nn.Linear: words}
+    if isinstance(qconfig_spec, str) or not isinstance(qconfig_spec, Collection):
+        raise TypeError(
+            "quantize_dynamic: expected qconfig_spec to be None, a set of types and names or a dict of them, "
+            f"got {qconfig_spec!r}"
+        )
+    for key in qconfig_spec:
+        if not isinstance(key, (type, str)):
+            raise TypeError(f"quantize_dynamic: expected types and names in qconfig_spec, got {key!r}")
+    if isinstance(qconfig_spec, Mapping):
+        return {key: read_qconfig(label(key), value, words) for key, value in qconfig_spec.items()}
+    return dict.fromkeys(qconfig_spec, words)
+
+
+def read_qconfig(of: str, qconfig: Any, words: Words) -> Words | None:
+    """One value of the spec: None, a Config, or torch.ao's QConfig (a pair of observer factories)."""
+    if qconfig is None:
+        return None
+    if isinstance(qconfig, Config):
+        if qconfig.out_dtype is not None:
+            raise ValueError(
+                f"quantize_dynamic: the Config of {of} has an out_dtype, which layers do not take"
+            )
+        return {
+            "activations": qconfig.activations,
+            "weights": qconfig.weights,
+            "rotation": qconfig.rotation_block or None,
+            "epilogue": qconfig.epilogue,
+        }
+    if not callable(getattr(qconfig, "weight", None)):
+        raise TypeError(
+            f"quantize_dynamic: expected None, a dynquant.Config or a QConfig of torch.ao for {of}, got "
+            f"{qconfig!r}"
+        )
+    observer = qconfig.weight()
+    if observer.dtype not in (torch.qint8, torch.int8):
+        raise ValueError(
+            f"quantize_dynamic: expected the qconfig of {of} to ask for weights of torch.qint8, "
+            f"got {observer.dtype}"
+        )
+    per_channel = observer.qscheme in (torch.per_channel_symmetric, torch.per_channel_affine)
+    return {**words, "weights": "per_channel" if per_channel else "per_tensor"}
+
+
+def select(
+    model: nn.Module, spec: Mapping[type | str, Words | None], words: Words, mapping: Mapping[type, Any]
+) -> tuple[list[Selected], list[Left]]:
+    """The modules that the spec covers: those that can be converted, each once, and those that cannot.
+
+    Args:
+        words: the scheme for modules that have a ``qconfig`` attribute, where that leaves it open.
+
+    Raises:
+        ValueError: for a name in ``spec`` that ``model`` does not have, a layer that has no weight yet.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for key in spec:
+        if isinstance(key, str) and key not in modules:
+            close = difflib.get_close_matches(key, modules, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(
+                f"quantize_dynamic: qconfig_spec names {key!r}, which the model does not have{hint}"
+            )
+
+    covered: dict[str, Words | None] = {}
+    for name, module in modules.items():
+        keys = [name, *type(module).__mro__]
+        found = next((key for key in keys if key in spec), None)
+        if "qconfig" in vars(module):
+            covered[name] = read_qconfig(label(name), module.qconfig, words)
+        elif found is not None:
+            covered[name] = spec[found]
+        elif name and (parent := name.rpartition(".")[0]) in covered:
+            covered[name] = covered[parent]
+    # A tied module has several names; one that says None is enough.
+    stays_float = {id(modules[name]) for name, scheme in covered.items() if scheme is None}
+
+    selected: dict[int, Selected] = {}
+    left: dict[int, Left] = {}
+    for name, scheme in covered.items():
+        module = modules[name]
+        if scheme is None or id(module) in stays_float or id(module) in selected:
+            continue
+        base = next((base for base in type(module).__mro__ if base in mapping), None)
+        reason = _why_not(name, module, base)
+        if reason is not None:
+            left[id(module)] = Left(name, module, reason)
+        elif base is not None:
+            selected[id(module)] = Selected(name, module, mapping[base], scheme)
+    return list(selected.values()), list(left.values())
+
+
+def _why_not(name: str, module: nn.Module, base: Any) -> str | None:
+    """Why a module that the spec covers stays float; None where it does not, or has no matrix to quantize."""
+    if base is None:
+        parameters = module.parameters(recurse=False)
+        has_matrix = any(not is_lazy(parameter) and parameter.dim() > 1 for parameter in parameters)
+        return "there is no int8 version of it" if has_matrix else None
+    if type(module).forward is not base.forward or "forward" in vars(module):
+        return f"its forward is not that of {base.__name__}"
+    weight = getattr(module, "weight", None)
+    if weight is not None and is_lazy(weight):
+        raise ValueError(
+            f"quantize_dynamic: {label(name)} ({type(module).__name__}) has no weight before its first "
+            "batch; run the model once before converting it"
+        )
+    if base is nn.Linear and weight is not None and weight.dtype not in FLOAT_DTYPES:
+        return f"its weight is {weight.dtype}"
+    return None
+
+
+def label(key: type | str) -> str:
+    """A key of a spec, or the name of a layer, as messages call it."""
+    if isinstance(key, type):
+        return key.__name__
+    return f"layer {key!r}" if key else "the model itself"

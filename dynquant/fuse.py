@@ -1,4 +1,4 @@
-"""fuse: activation functions into the layer before them, layers that read the same tensor into one.
+"""fuse: activation functions into the layer before them, layers that read the same tensor side by side.
 
 What may be fused is said by RULES, by the type of the module that holds the layers: only its forward tells
 that nothing else happens between them. A module of another type, or of a subclass, is left alone.
@@ -27,8 +27,7 @@ class Rule:
 
     Attributes:
         then: pairs (layer, activation): the output of the layer goes to the activation and nowhere else.
-        same_input: groups of layers that are called with one and the same tensor, in this order. Where that
-            sometimes does not hold (attention to another sequence), it costs time, not exactness.
+        same_input: groups of layers that are called with one and the same tensor, as a rule, in this order.
     """
 
     then: tuple[tuple[str, str], ...] = ()
@@ -52,9 +51,11 @@ def fuse(model: nn.Module) -> nn.Module:
 
     An activation function moves into the QLinear before it (``epilogue=``), and nn.Identity takes its place.
     relu gives the same bits; gelu and silu are those of :mod:`dynquant.reference_epilogue` then, within 2^-22
-    of the exact function. Layers that read the same tensor quantize it once and compute as one: the same
-    bits. ``state_dict()`` keeps its names. Layers and activations with hooks, and those that appear in
-    several places, are left alone.
+    of the exact function, and computed in fp32 before the one cast to the output's dtype: for bf16 and fp16
+    closer to exact than an activation of the rounded output. The weights of layers that read the same tensor
+    come to lie side by side, so that compiled (``torch.compile(model, backend="dynquant")``) they run as one
+    layer; the bits stay. ``state_dict()`` keeps its names. Layers and activations with hooks, and those that
+    appear in several places, are left alone.
 
     Returns:
         ``model``.
@@ -88,6 +89,7 @@ def epilogue_of(activation: Any) -> str | None:
     return next((epilogue for function, epilogue in _FUNCTIONS if function is activation), None)
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _MODULES = {nn.ReLU: "relu", nn.SiLU: "silu"}
 _FUNCTIONS: list[tuple[Callable[..., Tensor], str]] = [
     (F.relu, "relu"),
@@ -109,7 +111,7 @@ def _fuse_activation(parent: nn.Module, layer_name: str, activation_name: str, u
     epilogue = epilogue_of(activation)
     if not isinstance(layer, QLinear) or epilogue is None or layer.config.epilogue != "none":
         return
-    if uses[id(layer)] > 1 or _has_hooks(layer) or _has_hooks(activation):
+    if uses[id(layer)] > 1 or has_hooks(layer) or has_hooks(activation):
         return
     layer._set_weight(layer.weight, replace(layer.config, epilogue=epilogue))
     setattr(parent, activation_name, nn.Identity())
@@ -128,7 +130,5 @@ def _share_input(parent: nn.Module, names: tuple[str, ...], uses: Counter[int]) 
             setattr(parent, name, layer)
 
 
-def _has_hooks(thing: Any) -> bool:
-    return any(
-        getattr(thing, hooks, None) for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
-    )
+def has_hooks(thing: Any) -> bool:
+    return any(getattr(thing, hooks, None) for hooks in _HOOKS)

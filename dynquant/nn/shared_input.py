@@ -1,9 +1,8 @@
-"""Layers that read the same tensor: it is quantized once, and one wider layer computes for all of them."""
+"""Layers that read the same tensor: their weights lie side by side, as those of one wider layer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +12,6 @@ from ..config import Config
 from ..qtensor import QTensor
 from ..reference import packed_shape
 from .linear import QLinear
-
-_linear_dynamic = torch.ops.dynquant.linear_dynamic.default
-_linear_static = torch.ops.dynquant.linear_static.default
 
 
 class _Wide(NamedTuple):
@@ -31,9 +27,11 @@ class _Wide(NamedTuple):
 class SharedInput:
     """What layers that read the same tensor have in common.
 
-    The first layer computes for all and keeps the others' outputs until they are called with the very same
-    tensor; called with another one, a layer computes for itself. The bits are the same either way: qparams of
-    activations depend on the input alone, and an output on its own weight row.
+    A graph in which they do (``torch.compile(backend="dynquant")``, :func:`dynquant.fuse_graph`) runs them as
+    one wider op on these very weights, without a copy. A layer that is called by itself computes for itself:
+    an output computed ahead would have to be kept until the next layer is called, and finding out whether it
+    still holds (the same x, not written to, the same bias, grad mode, autocast, thread) costs a call more
+    than one quantization saves.
 
     Attributes:
         layers: in the order in which they are called.
@@ -44,10 +42,9 @@ class SharedInput:
     # A copy in the making has nothing of its own yet.
     layers: list[SharingLinear] = []  # noqa: RUF012
     wide: _Wide | None = None
-    waiting: list[Any] | None = None
 
     def __init__(self, layers: Sequence[QLinear]) -> None:
-        self.layers = [SharingLinear.adopt(layer, self, i) for i, layer in enumerate(layers)]
+        self.layers = [SharingLinear.adopt(layer, self) for layer in layers]
         self.join()
 
     def join(self) -> None:
@@ -55,7 +52,6 @@ class SharedInput:
         # In a copy in the making the layers get their tensors one by one, and each of them comes here.
         complete = bool(self.layers) and all("_packed" in vars(layer) for layer in self.layers)
         if complete and not self._is_joined():
-            self.waiting = None
             self.wide = self._join() if self._fit_together() else None
 
     def _is_joined(self) -> bool:
@@ -101,24 +97,6 @@ class SharedInput:
                 QLinear._set_weight(layer, weight, Config.decode(wide.config))
         return wide
 
-    def outputs(self, x: Tensor) -> list[Tensor] | None:
-        """The outputs of all layers, or None where each has to compute its own."""
-        wide = self.wide
-        if wide is None:
-            return None
-        biases = [layer._parameters["bias"] for layer in self.layers]
-        bias = None if biases[0] is None else torch.cat([bias for bias in biases if bias is not None])
-        if wide.qparams is None:
-            y = _linear_dynamic(x, *wide[:3], bias, wide.config)
-        else:
-            y = _linear_static(x, *wide[:3], bias, *wide.qparams, wide.config)
-        # Not split: what is done in place to one of its views, autograd refuses.
-        ends = list(accumulate(layer.out_features for layer in self.layers))
-        return [
-            y.narrow(-1, end - layer.out_features, layer.out_features)
-            for layer, end in zip(self.layers, ends, strict=True)
-        ]
-
     def __getstate__(self) -> dict[str, Any]:
         return {"layers": self.layers}
 
@@ -132,36 +110,17 @@ class SharingLinear(QLinear):
     weight a slice of what they hold together."""
 
     shared: SharedInput
-    position: int
 
     @classmethod
-    def adopt(cls, layer: QLinear, shared: SharedInput, position: int) -> SharingLinear:
+    def adopt(cls, layer: QLinear, shared: SharedInput) -> SharingLinear:
         """One that takes the place of ``layer``, with its parameters and hooks."""
         self = cls.__new__(cls)
-        self.__dict__.update(vars(layer), shared=shared, position=position)
+        self.__dict__.update(vars(layer), shared=shared)
         return self
 
     def _set_weight(self, weight: QTensor, config: Config) -> None:
         super()._set_weight(weight, config)
         self.shared.join()
-
-    def forward(self, x: Tensor) -> Tensor:
-        shared, position = self.shared, self.position
-        if position == 0:
-            fits = isinstance(x, Tensor) and x.dim() > 0 and x.shape[-1] == self.in_features
-            outputs = shared.outputs(x) if fits else None
-            if outputs is None:
-                return super().forward(x)
-            shared.waiting = [x, *outputs[1:]]
-            return outputs[0]
-        waiting = shared.waiting
-        if waiting is None or waiting[0] is not x or waiting[position] is None:
-            return super().forward(x)
-        y: Tensor = waiting[position]
-        waiting[position] = None
-        if all(output is None for output in waiting[1:]):
-            shared.waiting = None
-        return y
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, input shared by {len(self.shared.layers)} layers"

@@ -6,6 +6,7 @@ from .calibrate import calibrate, freeze
 from .config import Config
 from .convert import quantize_dynamic
 from .fuse import fuse
+from .graph import fuse_graph
 from .info import Info, available_isas, info, isa
 from .nn import QLinear
 from .qtensor import QTensor
@@ -24,6 +25,7 @@ __all__ = [
     "calibrate",
     "freeze",
     "fuse",
+    "fuse_graph",
     "info",
     "isa",
     "quantize_dynamic",

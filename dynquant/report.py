@@ -164,7 +164,7 @@ class Report:
         model = self.model
         speed = "" if model.speedup is None else f" ({model.speedup:.2f}x)"
         return (
-            f"{model.type}: {model.bytes_float / 1e6:.1f} → {model.bytes_int8 / 1e6:.1f} MB, "
+            f"{model.type}: {_bytes(model.bytes_float)} → {_bytes(model.bytes_int8)}, "
             f"{_number(model.ms_float)} → {_number(model.ms_int8)} ms{speed}, "
             f"SQNR {_decibel(model.sqnr_db)} dB, cosine {_cosine(model.cosine)}"
         )
@@ -259,7 +259,8 @@ class Report:
             for layer in self.skipped
         ]
         columns = [*LayerReport.__dataclass_fields__, "speedup", "reason"]
-        return pandas.DataFrame(rows, columns=columns)
+        # Without convert_dtypes the gaps of what stays float would make floats of all counts.
+        return pandas.DataFrame(rows, columns=columns).convert_dtypes()
 
     def save_png(self, path: str | Path) -> None:
         """A picture: for each layer its speed against float, its SQNR and its size.
@@ -460,6 +461,10 @@ def _finite(value: Any) -> Any:
 def _number(value: float) -> str:
     """Three figures or more, whatever the size."""
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 
 def _decibel(value: float | None) -> str:

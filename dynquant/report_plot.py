@@ -49,9 +49,9 @@ def plot(report: Report, path: Path) -> None:
 
     size.barh(places, [layer.bytes_float / 1e3 for layer in layers], color=_FLOAT, label="float")
     size.barh(places, [layer.bytes_int8 / 1e3 for layer in layers], color=_INT8, label="int8")
-    size.set_title("kB", fontsize=10)
+    size.set_title("kB", fontsize=10, loc="left")
     if layers:
-        # Beside the title: no bar of the panel is behind it there.
+        # Above the bars, beside the title.
         size.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
 
     names = [f"{layer.name or '(the model)'}  {layer.n} x {layer.k}" for layer in layers]

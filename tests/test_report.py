@@ -943,6 +943,7 @@ def test_dict_json_and_pandas() -> None:
     assert frame["sqnr_db"][:3].tolist() == [layer.sqnr_db for layer in report.layers]
     assert frame["reason"][3] == "the spec leaves it float"
     assert frame["bytes_float"][3] == 4 * (4 * 16 + 4)
+    assert frame["rotation_block"].dtype == "Int64"
     assert frame["bytes_int8"].isna().tolist() == [False, False, False, True]
 
 

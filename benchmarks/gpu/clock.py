@@ -1,0 +1,102 @@
+"""Times calls on the card: CUDA events around replays of graphs, rivals in turns, medians.
+
+A graph holds every call of a contender once or several times, each with other operands, so that what one call
+leaves in L2 is gone before the next wants it; and no launch from Python is timed. On a CPU a plain loop takes
+its place.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+Call = Callable[[], object]
+GRAPH_US = 1000.0  # a graph is made at least so long, by repeating its calls
+MAX_CALLS = 2000  # of a graph
+
+
+def measure(
+    contenders: Mapping[str, Sequence[Call]], device: torch.device, *, rounds: int = 15, seconds: float = 2.0
+) -> dict[str, dict[str, Any]]:
+    """Median time of one call of each contender.
+
+    Args:
+        contenders: name to calls that do the same work on operands that differ.
+        rounds: samples of each, taken in turns; fewer where ``seconds`` are over, at least 3.
+
+    Returns:
+        {name: {"us", "p10_us", "p90_us", "samples"} or {"left_out": why it cannot run}}
+    """
+    samplers: dict[str, Callable[[], float]] = {}
+    results: dict[str, dict[str, Any]] = {}
+    for name, calls in contenders.items():
+        try:
+            samplers[name] = _sampler(calls, device)
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            results[name] = {"left_out": str(error).strip().split("\n")[0][:300]}
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+    samples: dict[str, list[float]] = {name: [] for name in samplers}
+    names, deadline = list(samplers), time.monotonic() + seconds
+    for turn in range(rounds):
+        if turn >= 3 and time.monotonic() > deadline:
+            break
+        start = turn % max(len(names), 1)
+        for name in names[start:] + names[:start]:
+            samples[name].append(samplers[name]())
+    for name, values in samples.items():
+        values.sort()
+        results[name] = {
+            "us": statistics.median(values),
+            "p10_us": values[len(values) // 10],
+            "p90_us": values[(9 * len(values)) // 10],
+            "samples": len(values),
+        }
+    return {name: results[name] for name in contenders}
+
+
+def _sampler(calls: Sequence[Call], device: torch.device) -> Callable[[], float]:
+    """A function that times the calls once and returns the microseconds of one."""
+    if device.type != "cuda":
+        return lambda: _host_us(calls)
+    once = _graph(calls, 1, device)
+    elapsed = min(_replay_us(once) for _ in range(3))
+    repeats = max(1, min(round(GRAPH_US / max(elapsed, 1.0)), MAX_CALLS // len(calls)))
+    graph = once if repeats == 1 else _graph(calls, repeats, device)
+    _replay_us(graph)
+    return lambda: _replay_us(graph) / (repeats * len(calls))
+
+
+def _graph(calls: Sequence[Call], repeats: int, device: torch.device) -> torch.cuda.CUDAGraph:
+    torch.cuda.synchronize(device)
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(repeats):
+            for call in calls:
+                call()
+    return graph
+
+
+def _replay_us(graph: torch.cuda.CUDAGraph) -> float:
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    graph.replay()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) * 1e3
+
+
+def _host_us(calls: Sequence[Call]) -> float:
+    start = time.perf_counter()
+    for call in calls:
+        call()
+    return (time.perf_counter() - start) * 1e6 / len(calls)

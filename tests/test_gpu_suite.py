@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,15 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """probe.cu and the kernels' own sources over the emulator: a 9.0 with 4 multiprocessors."""
     folder = tmp_path_factory.mktemp("probe_on_host")
     return build_emulator(folder)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Thousands of calls too small to share: on a busy machine each would wait for the other thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 # ---- stages ----

@@ -319,23 +319,23 @@ def layouts(judge: Judge, setting: Setting) -> None:
     """Leading dimensions, strides, storage that starts anywhere, fp64."""
     config = Config(rotation_block=8)
     layer = make_layer(40, 72, config)
-    base = torch.randn(3, 5, 74)
-    inputs = {
-        "1-D": base[0, 0, :72],
-        "3-D": base[..., :72],
-        "5-D": base[:, None, :, None, :72],
-        "transposed": torch.randn(72, 9).t(),
-        "every other": torch.randn(9, 144)[:, ::2],
-        "expanded": torch.randn(1, 72).expand(6, 72),
-        "offset by one": torch.randn(9 * 72 + 1)[1:].view(9, 72),
-        "fp64": torch.randn(9, 72, dtype=torch.float64),
-    }
-    for name, x in inputs.items():
-        for dtype in DTYPES if x.dtype == torch.float32 else (x.dtype,):
-            here = x.to(setting.device).to(dtype)  # keeps strides where it can
-            check_linear(judge, layer, here, f"{name} {dtype}", setting)
-    odd = torch.randn(9 * 72 + 1).to(torch.bfloat16).to(setting.device)[1:].view(9, 72)
-    check_linear(judge, layer, odd, "bf16 at an odd element", setting)
+    for dtype in (*DTYPES, torch.float64):
+
+        def made(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.randn(shape).to(dtype).to(setting.device)  # strides are made on the device
+
+        base = made(3, 5, 74)
+        inputs = {
+            "1-D": base[0, 0, :72],
+            "3-D": base[..., :72],
+            "5-D": base[:, None, :, None, :72],
+            "transposed": made(72, 9).t(),
+            "every other": made(9, 144)[:, ::2],
+            "expanded": made(1, 72).expand(6, 72),
+            "offset by one": made(9 * 72 + 1)[1:].view(9, 72),
+        }
+        for name, x in inputs.items():
+            check_linear(judge, layer, x, f"{name} {dtype}", setting)
     # A weight at an odd byte: no 16-byte loads of it.
     packed_weight, *rest = layer.on(setting.device)
     shifted = torch.empty(packed_weight.numel() + 1, dtype=torch.int8, device=setting.device)[1:]

@@ -25,10 +25,10 @@ from .sample import Sample
 from .selection import default_mapping, label
 from .timing import compare
 
-LAYER_ROUNDS, LAYER_SECONDS = 5, 0.005
+LAYER_ROUNDS, LAYER_SECONDS = 5, 0.001
 SLOW_LAYER_ROUNDS, SLOW_LAYER_SECONDS = 3, 0.02
 """Rounds for a layer whose float and int8 call take so long together."""
-MODEL_ROUNDS, MODEL_SECONDS = 3, 0.05
+MODEL_ROUNDS, MODEL_SECONDS = 3, 0.02
 TIMED_SHAPES = 8
 """So many different numbers of rows are timed for each layer, the first that come."""
 _CHUNK = 1 << 22
@@ -359,7 +359,7 @@ def pair_layers(model: nn.Module, int8_model: nn.Module) -> list[Pair]:
     """The converted layers with the float layers of the same names, each once, in the order of the model.
 
     Converted is what is a QLinear and was none, and what took the place of an nn.Linear (or of Hugging Face's
-    Conv1D) and is none, such as torch.ao's layers.
+    Conv1D) and is none, such as torch.ao's layers; not what only holds tensors for a graph.
 
     Raises:
         ValueError: where the models are no such pair, with the name of the layer.
@@ -379,7 +379,11 @@ def pair_layers(model: nn.Module, int8_model: nn.Module) -> list[Pair]:
             if not isinstance(before, QLinear):
                 _check_same_size(name, before, layer)
                 pairs.append(Pair(name, before, layer))
-        elif isinstance(before, linear_types) and not isinstance(layer, type(before)):
+        elif (
+            isinstance(before, linear_types)
+            and not isinstance(layer, type(before))
+            and type(layer).forward is not nn.Module.forward
+        ):
             pairs.append(Pair(name, before, layer))
     return pairs
 

@@ -391,21 +391,22 @@ def _skipped(
     reasons = {id(item.module): item.reason for item in (*left, *kept)}
     linear_types = tuple(default_mapping(model))
     converted = {id(pair.float_layer) for pair in pairs}
-    after = dict(int8_model.named_modules(remove_duplicate=False))
+    types = {name: type(layer) for name, layer in int8_model.named_modules(remove_duplicate=False)}
     skipped = []
     for name, module in model.named_modules():
         if id(module) in converted:
             continue
-        reason = reasons.get(id(module))
         if isinstance(module, QLinear):
-            reason = "it was a QLinear before"
-        elif reason is None and isinstance(module, linear_types):
-            reason = "the spec leaves it float"
-        elif type(after.get(name)) is not type(module):
-            continue  # something else took its place, through a mapping of the user's
+            reason: str | None = "it was a QLinear before"
+            tensors = _tensors_of(module)
+        elif types.get(name) is type(module):
+            reason = reasons.get(id(module))
+            if reason is None and isinstance(module, linear_types):
+                reason = "the spec leaves it float"
+            tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        else:
+            continue  # something else took its place, through a mapping of the user's or in a graph
         if reason is not None:
-            own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-            tensors = _tensors_of(module) if isinstance(module, QLinear) else own
             skipped.append(SkippedLayer(name, type(module).__name__, _nbytes(tensors), reason))
     return skipped
 

@@ -403,6 +403,16 @@ def test_layers_of_torch_ao_are_measured_too() -> None:
     assert first.sqnr_db > 20
 
 
+def test_a_graph_is_measured_as_a_whole() -> None:
+    model = nn.Sequential(nn.Linear(12, 64), nn.GELU(), nn.Linear(64, 32)).eval()
+    graph = dynquant.fuse_graph(torch.fx.symbolic_trace(quantize_dynamic(model)))
+    report = dynquant.report(model, graph, X)
+    assert report.layers == ()
+    assert report.skipped == ()
+    assert report.model.sqnr_db == pytest.approx(decibels(model(X), graph(X)), abs=1e-6)
+    assert report.model.bytes_int8 < report.model.bytes_float
+
+
 def test_parametrized_tied_and_partly_converted_models() -> None:
     shared = nn.Linear(12, 12)
     model = nn.Sequential(parametrizations.weight_norm(nn.Linear(12, 12)), shared, nn.ReLU(), shared)

@@ -1,8 +1,8 @@
 """Stand-ins for packages that dynquant imports and that measuring its kernels does not need.
 
 A machine with torch, setuptools and nvcc alone can then import dynquant. Where a package is there it is used;
-where it is not, its classes and functions can be imported and say what is missing when they are called, but for
-tqdm, which becomes a loop without a progress bar.
+where it is not, its classes and functions can be imported, and say what is missing when they are called. tqdm
+alone does something: it becomes a loop without a progress bar.
 """
 
 from __future__ import annotations

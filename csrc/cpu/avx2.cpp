@@ -1,4 +1,4 @@
-// AVX2: bytes are widened to 16 bits for vpmaddwd, so that all 8 bits count and nothing can saturate.
+// AVX2: vpmaddubsw where it cannot saturate, wider products where it could; for few rows 16-bit products throughout.
 #include "isa.h"
 
 #if defined(__x86_64__)
@@ -13,54 +13,19 @@ namespace dynquant::cpu {
 namespace {
 #include "bfloat16.h"
 #include "vector_256.h"
-
-// A weight vector is 8 channels of 4 bytes k0 k1 k2 k3. Seen as 16-bit words, the low bytes are (k0, k2) and
-// the high bytes (k1, k3): vpmaddubsw by (1, 0), or a shift, widens them with no shuffle. The operand has the
-// same order.
-struct Dot {
-  static constexpr int kSteps = 2;       // (k0, k2), then (k1, k3)
-  static constexpr int kGroupBytes = 8;  // q0 q2 q1 q3 as int16
-  static constexpr bool kWidens = true;  // whether load_weight costs more than a load
-  static constexpr int32_t kOffset = 0;  // operand = q + kOffset
-
-  template <int step>
-  static V::I load_weight(const int8_t* b) {
-    const V::I bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
-    return step == 0 ? _mm256_maddubs_epi16(_mm256_set1_epi16(1), bytes) : _mm256_srai_epi16(bytes, 8);
-  }
-
-  template <int step>
-  static V::I broadcast_operand(const uint8_t* a) {
-    int32_t pair;
-    __builtin_memcpy(&pair, a + 4 * step, sizeof(pair));
-    return _mm256_set1_epi32(pair);
-  }
-
-  static V::I multiply_add(V::I acc, V::I a, V::I b) {
-    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
-    // Keeps GCC from adding the two steps' products first, for which it has no registers left.
-    __asm__("" : "+x"(acc));
-    return acc;
-  }
-
-  static void store_operand(uint8_t* p, V::I q0, V::I q1, V::I q2, V::I q3) {
-    store_words(p, q0, q1);
-    store_words(p + 32, q2, q3);
-  }
-
- private:
-  static void store_words(uint8_t* p, V::I q0, V::I q1) {
-    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(q0, q1), 0xD8);  // groups in order
-    const __m256i order = _mm256_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15, 0, 1, 4, 5,
-                                           2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_shuffle_epi8(words, order));
-  }
-};
-
+namespace few_rows {
+#include "body_begin.h"
+#include "dot_avx2_words.h"
 #include "kernel_body.h"
+}  // namespace few_rows
+#include "body_begin.h"
+#include "dot_avx2.h"
+#include "kernel_body.h"
+
+constexpr Kernels kFewRowsTable = few_rows::make_kernels("avx2", 150.0);
 }  // namespace
 
-extern const Kernels kAvx2 = make_kernels("avx2", 170.0);
+extern const Kernels kAvx2 = make_kernels("avx2", 190.0, &kFewRowsTable);
 }  // namespace dynquant::cpu
 
 DYNQUANT_TARGET_END

@@ -19,35 +19,34 @@ namespace dynquant::cpu {
 namespace {
 #include "bfloat16.h"
 #include "vector_512.h"
+#include "body_begin.h"
 
 // vpdpbusd multiplies unsigned by signed bytes: the operand is q + 128, and 128 * weight_sum is taken off
 // again.
 struct Dot {
-  static constexpr int kSteps = 1;
-  static constexpr int kGroupBytes = 4;
-  static constexpr bool kWidens = false;  // whether load_weight costs more than a load
-  static constexpr int32_t kOffset = 128;
+  static constexpr int kMaxRows = 6;
+  template <int kRows>
+  static constexpr int kVectors = kRows == 1 ? 8 : 4;
 
-  template <int>
-  static V::I load_weight(const int8_t* b) {
-    return _mm512_loadu_si512(b);
-  }
+  static constexpr int kGroupBytes = 4;    // of an operand row, for 4 elements
+  static constexpr int32_t kOffset = 128;  // stored operand = q + kOffset
+  static constexpr bool kPlans = false;
 
-  template <int>
-  static V::I broadcast_operand(const uint8_t* a) {
-    int32_t group;
-    __builtin_memcpy(&group, a, sizeof(group));
-    return _mm512_set1_epi32(group);
-  }
+  struct Dpbusd {
+    static constexpr int kOperandAt = 0;
 
-  static V::I multiply_add(V::I acc, V::I a, V::I b) {
+    static V::I weight(V::I w) { return w; }
+
+    static V::I multiply_add(V::I acc, V::I a, V::I b) {
 #if defined(DYNQUANT_EMULATED)
-    return _mm512_dpbusd_epi32(acc, a, b);
+      return _mm512_dpbusd_epi32(acc, a, b);
 #else  // the intrinsic makes GCC 12 copy the accumulator around
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
-    return acc;
+      __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+      return acc;
 #endif
-  }
+    }
+  };
+  using Exact = Products<Dpbusd>;
 
   static void store_operand(uint8_t* p, V::I q0, V::I q1, V::I q2, V::I q3) {
     const V::I quads[4] = {q0, q1, q2, q3};

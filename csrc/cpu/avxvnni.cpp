@@ -16,6 +16,7 @@ namespace dynquant::cpu {
 namespace {
 #include "bfloat16.h"
 #include "vector_256.h"
+#include "body_begin.h"
 #include "dot_vnni_256.h"
 #include "kernel_body.h"
 }  // namespace

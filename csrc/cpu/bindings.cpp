@@ -112,9 +112,28 @@ Cut cut_gemm(const Kernels& kernel, int64_t m, int64_t n, int64_t k) {
   return Cut{row_parts, std::clamp<int64_t>(threads / row_parts, 1, blocks)};
 }
 
+// Share t of `parts` of the tiles of m rows.
+RowTiles share_of_tiles(const Kernels& kernel, int64_t m, int64_t parts, int64_t t) {
+  const int64_t count = (m + kernel.max_rows - 1) / kernel.max_rows;
+  const auto [begin, end] = share(count, parts, t);
+  return {m, begin, end};
+}
+
+// The operand of m rows of k elements, in a call's scratch.
+int64_t operand_bytes(const Kernels& kernel, int64_t m, int64_t k) {
+  const int64_t tiles = (m + kernel.max_rows - 1) / kernel.max_rows;
+  return m * kernel.operand_stride(k) + tiles * kernel.plan_bytes(m, k);
+}
+
+Operand operand_at(const Kernels& kernel, uint8_t* at, int64_t m, int64_t k) {
+  const int64_t stride = kernel.operand_stride(k);
+  return {at, stride, at + m * stride, kernel.plan_bytes(m, k)};
+}
+
 // Bytes of GEMM scratch for each task.
-int64_t gemm_scratch(const Kernels& kernel, const Cut& cut, int64_t m, int64_t k) {
-  return Scratch::bytes_of<int8_t>(kernel.gemm_scratch((m + cut.row_parts - 1) / cut.row_parts, k));
+int64_t gemm_scratch(const Kernels& kernel, const Cut& cut, int64_t m) {
+  const int64_t rows = m / cut.row_parts + 2 * kernel.max_rows;  // tiles are shared out, and may be uneven
+  return Scratch::bytes_of<int8_t>(kernel.gemm_scratch(m, rows));
 }
 
 // ---- quantize ---------------------------------------------------------------------------------------------
@@ -345,22 +364,21 @@ Tensor int8_mm(const Tensor& q, const Tensor& packed_weight, const Tensor& weigh
   Tensor out = at::empty({m, n}, q.options().dtype(at::kInt));
   if (m == 0 || n == 0) return out;
 
-  const Kernels& kernel = kernels();
+  const Kernels& kernel = kernels_of_rows(m);
   const Tensor rows = q.contiguous();
   const Cut cut = cut_gemm(kernel, m, n, k);
-  const int64_t stride = kernel.operand_stride(k), gemm_bytes = gemm_scratch(kernel, cut, m, k);
-  Scratch scratch(Scratch::bytes_of<uint8_t>(m * stride) +
-                  Scratch::bytes_of<int8_t>(cut.tasks() * gemm_bytes));
-  const Operand a{scratch.take<uint8_t>(m * stride), stride};
+  const int64_t bytes = operand_bytes(kernel, m, k), gemm_bytes = gemm_scratch(kernel, cut, m);
+  Scratch scratch(Scratch::bytes_of<uint8_t>(bytes) + Scratch::bytes_of<int8_t>(cut.tasks() * gemm_bytes));
+  const Operand a = operand_at(kernel, scratch.take<uint8_t>(bytes), m, k);
   int8_t* gemm_data = scratch.take<int8_t>(cut.tasks() * gemm_bytes);
-  kernel.operand_from_int8(rows.const_data_ptr<int8_t>(), k, 0, m, a);
+  kernel.operand_from_int8(rows.const_data_ptr<int8_t>(), k, share_of_tiles(kernel, m, 1, 0), a);
   const Weight w{packed_weight.const_data_ptr<int8_t>(), n,       k,      shape[2],
                  weight_sum.const_data_ptr<int32_t>(),   nullptr, nullptr};
   int32_t* data = out.mutable_data_ptr<int32_t>();
   run(cut.tasks(), [&](int64_t t) {
-    const auto [m0, m1] = share(m, cut.row_parts, t / cut.channel_parts);
+    const RowTiles tiles = share_of_tiles(kernel, m, cut.row_parts, t / cut.channel_parts);
     const auto [b0, b1] = share((n + kBlock - 1) / kBlock, cut.channel_parts, t % cut.channel_parts);
-    kernel.int8_mm(a, w, data, gemm_data + t * gemm_bytes, m0, m1, b0, b1);
+    kernel.int8_mm(a, w, data, gemm_data + t * gemm_bytes, tiles, b0, b1);
   });
   return out;
 }
@@ -384,7 +402,7 @@ Tensor linear(const char* op, const Tensor& x, const Tensor& packed_weight, cons
   Tensor out = at::empty(out_shape, x.options().dtype(computed));
   if (m == 0 || n == 0) return wanted == computed ? out : out.to(wanted);
 
-  const Kernels& kernel = kernels();
+  const Kernels& kernel = kernels_of_rows(m);
   Tensor owner;
   const Rows rows = rows_of(x, config.rotation_block, owner);
   const Weight w{packed_weight.const_data_ptr<int8_t>(),
@@ -401,12 +419,12 @@ Tensor linear(const char* op, const Tensor& x, const Tensor& packed_weight, cons
                   config.epilogue};
 
   const Cut cut = cut_gemm(kernel, m, n, k);
-  const int64_t stride = kernel.operand_stride(k), row = row_scratch(rows);
-  const int64_t gemm_bytes = gemm_scratch(kernel, cut, m, k);
+  const int64_t bytes = operand_bytes(kernel, m, k), row = row_scratch(rows);
   const int64_t row_count = std::max(cut.row_parts, threads_over_rows(rows, m)) * row;
-  Scratch scratch(Scratch::bytes_of<uint8_t>(m * stride) + Scratch::bytes_of<QParams>(m) +
+  const int64_t gemm_bytes = gemm_scratch(kernel, cut, m);
+  Scratch scratch(Scratch::bytes_of<uint8_t>(bytes) + Scratch::bytes_of<QParams>(m) +
                   Scratch::bytes_of<float>(row_count) + Scratch::bytes_of<int8_t>(cut.tasks() * gemm_bytes));
-  const Operand a{scratch.take<uint8_t>(m * stride), stride};
+  const Operand a = operand_at(kernel, scratch.take<uint8_t>(bytes), m, k);
   QParams* qparams = scratch.take<QParams>(m);
   float* row_data = scratch.take<float>(row_count);
   int8_t* gemm_data = scratch.take<int8_t>(cut.tasks() * gemm_bytes);
@@ -419,30 +437,27 @@ Tensor linear(const char* op, const Tensor& x, const Tensor& packed_weight, cons
     const FloatEnvironment environment;
     shared = choose_qparams(range_of_all(kernel, rows, m));
   }
-  const auto quantize_rows = [&](int64_t t, int64_t m0, int64_t m1) {
+  const auto quantize_rows = [&](int64_t t, RowTiles tiles) {
     if (per_tensor) {
-      kernel.quantize_per_tensor(rows, m0, m1, shared, given != nullptr, a, qparams, row_data + t * row);
+      kernel.quantize_per_tensor(rows, tiles, shared, given != nullptr, a, qparams, row_data + t * row);
     } else {
-      kernel.quantize_per_token(rows, m0, m1, a, qparams, row_data + t * row);
+      kernel.quantize_per_token(rows, tiles, a, qparams, row_data + t * row);
     }
   };
   const int64_t blocks = (n + kBlock - 1) / kBlock;
   if (cut.channel_parts == 1) {
     run(cut.row_parts, [&](int64_t t) {
-      const auto [m0, m1] = share(m, cut.row_parts, t);
-      quantize_rows(t, m0, m1);
-      kernel.linear(a, qparams, w, to, gemm_data + t * gemm_bytes, m0, m1, 0, blocks);
+      const RowTiles tiles = share_of_tiles(kernel, m, cut.row_parts, t);
+      quantize_rows(t, tiles);
+      kernel.linear(a, qparams, w, to, gemm_data + t * gemm_bytes, tiles, 0, blocks);
     });
   } else {
     const int64_t threads = threads_over_rows(rows, m);
-    run(threads, [&](int64_t t) {
-      const auto [m0, m1] = share(m, threads, t);
-      quantize_rows(t, m0, m1);
-    });
+    run(threads, [&](int64_t t) { quantize_rows(t, share_of_tiles(kernel, m, threads, t)); });
     run(cut.tasks(), [&](int64_t t) {
-      const auto [m0, m1] = share(m, cut.row_parts, t / cut.channel_parts);
       const auto [b0, b1] = share(blocks, cut.channel_parts, t % cut.channel_parts);
-      kernel.linear(a, qparams, w, to, gemm_data + t * gemm_bytes, m0, m1, b0, b1);
+      const RowTiles tiles = share_of_tiles(kernel, m, cut.row_parts, t / cut.channel_parts);
+      kernel.linear(a, qparams, w, to, gemm_data + t * gemm_bytes, tiles, b0, b1);
     });
   }
   return wanted == computed ? out : out.to(wanted);

@@ -81,6 +81,11 @@ std::atomic<const Kernels*>& in_use() {
 
 const Kernels& kernels() { return *in_use().load(std::memory_order_relaxed); }
 
+const Kernels& kernels_of_rows(int64_t m) {
+  const Kernels& all = kernels();
+  return all.few_rows != nullptr && 1 < m && m <= kFewRows ? *all.few_rows : all;
+}
+
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
   for (const Kernels* table : available()) names.emplace_back(table->name);

@@ -5,33 +5,33 @@
 // vpdpbusd multiplies unsigned by signed bytes: the operand is q + 128, and 128 * weight_sum is taken off
 // again.
 struct Dot {
-  static constexpr int kSteps = 1;
-  static constexpr int kGroupBytes = 4;
-  static constexpr bool kWidens = false;  // whether load_weight costs more than a load
-  static constexpr int32_t kOffset = 128;
+  static constexpr int kMaxRows = 6;
+  template <int kRows>
+  static constexpr int kVectors = kRows == 1   ? 8
+                                  : kRows == 2 ? 4
+                                               : 2;
 
-  template <int>
-  static V::I load_weight(const int8_t* b) {
-    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
-  }
+  static constexpr int kGroupBytes = 4;    // of an operand row, for 4 elements
+  static constexpr int32_t kOffset = 128;  // stored operand = q + kOffset
+  static constexpr bool kPlans = false;
 
-  template <int>
-  static V::I broadcast_operand(const uint8_t* a) {
-    int32_t group;
-    __builtin_memcpy(&group, a, sizeof(group));
-    return _mm256_set1_epi32(group);
-  }
+  struct Dpbusd {
+    static constexpr int kOperandAt = 0;
 
-  static V::I multiply_add(V::I acc, V::I a, V::I b) {
+    static V::I weight(V::I w) { return w; }
+
+    static V::I multiply_add(V::I acc, V::I a, V::I b) {
 #if defined(DYNQUANT_EMULATED)
-    return DYNQUANT_DPBUSD(acc, a, b);
+      return DYNQUANT_DPBUSD(acc, a, b);
 #else  // the intrinsic makes GCC 12 copy the accumulator around
-    __asm__(DYNQUANT_DPBUSD_ASM " %2, %1, %0"
-            : "+" DYNQUANT_DPBUSD_REGISTERS(acc)
-            : DYNQUANT_DPBUSD_REGISTERS(a), DYNQUANT_DPBUSD_REGISTERS(b));
-    return acc;
+      __asm__(DYNQUANT_DPBUSD_ASM " %2, %1, %0"
+              : "+" DYNQUANT_DPBUSD_REGISTERS(acc)
+              : DYNQUANT_DPBUSD_REGISTERS(a), DYNQUANT_DPBUSD_REGISTERS(b));
+      return acc;
 #endif
-  }
+    }
+  };
+  using Exact = Products<Dpbusd>;
 
   static void store_operand(uint8_t* p, V::I q0, V::I q1, V::I q2, V::I q3) {
     const V::I offset = _mm256_set1_epi32(kOffset);

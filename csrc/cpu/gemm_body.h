@@ -15,56 +15,74 @@
 //   a[5] broadcast    |acc[5,0]|acc[5,1]|acc[5,2]|acc[5,3]|
 //                     +--------+--------+--------+--------+
 //
-//   zmm: 6 x 4 = 24 accumulators + 4 b + 1 a of 32 registers; ymm: 6 x 2 = 12 + 2 b + 1 a of 16 (V::kVectorsOf...).
-//   1 and 2 rows are bound by the reading of the weight: tiles as wide as the registers allow, so that each panel
-//   is read in few passes and the chains of additions are enough to hide their latency.
-//
-// Dot::kSteps is in how many steps a group of 4 is multiplied: 1 with VNNI, 2 where bytes are first widened to 16 bits.
+//   zmm: 6 x 4 = 24 accumulators + 4 b + 1 a of 32 registers; ymm: 6 x 2 = 12 + 2 b + 1 a of 16 with VNNI, 3 x 4 with
+//   AVX2. 1 and 2 rows are bound by the reading of the weight: tiles as wide as the registers allow, so that each panel
+//   is read in few passes and the chains of additions are enough to hide their latency (Dot::kVectors).
 
-template <int kRows>
-constexpr int tile_vectors() {
-  return kRows == 1 ? V::kVectorsOfOneRow : kRows == 2 ? V::kVectorsOfTwoRows : V::kVectorsOfManyRows;
-}
-
-constexpr int kMaxRows = 6;
-
-// Where a tile's weight vectors come from: the packed weight ...
+// Where a tile's weight vectors come from: one after the other in a panel that is as wide as the tile ...
 template <int kVectors>
-struct PackedTile {
-  const int8_t* b;           // vector 0, group 0
-  int64_t offset[kVectors];  // of vector j from vector 0: panels narrower than a tile lie apart
-  int64_t group_stride;
+struct WidePanel {
+  const int8_t* b;  // vector 0, group 0
+  int64_t group_stride, groups;
 
-  DYNQUANT_INLINE PackedTile(const Weight& w, int64_t channel) {
-    const int64_t groups = (w.k + 3) / 4;
-    group_stride = w.panel * 4;
-    const auto at = [&](int64_t c) { return c / w.panel * groups * group_stride + c % w.panel * 4; };
+  DYNQUANT_INLINE WidePanel(const Weight& w, int64_t channel)
+      : group_stride(w.panel * 4), groups((w.k + 3) / 4) {
+    const int64_t in_panel = channel & (w.panel - 1);  // a panel's width is a power of two
+    b = w.packed + (channel - in_panel) * groups * 4 + in_panel * 4;
+  }
+
+  DYNQUANT_INLINE I load(const int8_t* group, int j) const {
+    return V::load(reinterpret_cast<const int32_t*>(group) + j * W);
+  }
+};
+
+// ... or from several narrower ones, which lie apart.
+template <int kVectors>
+struct NarrowPanels {
+  const int8_t* b;
+  int64_t group_stride, groups;
+  int64_t offset[kVectors];  // of vector j from vector 0
+
+  DYNQUANT_INLINE NarrowPanels(const Weight& w, int64_t channel)
+      : group_stride(w.panel * 4), groups((w.k + 3) / 4) {
+    const auto at = [&](int64_t c) {
+      const int64_t in_panel = c & (w.panel - 1);
+      return (c - in_panel) * groups * 4 + in_panel * 4;
+    };
     b = w.packed + at(channel);
     for (int j = 0; j < kVectors; ++j) offset[j] = at(channel + j * W) - at(channel);
   }
 
-  template <int kStep>
   DYNQUANT_INLINE I load(const int8_t* group, int j) const {
-    return Dot::template load_weight<kStep>(group + offset[j]);
+    return V::load(reinterpret_cast<const int32_t*>(group + offset[j]));
   }
 };
 
-// ... or, where a weight takes more than a load, a copy that is ready to multiply: worth it for many rows.
-// [groups][kSteps][kVectors][W] int32.
+// ... or from a copy in which a tile has its cache lines side by side: those of a wider panel would share L1's sets.
 template <int kVectors>
-struct WidenedTile {
-  static constexpr int64_t kVectorBytes = W * sizeof(int32_t);
-  static constexpr int64_t group_stride = Dot::kSteps * kVectors * kVectorBytes;
+struct GatheredTile {
+  static constexpr int64_t group_stride = kVectors * W * 4;
 
-  template <int kStep>
+  const int8_t* b;
+  int64_t groups;
+
   DYNQUANT_INLINE I load(const int8_t* group, int j) const {
-    return V::load(reinterpret_cast<const int32_t*>(group + (kStep * kVectors + j) * kVectorBytes));
+    return V::load(reinterpret_cast<const int32_t*>(group) + j * W);
   }
 };
 
 template <int kRows, int kVectors>
 struct Accumulators {
   I acc[kRows][kVectors];
+
+  // Row i starts from start[i] in all channels.
+  DYNQUANT_INLINE explicit Accumulators(const int32_t* start) {
+    DYNQUANT_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      DYNQUANT_UNROLL
+      for (int j = 0; j < kVectors; ++j) acc[i][j] = V::broadcast(start[i]);
+    }
+  }
 
   DYNQUANT_INLINE Accumulators() {
     DYNQUANT_UNROLL
@@ -90,52 +108,76 @@ struct Accumulators {
     }
   }
 
-  // Adds `groups` groups: the operand's from a on, the weight's from b on. Where the next part of the weight is named,
-  // a line of it is fetched to L2 with each group.
-  template <bool kFetchNext = false, typename Tile>
-  DYNQUANT_INLINE void add(const uint8_t* a, int64_t a_stride, const Tile& w, const int8_t* b, int64_t groups,
-                           const int8_t* next = nullptr, int64_t next_stride = 0) {
+  // Adds the products of a group: the rows' at a, the channels' at b.
+  template <typename... Steps, typename Tile>
+  DYNQUANT_INLINE void add_group(Products<Steps...>, const uint8_t* a, int64_t a_stride, const Tile& w,
+                                 const int8_t* b) {
+    (add_step<Steps>(a, a_stride, w, b), ...);
+  }
+
+  // Adds the products of a group and the one behind it, by a step that takes two.
+  template <typename Step, typename Tile>
+  DYNQUANT_INLINE void add_two_groups(const uint8_t* a, int64_t a_stride, const Tile& w, const int8_t* b) {
+    I b0[kVectors], b1[kVectors];
+    DYNQUANT_UNROLL
+    for (int j = 0; j < kVectors; ++j) {
+      b0[j] = Step::weight(w.load(b, j));
+      b1[j] = Step::weight(w.load(b + w.group_stride, j));
+    }
+    DYNQUANT_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      const I a0 = broadcast_operand(a + i * a_stride);
+      const I a1 = broadcast_operand(a + i * a_stride + Dot::kGroupBytes);
+      DYNQUANT_UNROLL
+      for (int j = 0; j < kVectors; ++j) acc[i][j] = Step::multiply_add(acc[i][j], a0, b0[j], a1, b1[j]);
+    }
+  }
+
+  // Adds `groups` groups from a and b on, whatever they hold.
+  template <typename Tile>
+  DYNQUANT_INLINE void add(const uint8_t* a, int64_t a_stride, const Tile& w, const int8_t* b,
+                           int64_t groups) {
     for (int64_t g = 0; g < groups; ++g) {
-      steps<0>(a, a_stride, w, b);
+      add_group(typename Dot::Exact(), a, a_stride, w, b);
       a += Dot::kGroupBytes;
       b += w.group_stride;
-      if constexpr (kFetchNext) {
-        __builtin_prefetch(next, 0, 2);
-        next += next_stride;
-      }
     }
   }
 
  private:
-  template <int kStep, typename Tile>
-  DYNQUANT_INLINE void steps(const uint8_t* a, int64_t a_stride, const Tile& w, const int8_t* b) {
-    if constexpr (kStep < Dot::kSteps) {
-      I bv[kVectors];
+  DYNQUANT_INLINE static I broadcast_operand(const uint8_t* a) {
+    int32_t bytes;
+    __builtin_memcpy(&bytes, a, sizeof(bytes));
+    return V::broadcast(bytes);
+  }
+
+  template <typename Step, typename Tile>
+  DYNQUANT_INLINE void add_step(const uint8_t* a, int64_t a_stride, const Tile& w, const int8_t* b) {
+    I bv[kVectors];
+    DYNQUANT_UNROLL
+    for (int j = 0; j < kVectors; ++j) bv[j] = Step::weight(w.load(b, j));
+    DYNQUANT_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      const I av = broadcast_operand(a + i * a_stride + Step::kOperandAt);
       DYNQUANT_UNROLL
-      for (int j = 0; j < kVectors; ++j) bv[j] = w.template load<kStep>(b, j);
-      DYNQUANT_UNROLL
-      for (int i = 0; i < kRows; ++i) {
-        const I av = Dot::template broadcast_operand<kStep>(a + i * a_stride);
-        DYNQUANT_UNROLL
-        for (int j = 0; j < kVectors; ++j) acc[i][j] = Dot::multiply_add(acc[i][j], av, bv[j]);
-      }
-      steps<kStep + 1>(a, a_stride, w, b);
+      for (int j = 0; j < kVectors; ++j) acc[i][j] = Step::multiply_add(acc[i][j], av, bv[j]);
     }
   }
 };
 
-// The one dequantization formula. Vectors: constants of W channels that may be read whole.
+// The one dequantization formula, of accumulators of q + operand_offset. Vectors: constants of W channels that may be
+// read whole.
 template <int kRows, int kVectors>
 DYNQUANT_INLINE void dequantize(const Accumulators<kRows, kVectors>& tile, const QParams* qparams,
-                                const int32_t* sum, const float* scale, const float* bias, float* out,
-                                int64_t stride) {
+                                int32_t operand_offset, const int32_t* sum, const float* scale,
+                                const float* bias, float* out, int64_t stride) {
   DYNQUANT_UNROLL
   for (int j = 0; j < kVectors; ++j) {
     const I sums = V::load(sum + j * W);
     const F scales = V::load(scale + j * W);
     DYNQUANT_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      const I offset = V::broadcast(qparams[i].zero_point + Dot::kOffset);
+      const I offset = V::broadcast(qparams[i].zero_point + operand_offset);
       const F acc = V::convert(V::sub(tile.acc[i][j], V::mul(offset, sums)));
       F y = V::mul(V::mul(acc, V::broadcast(qparams[i].scale)), scales);
       if (bias != nullptr) y = V::add(y, V::load(bias + j * W));
@@ -189,9 +231,10 @@ struct LinearSink {
   const Output& out;
 
   template <int kRows, int kVectors>
-  DYNQUANT_INLINE void finish(int64_t m, int64_t channel, const Accumulators<kRows, kVectors>& acc) const {
+  DYNQUANT_INLINE void finish(int64_t m, int64_t channel, const Accumulators<kRows, kVectors>& acc,
+                              int32_t operand_offset) const {
     deliver<kRows, kVectors>(m, channel, [&](const Channels& c, float* to, int64_t stride) {
-      dequantize(acc, qparams + m, c.sum, c.scale, c.bias, to, stride);
+      dequantize(acc, qparams + m, operand_offset, c.sum, c.scale, c.bias, to, stride);
     });
   }
 
@@ -283,11 +326,12 @@ struct Int8MmSink {
   int32_t* out;
 
   template <int kRows, int kVectors>
-  DYNQUANT_INLINE void finish(int64_t m, int64_t channel, const Accumulators<kRows, kVectors>& acc) const {
+  DYNQUANT_INLINE void finish(int64_t m, int64_t channel, const Accumulators<kRows, kVectors>& acc,
+                              int32_t operand_offset) const {
     const int64_t n = least(kVectors * W, w.n - channel);
     int32_t* row = out + m * w.n + channel;
     if (n == kVectors * W) {
-      const I offset = V::broadcast(Dot::kOffset);
+      const I offset = V::broadcast(operand_offset);
       DYNQUANT_UNROLL
       for (int j = 0; j < kVectors; ++j) {
         const I taken = V::mul(offset, V::load(w.sum + channel + j * W));
@@ -299,7 +343,7 @@ struct Int8MmSink {
     int32_t sums[kRows][kVectors * W];
     acc.store(sums[0], kVectors * W);
     for (int i = 0; i < kRows; ++i) {
-      for (int64_t j = 0; j < n; ++j) row[i * w.n + j] = sums[i][j] - Dot::kOffset * w.sum[channel + j];
+      for (int64_t j = 0; j < n; ++j) row[i * w.n + j] = sums[i][j] - operand_offset * w.sum[channel + j];
     }
   }
 
@@ -308,44 +352,63 @@ struct Int8MmSink {
   void deep(int64_t m, int64_t channel, const Tile& weight) const {
     Accumulators<kRows, kVectors> acc;
     acc.add(a.data + m * a.stride, a.stride, weight, weight.b, (w.k + 3) / 4);
-    finish(m, channel, acc);
+    finish(m, channel, acc, Dot::kOffset);
   }
 };
 
-// Channels [c0, c1) of kRows rows, in tiles of kVectors vectors and, where fewer are left, of half as many.
+template <int kRows, int kVectors, typename Tile, typename Sink, typename D = Dot>
+DYNQUANT_INLINE void gemm_tile(const Sink& sink, const Tile& weight, int64_t t, int64_t m, int64_t channel) {
+  const uint8_t* a = sink.a.data + m * sink.a.stride;
+  if constexpr (D::kPlans) {
+    if (sink.a.plan_stride > 0) {
+      const typename D::Plan& plan = plan_of<D>(sink.a, t);
+      Accumulators<kRows, kVectors> acc(plan.start);
+      Tile part = weight;
+      for (int64_t g = 0; g < weight.groups; g += plan.groups_of_part) {
+        D::add(plan, g, acc, a + g * D::kGroupBytes, sink.a.stride, part);
+        part.b += plan.groups_of_part * part.group_stride;
+      }
+      return sink.finish(m, channel, acc, plan.offset);
+    }
+  }
+  Accumulators<kRows, kVectors> acc;
+  acc.add(a, sink.a.stride, weight, weight.b, weight.groups);
+  sink.finish(m, channel, acc, Dot::kOffset);
+}
+
+// Rows [m, m + kRows) of row tile t and channels [c0, c1), in tiles of kVectors vectors and, where fewer are left, of
+// half as many.
 template <int kRows, int kVectors, typename Sink>
-void packed_tiles(const Sink& sink, int64_t m, int64_t c0, int64_t c1) {
+void gemm_tiles(const Sink& sink, int64_t t, int64_t m, int64_t c0, int64_t c1) {
   int64_t c = c0;
   for (; c + (kVectors - 1) * W < c1; c += kVectors * W) {
-    const PackedTile<kVectors> weight(sink.w, c);
     if (sink.w.k > kMaxInt32K) {
-      sink.template deep<kRows, kVectors>(m, c, weight);
+      sink.template deep<kRows, kVectors>(m, c, NarrowPanels<kVectors>(sink.w, c));
+    } else if (sink.w.panel >= kVectors * W) {
+      gemm_tile<kRows, kVectors>(sink, WidePanel<kVectors>(sink.w, c), t, m, c);
     } else {
-      Accumulators<kRows, kVectors> acc;
-      acc.add(sink.a.data + m * sink.a.stride, sink.a.stride, weight, weight.b, (sink.w.k + 3) / 4);
-      sink.finish(m, c, acc);
+      gemm_tile<kRows, kVectors>(sink, NarrowPanels<kVectors>(sink.w, c), t, m, c);
     }
   }
   if constexpr (kVectors > 1) {
-    if (c < c1) packed_tiles<kRows, kVectors / 2>(sink, m, c, c1);
+    if (c < c1) gemm_tiles<kRows, kVectors / 2>(sink, t, m, c, c1);
   }
 }
 
-// Calls body.template call<rows of the tile>(first row) for rows [m0, m1) in tiles of nearly equal height.
+// Calls body.template call<rows of the tile>(t, first row) for each row tile.
 template <int kRows, typename Body>
-void row_tile(int64_t m, int64_t rows, const Body& body) {
+void call_with_rows(const Body& body, int64_t t, int64_t m, int64_t rows) {
   if constexpr (kRows > 1) {
-    if (rows < kRows) return row_tile<kRows - 1>(m, rows, body);
+    if (rows < kRows) return call_with_rows<kRows - 1>(body, t, m, rows);
   }
-  body.template call<kRows>(m);
+  body.template call<kRows>(t, m);
 }
 
 template <typename Body>
-void for_row_tiles(int64_t m0, int64_t m1, const Body& body) {
-  const int64_t rows = m1 - m0, tiles = (rows + kMaxRows - 1) / kMaxRows;
-  for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t from = m0 + rows * t / tiles;
-    row_tile<kMaxRows>(from, m0 + rows * (t + 1) / tiles - from, body);
+void for_row_tiles(RowTiles tiles, const Body& body) {
+  for (int64_t t = tiles.begin; t < tiles.end; ++t) {
+    const int64_t m = first_row(tiles, t);
+    call_with_rows<Dot::kMaxRows>(body, t, m, first_row(tiles, t + 1) - m);
   }
 }
 
@@ -355,131 +418,115 @@ struct PackedBody {
   int64_t c0, c1;
 
   template <int kRows>
-  void call(int64_t m) const {
-    packed_tiles<kRows, tile_vectors<kRows>()>(sink, m, c0, c1);
+  void call(int64_t t, int64_t m) const {
+    gemm_tiles<kRows, Dot::kVectors<kRows>>(sink, t, m, c0, c1);
   }
 };
 
-// ---- GEMM over widened weights: where a weight takes more than a load, and there are rows enough to share that -------
+constexpr int kWideVectors = Dot::kVectors<Dot::kMaxRows>;
+constexpr int64_t kWidth = kWideVectors * W;  // channels of a tile of many rows
+
+// ---- GEMM by plans, over gathered weights --------------------------------------------------------------------------
 //
-//   for a block of 64 channels             its accumulators of all rows: int32 scratch, where K takes more parts than one
-//     for a part of at most kPartGroups    the part is widened once: 128 KB, it stays in L2
-//       for a tile of rows                 its part of the operand stays in L1
-//         for two vectors of channels
+//   for a tile's channels
+//     for a part of K             its weights are gathered once: they stay in L1 while all rows go by
+//       for a tile of rows        as planned; the accumulators wait in scratch for the next part
 
-constexpr int kWidenedVectors = 2;  // a panel is at least that wide, so what lies beyond N is its padding
-constexpr int64_t kWidenedChannels = kWidenedVectors * W, kWidenedTiles = kBlock / kWidenedChannels;
-constexpr int64_t kWidenedRows = 13;  // rows from which on it pays
-constexpr int64_t kPartGroups = 256;
-using Widened = WidenedTile<kWidenedVectors>;
+template <typename Sink, typename D>
+struct GatheredBody {
+  using Gathered = GatheredTile<kWideVectors>;
 
-template <int kStep>
-void widen_steps(const PackedTile<kWidenedVectors>& from, const int8_t* b, int8_t* to) {
-  if constexpr (kStep < Dot::kSteps) {
-    for (int j = 0; j < kWidenedVectors; ++j) {
-      V::store(reinterpret_cast<int32_t*>(to + (kStep * kWidenedVectors + j) * Widened::kVectorBytes),
-               from.template load<kStep>(b, j));
-    }
-    widen_steps<kStep + 1>(from, b, to);
-  }
-}
-
-template <typename Sink>
-struct WidenedBody {
   const Sink& sink;
-  int8_t* widened;  // [tile of channels][kPartGroups] groups
-  int32_t* sums;    // [rows][kBlock]
-  int64_t first_row, c0, c1, group0, group1;
+  int8_t* gathered;
+  int32_t* sums;  // [rows][kWidth]
+  RowTiles tiles;
+  int64_t c, groups, group0, group1;
 
-  void widen() const {
-    for (int64_t c = c0; c < c1; c += kWidenedChannels) {
-      const PackedTile<kWidenedVectors> from(sink.w, c);
-      const int8_t* b = from.b + group0 * from.group_stride;
-      int8_t* to = tile(c);
-      for (int64_t g = group0; g < group1; ++g) {
-        widen_steps<0>(from, b, to);
-        b += from.group_stride;
-        to += Widened::group_stride;
+  static int64_t scratch_bytes(int64_t rows) { return (D::kPartGroups + rows) * Gathered::group_stride; }
+
+  void gather() const {
+    const WidePanel<kWideVectors> from(sink.w, c);
+    const int8_t* b = from.b + group0 * from.group_stride;
+    int8_t* to = gathered;
+    for (int64_t g = group0; g < group1; ++g) {
+      for (int j = 0; j < kWideVectors; ++j) {
+        V::store(reinterpret_cast<int32_t*>(to) + j * W, from.load(b, j));
       }
+      b += from.group_stride;
+      to += Gathered::group_stride;
     }
   }
 
   template <int kRows>
-  void call(int64_t m) const {
-    for (int64_t c = c0; c < c1; c += kWidenedChannels) {
-      Accumulators<kRows, kWidenedVectors> acc;
-      int32_t* stored = sums + (m - first_row) * kBlock + (c - c0);
-      if (group0 > 0) acc.load(stored, kBlock);
-      const uint8_t* a = sink.a.data + m * sink.a.stride + group0 * Dot::kGroupBytes;
-      if (m ==
-          first_row) {  // the next part, or the next panel, comes from memory while this one is multiplied
-        const PackedTile<kWidenedVectors> packed(sink.w, c);
-        acc.template add<true>(a, sink.a.stride, Widened(), tile(c), group1 - group0,
-                               packed.b + group1 * packed.group_stride, packed.group_stride);
-      } else {
-        acc.add(a, sink.a.stride, Widened(), tile(c), group1 - group0);
-      }
-      if (group1 * 4 < sink.w.k) {
-        acc.store(stored, kBlock);
-      } else {
-        sink.finish(m, c, acc);
-      }
-    }
+  void call(int64_t t, int64_t m) const {
+    fetch_next(t);
+    const typename D::Plan& plan = plan_of<D>(sink.a, t);
+    const uint8_t* a = sink.a.data + m * sink.a.stride + group0 * D::kGroupBytes;
+    int32_t* stored = sums + (m - first_row(tiles, tiles.begin)) * kWidth;
+    Accumulators<kRows, kWideVectors> acc(plan.start);
+    if (group0 > 0) acc.load(stored, kWidth);
+    D::add(plan, group0, acc, a, sink.a.stride, Gathered{gathered, group1 - group0});
+    group1 < groups ? acc.store(stored, kWidth) : sink.finish(m, c, acc, plan.offset);
   }
 
  private:
-  int8_t* tile(int64_t c) const {
-    return widened + (c - c0) / kWidenedChannels * kPartGroups * Widened::group_stride;
+  // What is gathered next comes from memory meanwhile, a share with each row tile.
+  void fetch_next(int64_t t) const {
+    const bool next_part = group1 < groups;
+    const WidePanel<kWideVectors> next(sink.w, next_part ? c : c + kWidth);
+    const int8_t* b = next.b + (next_part ? group1 * next.group_stride : 0);
+    const int64_t i = t - tiles.begin, n = tiles.end - tiles.begin, count = group1 - group0;
+    for (int64_t g = count * i / n; g < count * (i + 1) / n; ++g) {
+      for (int64_t line = 0; line < Gathered::group_stride; line += 64) {
+        __builtin_prefetch(b + g * next.group_stride + line, 0, 2);
+      }
+    }
   }
 };
 
-bool is_widened(int64_t rows, int64_t k) {
-  return Dot::kWidens && rows >= kWidenedRows && k <= kMaxInt32K && k > 0;
+template <typename D = Dot>
+int64_t gemm_scratch(int64_t m, int64_t rows) {
+  if constexpr (D::kPlans) return m > kFewRows ? GatheredBody<LinearSink, D>::scratch_bytes(rows) : 0;
+  return 0;
 }
 
-int64_t gemm_scratch(int64_t rows, int64_t k) {
-  if (!is_widened(rows, k)) return 0;
-  const int64_t sums = k > kPartGroups * 4 ? rows * kBlock * static_cast<int64_t>(sizeof(int32_t)) : 0;
-  return kWidenedTiles * kPartGroups * Widened::group_stride + sums;
-}
-
-template <typename Sink>
-void widened_gemm(const Sink& sink, int8_t* scratch, int64_t m0, int64_t m1, int64_t c0, int64_t c1) {
-  int32_t* sums = reinterpret_cast<int32_t*>(scratch + kWidenedTiles * kPartGroups * Widened::group_stride);
-  const int64_t groups = (sink.w.k + 3) / 4, parts = (groups + kPartGroups - 1) / kPartGroups;
-  for (int64_t p = 0; p < parts; ++p) {
-    const WidenedBody<Sink> body{
-        sink, scratch, sums, m0, c0, c1, groups * p / parts, groups * (p + 1) / parts};
-    body.widen();
-    for_row_tiles(m0, m1, body);
-  }
-}
-
-// ---- GEMM ------------------------------------------------------------------------------------------------------------
-
-// A block of channels stays in L2 while all rows go by, and a tile's rows stay in L1 while the block's channels do.
-template <typename Sink>
-void gemm(const Sink& sink, int8_t* scratch, int64_t m0, int64_t m1, int64_t block0, int64_t block1) {
-  const int64_t end = least(block1 * kBlock, sink.w.n);
-  const int64_t width = m1 - m0 == 1 ? round_up(tile_vectors<1>() * W, kBlock) : kBlock;
-  for (int64_t c0 = block0 * kBlock; c0 < end; c0 += width) {
-    const int64_t c1 = least(c0 + width, end);
-    if constexpr (Dot::kWidens) {
-      if (is_widened(m1 - m0, sink.w.k)) {
-        widened_gemm(sink, scratch, m0, m1, c0, c1);
-        continue;
-      }
+template <typename Sink, typename D = Dot>
+bool gemm_gathered(const Sink& sink, int8_t* scratch, RowTiles tiles, int64_t c, int64_t end) {
+  if constexpr (D::kPlans) {
+    const bool is_whole = c + kWidth - W < end && sink.w.panel > kWidth;
+    if (sink.a.plan_stride == 0 || !is_whole) return false;
+    const int64_t groups = (sink.w.k + 3) / 4, part = D::groups_of_part(groups);
+    int32_t* sums =
+        reinterpret_cast<int32_t*>(scratch + D::kPartGroups * GatheredTile<kWideVectors>::group_stride);
+    for (int64_t g = 0; g < groups; g += part) {
+      const GatheredBody<Sink, D> body{sink, scratch, sums, tiles, c, groups, g, least(groups, g + part)};
+      body.gather();
+      for_row_tiles(tiles, body);
     }
-    for_row_tiles(m0, m1, PackedBody<Sink>{sink, c0, c1});
+    return true;
+  }
+  return false;
+}
+
+// ---- GEMM ----------------------------------------------------------------------------------------------------------
+
+// A tile's weights stay in L1, or in L2 where K is large, while all rows go by.
+template <typename Sink>
+void gemm(const Sink& sink, int8_t* scratch, RowTiles tiles, int64_t block0, int64_t block1) {
+  const int64_t end = least(block1 * kBlock, sink.w.n);
+  const int64_t width = tiles.m == 1 ? Dot::kVectors<1> * W : kWidth;
+  for (int64_t c = block0 * kBlock; c < end; c += width) {
+    if (gemm_gathered(sink, scratch, tiles, c, end)) continue;
+    for_row_tiles(tiles, PackedBody<Sink>{sink, c, least(c + width, end)});
   }
 }
 
 void linear(Operand a, const QParams* qparams, const Weight& w, const Output& out, int8_t* scratch,
-            int64_t m0, int64_t m1, int64_t block0, int64_t block1) {
-  gemm(LinearSink{a, qparams, w, out}, scratch, m0, m1, block0, block1);
+            RowTiles tiles, int64_t block0, int64_t block1) {
+  gemm(LinearSink{a, qparams, w, out}, scratch, tiles, block0, block1);
 }
 
-void int8_mm(Operand a, const Weight& w, int32_t* out, int8_t* scratch, int64_t m0, int64_t m1,
-             int64_t block0, int64_t block1) {
-  gemm(Int8MmSink{a, w, out}, scratch, m0, m1, block0, block1);
+void int8_mm(Operand a, const Weight& w, int32_t* out, int8_t* scratch, RowTiles tiles, int64_t block0,
+             int64_t block1) {
+  gemm(Int8MmSink{a, w, out}, scratch, tiles, block0, block1);
 }

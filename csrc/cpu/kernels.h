@@ -45,11 +45,20 @@ struct Rows {
   int rotation_block;  // 0: none
 };
 
-// Where the activations of a GEMM lie after quantization: row m at data + m * stride bytes, in the form that
-// the instruction set's dot product wants (operand_stride() says how many bytes).
+// Tiles [begin, end) of those that the m rows of an operand are cut into, in the same way whoever works on them: at most
+// Kernels::max_rows rows each.
+struct RowTiles {
+  int64_t m, begin, end;
+};
+
+// Where the activations of a GEMM lie after quantization: row m at data + m * stride bytes (operand_stride()), in the
+// form that the instruction set's dot product wants, and the plan of tile t at plans + t * plan_stride (plan_bytes()):
+// which products are exact for it, where that depends on the values.
 struct Operand {
   uint8_t* data;
   int64_t stride;
+  uint8_t* plans;
+  int64_t plan_stride;
 };
 
 struct Weight {
@@ -67,15 +76,25 @@ struct Output {
   Epilogue epilogue;
 };
 
+// Up to so many rows, but for one alone, may have kernels of their own.
+constexpr int64_t kFewRows = 11;
+
 struct Kernels {
   const char* name;
   // GOPS (multiplications and additions) that one core reaches, in round numbers: how many threads a call is
   // worth.
   double gops;
 
+  const Kernels* few_rows;  // the kernels of calls of 2 to kFewRows rows; null: these
+
+  int64_t max_rows;  // of a row tile
+
   // Bytes of one operand row of k elements, a multiple of 64 that is odd in units of 64 (rows must not share
   // L1 sets).
   int64_t (*operand_stride)(int64_t k);
+
+  // Bytes of the plan of one row tile of m rows, a multiple of 64; 0 where there is none.
+  int64_t (*plan_bytes)(int64_t m, int64_t k);
 
   // Range of rows [m0, m1), after the rotation. row: scratch of rotated_row_floats(k) floats (see below).
   Range (*min_max)(const Rows& x, int64_t m0, int64_t m1, float* row);
@@ -86,28 +105,28 @@ struct Kernels {
   // q[k] of row m as int8.
   void (*quantize)(const Rows& x, int64_t m, QParams qparams, int8_t* q, float* row);
 
-  // Rows [m0, m1) to the operand with qparams of their own, which go to qparams[m].
-  void (*quantize_per_token)(const Rows& x, int64_t m0, int64_t m1, Operand a, QParams* qparams, float* row);
+  // Rows of `tiles` to the operand with qparams of their own, which go to qparams[m].
+  void (*quantize_per_token)(const Rows& x, RowTiles tiles, Operand a, QParams* qparams, float* row);
 
   // The same with the given qparams; a row with a non-finite element gets the scale NaN where check_rows is
   // set.
-  void (*quantize_per_tensor)(const Rows& x, int64_t m0, int64_t m1, QParams given, bool check_rows,
-                              Operand a, QParams* qparams, float* row);
+  void (*quantize_per_tensor)(const Rows& x, RowTiles tiles, QParams given, bool check_rows, Operand a,
+                              QParams* qparams, float* row);
 
-  // int8 rows [m0, m1) of q [.][k] to the operand.
-  void (*operand_from_int8)(const int8_t* q, int64_t k, int64_t m0, int64_t m1, Operand a);
+  // Rows of `tiles` of int8 q [.][k] to the operand.
+  void (*operand_from_int8)(const int8_t* q, int64_t k, RowTiles tiles, Operand a);
 
-  // Bytes of scratch that a GEMM of that many rows wants (0: none).
-  int64_t (*gemm_scratch)(int64_t rows, int64_t k);
+  // Bytes of scratch that a GEMM wants for `rows` of its m rows.
+  int64_t (*gemm_scratch)(int64_t m, int64_t rows);
 
   // out[m, n] = epilogue((float(acc - zero_point[m] * sum[n]) * scale[m]) * weight.scale[n] + bias[n])
-  // for m in [m0, m1) and the channels of the 64-channel blocks [block0, block1).
+  // for the rows of `tiles` and the channels of the 64-channel blocks [block0, block1).
   void (*linear)(Operand a, const QParams* qparams, const Weight& w, const Output& out, int8_t* scratch,
-                 int64_t m0, int64_t m1, int64_t block0, int64_t block1);
+                 RowTiles tiles, int64_t block0, int64_t block1);
 
   // out[m, n] = acc, int32 [.][n].
-  void (*int8_mm)(Operand a, const Weight& w, int32_t* out, int8_t* scratch, int64_t m0, int64_t m1,
-                  int64_t block0, int64_t block1);
+  void (*int8_mm)(Operand a, const Weight& w, int32_t* out, int8_t* scratch, RowTiles tiles, int64_t block0,
+                  int64_t block1);
 
   // Largest |w| of row m; +inf or NaN (as bits above +inf) where one is non-finite. Scaled by 1/block when
   // rotated.
@@ -126,8 +145,9 @@ constexpr int64_t row_floats(int64_t k) { return (k + 63) / 64 * 64; }
 // qparams of a range, as reference.choose_qparams.
 QParams choose_qparams(Range range);
 
-// The kernels of the instruction set in use; dispatch.cpp.
+// The kernels of the instruction set in use, and those for a GEMM of m rows; dispatch.cpp.
 const Kernels& kernels();
+const Kernels& kernels_of_rows(int64_t m);
 
 // Sets MXCSR for its lifetime: torch.set_flush_denormal is per thread, and would change bits.
 class FloatEnvironment {

@@ -230,18 +230,52 @@ void quantize_operand_row(const T* data, int64_t k, QParams qparams, uint8_t* ro
   quantize_chunks<false>(data, k, qparams, PutOperand{row});
 }
 
-void quantize_per_token(const Rows& x, int64_t m0, int64_t m1, Operand a, QParams* qparams, float* row) {
-  for (int64_t m = m0; m < m1; ++m) {
+// ---- row tiles -----------------------------------------------------------------------------------------------------
+
+// D is Dot, by a name that lets a branch for other instruction sets go unread.
+template <typename D = Dot>
+int64_t plan_bytes(int64_t m, int64_t k) {
+  if constexpr (D::kPlans) return m > kFewRows && k <= kMaxInt32K ? D::plan_bytes(k) : 0;
+  return 0;
+}
+
+// Rows are cut into tiles of nearly equal height.
+int64_t first_row(RowTiles tiles, int64_t t) {
+  const int64_t count = (tiles.m + Dot::kMaxRows - 1) / Dot::kMaxRows;
+  return tiles.m * t / count;
+}
+
+template <typename D = Dot>
+typename D::Plan& plan_of(Operand a, int64_t t) {
+  return *reinterpret_cast<typename D::Plan*>(a.plans + t * a.plan_stride);
+}
+
+// Lets put(m) fill the operand's rows tile by tile, and makes the tile's plan while they are in L1.
+template <typename Put, typename D = Dot>
+void fill_operand(Operand a, int64_t k, RowTiles tiles, const Put& put) {
+  for (int64_t t = tiles.begin; t < tiles.end; ++t) {
+    const int64_t m0 = first_row(tiles, t), m1 = first_row(tiles, t + 1);
+    for (int64_t m = m0; m < m1; ++m) put(m);
+    if constexpr (D::kPlans) {
+      if (a.plan_stride > 0) {
+        D::make_plan(a.data + m0 * a.stride, a.stride, static_cast<int>(m1 - m0), k, plan_of<D>(a, t));
+      }
+    }
+  }
+}
+
+void quantize_per_token(const Rows& x, RowTiles tiles, Operand a, QParams* qparams, float* row) {
+  fill_operand(a, x.k, tiles, [&](int64_t m) {
     with_row(x, m, row, [&](const auto* data) {
       qparams[m] = choose_qparams(span_range(data, x.k));
       quantize_operand_row(data, x.k, qparams[m], a.data + m * a.stride);
     });
-  }
+  });
 }
 
-void quantize_per_tensor(const Rows& x, int64_t m0, int64_t m1, QParams given, bool check_rows, Operand a,
+void quantize_per_tensor(const Rows& x, RowTiles tiles, QParams given, bool check_rows, Operand a,
                          QParams* qparams, float* row) {
-  for (int64_t m = m0; m < m1; ++m) {
+  fill_operand(a, x.k, tiles, [&](int64_t m) {
     with_row(x, m, row, [&](const auto* data) {
       qparams[m] = given;
       if (check_rows) {
@@ -251,11 +285,11 @@ void quantize_per_tensor(const Rows& x, int64_t m0, int64_t m1, QParams given, b
       }
       quantize_operand_row(data, x.k, qparams[m], a.data + m * a.stride);
     });
-  }
+  });
 }
 
-void operand_from_int8(const int8_t* q, int64_t k, int64_t m0, int64_t m1, Operand a) {
-  for (int64_t m = m0; m < m1; ++m) {
+void operand_from_int8(const int8_t* q, int64_t k, RowTiles tiles, Operand a) {
+  fill_operand(a, k, tiles, [&](int64_t m) {
     const PutOperand put{a.data + m * a.stride};
     for (int64_t i = 0; i < k; i += kChunk) {
       int8_t chunk[kChunk] = {};
@@ -263,7 +297,7 @@ void operand_from_int8(const int8_t* q, int64_t k, int64_t m0, int64_t m1, Opera
       put(i, V::load_bytes(chunk), V::load_bytes(chunk + W), V::load_bytes(chunk + 2 * W),
           V::load_bytes(chunk + 3 * W));
     }
-  }
+  });
 }
 
 // ---- weights -------------------------------------------------------------------------------------------------------

@@ -6,25 +6,30 @@ namespace dynquant::cpu {
 namespace {
 #include "bfloat16.h"
 #include "vector_128.h"
+#include "body_begin.h"
 
-// One int8 of the group a step, in 32-bit lanes.
+// One int8 of the group a step, widened to a 32-bit lane.
 struct Dot {
-  static constexpr int kSteps = 4;
-  static constexpr int kGroupBytes = 4;
-  static constexpr bool kWidens = true;  // whether load_weight costs more than a load
-  static constexpr int32_t kOffset = 0;
+  static constexpr int kMaxRows = 6;
+  template <int kRows>
+  static constexpr int kVectors = kRows <= 2 ? 4 : 2;
 
-  template <int step>
-  static V::I load_weight(const int8_t* b) {
-    return V::I{b[step], b[step + 4], b[step + 8], b[step + 12]};
-  }
+  static constexpr int kGroupBytes = 4;  // of an operand row, for 4 elements
+  static constexpr int32_t kOffset = 0;  // stored operand = q + kOffset
+  static constexpr bool kPlans = false;
 
-  template <int step>
-  static V::I broadcast_operand(const uint8_t* a) {
-    return V::broadcast(static_cast<int32_t>(static_cast<int8_t>(a[step])));
-  }
+  template <int kByte>
+  struct Byte {
+    static constexpr int kOperandAt = 0;
 
-  static V::I multiply_add(V::I acc, V::I a, V::I b) { return V::add(acc, V::mul(a, b)); }
+    static V::I weight(V::I w) { return byte(w); }
+
+    static V::I multiply_add(V::I acc, V::I a, V::I w) { return V::add(acc, V::mul(byte(a), w)); }
+
+   private:
+    static V::I byte(V::I x) { return V::shift_left<24 - 8 * kByte>(x) >> 24; }
+  };
+  using Exact = Products<Byte<0>, Byte<1>, Byte<2>, Byte<3>>;
 
   static void store_operand(uint8_t* p, V::I q0, V::I q1, V::I q2, V::I q3) {
     V::store_bytes(reinterpret_cast<int8_t*>(p), q0, q1, q2, q3);

@@ -2,7 +2,6 @@
 
 struct V {
   static constexpr int kLanes = 4;
-  static constexpr int kVectorsOfOneRow = 4, kVectorsOfTwoRows = 4, kVectorsOfManyRows = 2;
   typedef float F __attribute__((vector_size(16)));
   typedef int32_t I __attribute__((vector_size(16)));
   using Mask = I;

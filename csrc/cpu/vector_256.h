@@ -3,7 +3,6 @@
 
 struct V {
   static constexpr int kLanes = 8;
-  static constexpr int kVectorsOfOneRow = 8, kVectorsOfTwoRows = 4, kVectorsOfManyRows = 2;
   using F = __m256;
   using I = __m256i;
   using Mask = __m256;

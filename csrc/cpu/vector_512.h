@@ -3,7 +3,6 @@
 
 struct V {
   static constexpr int kLanes = 16;
-  static constexpr int kVectorsOfOneRow = 8, kVectorsOfTwoRows = 4, kVectorsOfManyRows = 4;
   using F = __m512;
   using I = __m512i;
   using Mask = __mmask16;

@@ -87,26 +87,27 @@ struct Result {
 
 Result gemm(const Kernels& kernel, const Rows& x, int64_t m, const Weight& w, Dtype out_dtype,
             Epilogue epilogue, bool per_token, const std::vector<int8_t>& q) {
-  const int64_t stride = kernel.operand_stride(w.k);
-  std::vector<uint8_t> operand(static_cast<size_t>(m * stride) + 64);
-  std::vector<int8_t> scratch(static_cast<size_t>(kernel.gemm_scratch(m, w.k)) + 64);
+  const int64_t stride = kernel.operand_stride(w.k), plan = kernel.plan_bytes(m, w.k);
+  const RowTiles tiles{m, 0, (m + kernel.max_rows - 1) / kernel.max_rows};
+  std::vector<uint8_t> operand(static_cast<size_t>(m * stride + tiles.end * plan) + 64);
+  std::vector<int8_t> scratch(static_cast<size_t>(kernel.gemm_scratch(m, m)) + 64);
   std::vector<float> row(static_cast<size_t>(row_floats(w.k)) + 64);
   Result r{std::vector<float>(size_t(m * w.n)), std::vector<uint16_t>(size_t(m * w.n)),
            std::vector<int32_t>(size_t(m * w.n)), std::vector<QParams>(size_t(m) + 1)};
-  const Operand a{operand.data(), stride};
+  const Operand a{operand.data(), stride, operand.data() + m * stride, plan};
   if (per_token) {
-    kernel.quantize_per_token(x, 0, m, a, r.qparams.data(), row.data());
+    kernel.quantize_per_token(x, tiles, a, r.qparams.data(), row.data());
   } else {
     const QParams given = choose_qparams(kernel.min_max(x, 0, m, row.data()));
-    kernel.quantize_per_tensor(x, 0, m, given, true, a, r.qparams.data(), row.data());
+    kernel.quantize_per_tensor(x, tiles, given, true, a, r.qparams.data(), row.data());
   }
   void* data =
       out_dtype == Dtype::kFloat32 ? static_cast<void*>(r.out.data()) : static_cast<void*>(r.out16.data());
   const int64_t blocks = (w.n + kBlock - 1) / kBlock;
-  kernel.linear(a, r.qparams.data(), w, Output{data, w.n, out_dtype, epilogue}, scratch.data(), 0, m, 0,
+  kernel.linear(a, r.qparams.data(), w, Output{data, w.n, out_dtype, epilogue}, scratch.data(), tiles, 0,
                 blocks);
-  kernel.operand_from_int8(q.data(), w.k, 0, m, a);
-  kernel.int8_mm(a, w, r.acc.data(), scratch.data(), 0, m, 0, blocks);
+  kernel.operand_from_int8(q.data(), w.k, tiles, a);
+  kernel.int8_mm(a, w, r.acc.data(), scratch.data(), tiles, 0, blocks);
   return r;
 }
 

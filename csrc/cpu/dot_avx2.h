@@ -1,0 +1,292 @@
+// The dot product of AVX2, exact for all 8 bits. Included inside the instruction set's namespace and target region,
+// after vector_256.h.
+//
+// vpmaddubsw multiplies unsigned by signed bytes and adds two neighbouring products in 16 bits, where they may saturate.
+// Whether they can is seen from the activations alone, for any weights in [-127, 127]:
+//
+//   operand               vpmaddubsw of           cannot leave 16 bits where, of the activations that are added,
+//   signed:   q           (w + 128, q)            those > 0 add up to <= 128, those < 0 to >= -128  (255 * 128 = 32640)
+//   unsigned: q + 128     (q + 128, w)            all add up to <= 256                              (256 * 127 = 32512)
+//
+// Signed suits what lies around zero, unsigned what an activation function has cut off below. The sums are checked once
+// for the rows of a tile, and serve all output channels. Each group of 4 along K then takes the cheapest product that
+// is exact for it; the bits are the same whichever it is:
+//
+//   quads   two groups in turn, their words added before they are widened    5 instructions for 2 x 32 products
+//   pairs   vpmaddubsw, vpmaddwd by ones, vpaddd                             3 for 32
+//   rest    signed: |q| times w with q's sign, of which two always fit       4 for 32
+//           unsigned: even and odd bytes by themselves, widened to 16 bits   4 for 32, and the widening
+
+struct Dot {
+  // 12 accumulators, an operand or two, the rest for products; four vectors of weights are read from L1 where they are
+  // used. Few rows: the fewer there are, the more of their groups take the cheap products.
+  static constexpr int kMaxRows = 2;
+  template <int kRows>
+  static constexpr int kVectors = kRows == 1 ? 8 : 4;
+
+  static constexpr int kGroupBytes = 4;  // of an operand row, for 4 elements
+  static constexpr int32_t kOffset = 0;  // stored operand = q + kOffset
+
+  static void store_operand(uint8_t* p, V::I q0, V::I q1, V::I q2, V::I q3) {
+    V::store_bytes(reinterpret_cast<int8_t*>(p), q0, q1, q2, q3);
+  }
+
+  // ---- products of a group ----
+
+  template <bool kSigned>
+  struct Pairs {
+    static constexpr int kOperandAt = 0;
+
+    static V::I weight(V::I w) { return kSigned ? _mm256_xor_si256(w, _mm256_set1_epi8(-128)) : w; }
+
+    static V::I multiply_add(V::I acc, V::I a, V::I w) { return add_words(acc, words(a, w)); }
+
+    static V::I multiply_add(V::I acc, V::I a0, V::I w0, V::I a1, V::I w1) {
+      return add_words(acc, _mm256_add_epi16(words(a0, w0), words(a1, w1)));
+    }
+
+   private:
+    static V::I words(V::I a, V::I w) {
+      return kSigned ? _mm256_maddubs_epi16(w, a) : _mm256_maddubs_epi16(a, w);
+    }
+  };
+
+  // Right for any signed operand: 2 * 128 * 127 = 32512.
+  struct SignedProduct {
+    static constexpr int kOperandAt = 0;
+
+    static V::I weight(V::I w) { return w; }
+
+    static V::I multiply_add(V::I acc, V::I a, V::I w) {
+      return add_words(acc, _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(w, a)));
+    }
+  };
+
+  // Right for any unsigned operand: the even bytes, or the odd ones, as 16-bit words.
+  template <bool kOdd>
+  struct UnsignedProduct {
+    static constexpr int kOperandAt = 0;
+
+    static V::I weight(V::I w) { return _mm256_srai_epi16(kOdd ? w : _mm256_slli_epi16(w, 8), 8); }
+
+    static V::I multiply_add(V::I acc, V::I a, V::I w) {
+      const V::I words = kOdd ? _mm256_srli_epi16(a, 8) : _mm256_and_si256(a, _mm256_set1_epi16(0xff));
+      return add_to(acc, _mm256_madd_epi16(words, w));
+    }
+  };
+
+  using Exact = Products<SignedProduct>;  // of the operand as it is stored
+
+  // ---- which groups take which ----
+
+  static constexpr bool kPlans = true;
+
+  // K is worked on in parts of whole 8 groups, whose weights fit L1.
+  static constexpr int64_t kPartGroups = 192;
+
+  // Of the rows of a tile. Behind it lie, for each part of K, its Counts and its groups: the first ones of the quads,
+  // then the pairs from the front and the rest from the back of one list.
+  struct Plan {
+    int32_t offset;           // operand = q + offset: 0 signed, 128 unsigned
+    int32_t start[kMaxRows];  // of a row's accumulators: takes off what w + 128 adds
+    int32_t groups_of_part;
+  };
+  struct Part {
+    int32_t quads, pairs, rest;
+    uint16_t groups[kPartGroups / 2 + kPartGroups];
+  };
+
+  static int64_t groups_of_part(int64_t groups) {
+    const int64_t parts = (groups + kPartGroups - 1) / kPartGroups;
+    return parts == 0 ? 8 : round_up((groups + parts - 1) / parts, 8);
+  }
+
+  static int64_t plan_bytes(int64_t k) {
+    const int64_t groups = (k + 3) / 4, part = groups_of_part(groups);
+    return round_up(sizeof(Plan) + (groups + part - 1) / part * sizeof(Part), 64);
+  }
+
+  // Of `rows` rows of stored operand, which becomes what the plan says.
+  static void make_plan(uint8_t* a, int64_t stride, int rows, int64_t k, Plan& plan) {
+    const int64_t groups = (k + 3) / 4;
+    Exactness exactness[kMaxInt32K / 32 + 1];
+    int64_t signed_gain = 0, unsigned_gain = 0;
+    for (int64_t g = 0; g < groups; g += 8) {
+      const Exactness found = exactness_of(a + g * 4, stride, rows, groups - g);
+      signed_gain += found.as_signed.gain();
+      unsigned_gain += found.as_unsigned.gain();
+      exactness[g / 8] = found;
+    }
+    const bool is_signed = signed_gain >= unsigned_gain;
+    plan.groups_of_part = static_cast<int32_t>(groups_of_part(groups));
+    for (int64_t g = 0; g < groups; g += plan.groups_of_part) {
+      list_groups(exactness, is_signed, g, least(groups, g + plan.groups_of_part), part_of(plan, g));
+    }
+    plan.offset = is_signed ? 0 : 128;
+    for (int i = 0; i < kMaxRows; ++i) {
+      plan.start[i] = 0;
+      if (i >= rows) continue;
+      uint8_t* row = a + i * stride;
+      is_signed ? set_start(row, groups, plan, i) : make_unsigned(row, groups);
+    }
+  }
+
+  // Adds the products of the part that begins at `group`; its weights begin at tile.b.
+  template <typename Accumulators, typename Tile>
+  DYNQUANT_INLINE static void add(const Plan& plan, int64_t group, Accumulators& acc, const uint8_t* a,
+                                  int64_t stride, const Tile& tile) {
+    const Part& part = part_of(plan, group);
+    if (plan.offset == 0) {
+      add_listed<Pairs<true>>(part, acc, a, stride, tile, Products<SignedProduct>());
+    } else {
+      add_listed<Pairs<false>>(part, acc, a, stride, tile,
+                               Products<UnsignedProduct<false>, UnsignedProduct<true>>());
+    }
+  }
+
+ private:
+  // In place: from the intrinsic GCC 12 makes copies of accumulators, and adds products first, for which it has no
+  // registers left.
+  static V::I add_to(V::I acc, V::I x) {
+    __asm__("vpaddd %1, %0, %0" : "+x"(acc) : "x"(x));
+    return acc;
+  }
+
+  static V::I add_words(V::I acc, V::I words) {
+    return add_to(acc, _mm256_madd_epi16(words, _mm256_set1_epi16(1)));
+  }
+
+  static Part& part_of(const Plan& plan, int64_t group) {
+    return const_cast<Part*>(reinterpret_cast<const Part*>(&plan + 1))[group / plan.groups_of_part];
+  }
+
+  static constexpr int64_t kPairs = kPartGroups / 2;  // where the list of pairs begins
+
+  template <typename Pair, typename Accumulators, typename Tile, typename Rest>
+  DYNQUANT_INLINE static void add_listed(const Part& part, Accumulators& acc, const uint8_t* a,
+                                         int64_t stride, const Tile& tile, Rest rest) {
+    const auto for_each = [&](const uint16_t* list, int64_t count, auto add) DYNQUANT_INLINE_LAMBDA {
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t group = list[i];
+        add(a + group * 4, tile.b + group * tile.group_stride);
+      }
+    };
+    for_each(part.groups, part.quads, [&](const uint8_t* at, const int8_t* b) DYNQUANT_INLINE_LAMBDA {
+      acc.template add_two_groups<Pair>(at, stride, tile, b);
+    });
+    for_each(part.groups + kPairs, part.pairs,
+             [&](const uint8_t* at, const int8_t* b)
+                 DYNQUANT_INLINE_LAMBDA { acc.add_group(Products<Pair>(), at, stride, tile, b); });
+    const uint16_t* last = part.groups + kPairs + kPartGroups;
+    for_each(last - part.rest, part.rest, [&](const uint8_t* at, const int8_t* b) DYNQUANT_INLINE_LAMBDA {
+      acc.add_group(rest, at, stride, tile, b);
+    });
+  }
+
+  // Of 8 groups, a bit each: those whose pairs fit 16 bits, and those that do together with their neighbour.
+  struct Fits {
+    uint8_t pairs, quads;
+
+    int gain() const { return 2 * __builtin_popcount(pairs) + __builtin_popcount(quads); }
+  };
+  struct Exactness {
+    Fits as_signed, as_unsigned;
+  };
+
+  static V::I swap_groups(V::I words) { return _mm256_shuffle_epi32(words, 0xB1); }
+
+  // Bits of the lanes that are zero.
+  static int zero_lanes(V::I x) {
+    return _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(x, _mm256_setzero_si256())));
+  }
+
+  static Exactness exactness_of(const uint8_t* a, int64_t stride, int rows, int64_t groups) {
+    const V::I ones = _mm256_set1_epi8(1), none = _mm256_set1_epi16(-32768);
+    // Largest over the rows, of words that are sums of two neighbours or of four: two and those of the next group.
+    V::I two_magnitude = _mm256_setzero_si256(), two = none, four = none, four_of_one_sign = none;
+    for (int i = 0; i < rows; ++i) {
+      const V::I q = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + i * stride));
+      const V::I sums = _mm256_maddubs_epi16(ones, q);
+      const V::I positive = _mm256_maddubs_epi16(_mm256_max_epi8(q, _mm256_setzero_si256()), ones);
+      const V::I sums_of_four = _mm256_add_epi16(sums, swap_groups(sums));
+      const V::I positive_of_four = _mm256_add_epi16(positive, swap_groups(positive));
+      two_magnitude = _mm256_max_epi16(two_magnitude, _mm256_abs_epi16(sums));
+      two = _mm256_max_epi16(two, sums);
+      four = _mm256_max_epi16(four, sums_of_four);
+      four_of_one_sign = _mm256_max_epi16(
+          four_of_one_sign,
+          _mm256_max_epi16(positive_of_four, _mm256_sub_epi16(positive_of_four, sums_of_four)));
+    }
+    const auto within = [](V::I words, int16_t bound) {
+      return zero_lanes(_mm256_cmpgt_epi16(words, _mm256_set1_epi16(bound)));
+    };
+    // The sum of q + 128 over two is theirs + 256, over four theirs + 512.
+    const int present = groups < 8 ? (1 << groups) - 1 : 255;
+    const int in_twos = present & (present >> 1) & 0x55, together = in_twos | in_twos << 1;
+    return Exactness{
+        Fits{static_cast<uint8_t>(within(two_magnitude, 128) & present),
+             static_cast<uint8_t>(within(four_of_one_sign, 128) & together)},
+        Fits{static_cast<uint8_t>(within(two, 0) & present),
+             static_cast<uint8_t>(within(four, -256) & together)},
+    };
+  }
+
+  // Groups [begin, end), by their place in the part. Every entry is written before it is known whose it is, and kept by
+  // moving on: no branch to mispredict.
+  static void list_groups(const Exactness* exactness, bool is_signed, int64_t begin, int64_t end,
+                          Part& part) {
+    uint16_t *quads = part.groups, *pairs = part.groups + kPairs, *rest = pairs + kPartGroups - 1;
+    const auto put = [&](int64_t g, int fits) {
+      *pairs = static_cast<uint16_t>(g - begin);
+      *rest = static_cast<uint16_t>(g - begin);
+      pairs += fits & 1;
+      rest -= ~fits & 1;
+    };
+    for (int64_t g = begin; g < end; g += 2) {
+      const Exactness& found = exactness[g / 8];
+      const Fits fits = is_signed ? found.as_signed : found.as_unsigned;
+      const int quad = fits.quads >> (g & 7) & 1, single = fits.pairs >> (g & 7);
+      *quads = static_cast<uint16_t>(g - begin);
+      quads += quad;
+      if (quad) continue;
+      put(g, single);
+      if (g + 1 < end) put(g + 1, single >> 1);
+    }
+    part.quads = static_cast<int32_t>(quads - part.groups);
+    part.pairs = static_cast<int32_t>(pairs - (part.groups + kPairs));
+    part.rest = static_cast<int32_t>(part.groups + kPairs + kPartGroups - 1 - rest);
+  }
+
+  // w + 128 adds 128 for each activation of the quads and pairs.
+  static void set_start(const uint8_t* row, int64_t groups, Plan& plan, int i) {
+    V::I sums = _mm256_setzero_si256();
+    int64_t g = 0;
+    for (; g + 8 <= groups; g += 8) {
+      const V::I q = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + g * 4));
+      sums = add_words(sums, _mm256_maddubs_epi16(_mm256_set1_epi8(1), q));
+    }
+    int32_t lanes[W], sum = 0;
+    V::store(lanes, sums);
+    for (const int32_t lane : lanes) sum += lane;
+    for (; g < groups; ++g) sum += sum_of_group(row, g);
+    for (int64_t begin = 0; begin < groups; begin += plan.groups_of_part) {
+      const Part& part = part_of(plan, begin);
+      const uint16_t* last = part.groups + kPairs + kPartGroups;
+      for (const uint16_t* at = last - part.rest; at < last; ++at) sum -= sum_of_group(row, begin + *at);
+    }
+    plan.start[i] = -128 * sum;
+  }
+
+  static int32_t sum_of_group(const uint8_t* row, int64_t g) {
+    int32_t sum = 0;
+    for (int j = 0; j < 4; ++j) sum += static_cast<int8_t>(row[g * 4 + j]);
+    return sum;
+  }
+
+  static void make_unsigned(uint8_t* row, int64_t groups) {
+    for (int64_t g = 0; g < groups; g += 8) {
+      __m256i* at = reinterpret_cast<__m256i*>(row + g * 4);
+      _mm256_storeu_si256(at, _mm256_xor_si256(_mm256_loadu_si256(at), _mm256_set1_epi8(-128)));
+    }
+  }
+};

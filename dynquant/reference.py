@@ -212,7 +212,7 @@ def pack_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """The layout that the kernels read, and the sum of each row.
 
     Args:
-        weight: int8 [N, K].
+        weight: int8 [N, K], in [-127, 127].
 
     Returns:
         packed_weight int8, on the CPU [ceil(N/P), ceil(K/4), P, 4] with P = :func:`panel_width` and zeros for
@@ -223,6 +223,9 @@ def pack_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
         f"pack_weight: expected weight to be int8 with 2 dimensions [N, K], got "
         f"{weight.dtype} with {weight.dim()}",
     )
+    if weight.device.type != "meta" and weight.numel() and int(weight.min()) == -128:
+        place = (weight == -128).nonzero()[0].tolist()
+        raise RuntimeError(f"pack_weight: expected weight in [-127, 127], got -128 at weight{place}")
     weight_sum = weight.sum(1, dtype=torch.int32)
     if weight.device.type != "cpu":
         return weight.clone(memory_format=torch.contiguous_format), weight_sum

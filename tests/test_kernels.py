@@ -36,6 +36,7 @@ SHAPES = {
     "rows in parallel": (96, 512, 640),
     "channels in parallel": (8, 1024, 2048),
     "no inputs": (4, 0, 9),
+    "no inputs, many rows": (13, 0, 70),
     "no rows": (0, 16, 8),
     "no channels": (3, 16, 0),
 }
@@ -203,6 +204,78 @@ def test_all_extreme_operands(isa: str, k: int) -> None:
     extreme = torch.randint(0, 2, (7, k), generator=torch.Generator().manual_seed(0)) * 255 - 128
     extreme = extreme.to(torch.int8)
     assert_same_bits(ops.int8_mm(extreme, packed, weight_sum), reference.int8_mm(extreme, packed, weight_sum))
+
+
+# Four activations of a group: their sums of two and of four are at or beyond what 16 bits hold whatever the weights,
+# signed (128 of one sign) or with 128 added (256), around zero or cut off below.
+GROUPS = [
+    (64, 64, 1, 0),
+    (127, 1, -64, -64),
+    (127, 2, 0, 0),
+    (-128, 0, 0, -128),
+    (-128, -1, 5, 5),
+    (32, 32, 32, 32),
+    (-32, -33, -32, -32),
+    (-128, 127, 127, -128),
+    (0, 0, 0, 0),
+    (-128, -128, -128, -128),
+    (-128, 127, -128, 127),
+    (-128, 127, 1, -128),
+    (-100, 100, -128, -128),
+    (-64, -64, -64, -64),
+    (-64, -63, -64, -64),
+    (127, 127, 127, 127),
+    (-1, 0, 0, 0),
+    (1, 0, -128, 127),
+]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 11, 12, 13, 40])
+@pytest.mark.parametrize("k", [4, 12, 30, 36, 768, 772, 1546])
+@pytest.mark.parametrize("kinds", ["all", "around zero", "cut off", "one"])
+def test_products_at_their_bounds(isa: str, rows: int, k: int, kinds: str) -> None:
+    """Which products are exact depends on the activations: each mix of groups, against weights of +-127."""
+    generator = torch.Generator().manual_seed(rows * k)
+    palette = torch.tensor(GROUPS, dtype=torch.int8)
+    if kinds == "around zero":
+        palette = palette[:9]
+    elif kinds == "cut off":
+        palette = palette[[9, 9, 9, 9, 10, 11, 12, 13, 14, 4]]
+    groups = (k + 3) // 4
+    picks = torch.randint(len(palette), (rows if kinds != "one" else 1, groups), generator=generator)
+    q = palette[picks].reshape(-1, groups * 4)[:, :k].expand(rows, k).contiguous()
+    weight = (torch.randint(0, 2, (200, k), generator=generator) * 254 - 127).to(torch.int8)
+    weight[:6] = torch.tensor([127, -127, 1], dtype=torch.int8).repeat(2)[:, None]
+    weight[3:6, ::2] *= -1
+    for n in (200, 40, 5):
+        packed, weight_sum = reference.pack_weight(weight[:n])
+        expected = reference.int8_mm(q, packed, weight_sum)
+        assert_same_bits(ops.int8_mm(q, packed, weight_sum), expected, "int8_mm")
+
+
+@pytest.mark.parametrize("rows", [12, 13, 64])
+@pytest.mark.parametrize("k", [64, 770, 1600])
+def test_activations_of_many_kinds(isa: str, threads: int, rows: int, k: int) -> None:
+    """Rows around zero, cut off below or above, with outliers, constant and not finite, side by side."""
+    generator = torch.Generator().manual_seed(k)
+    x = torch.randn(rows, k, generator=generator)
+    makers = [
+        lambda row: row,
+        lambda row: row.relu(),
+        lambda row: torch.nn.functional.gelu(row),
+        lambda row: -row.abs(),
+        lambda row: torch.where(row > 2.5, row * 20, row),
+        lambda row: torch.full_like(row, 3.0),
+        lambda row: row * float("inf"),
+    ]
+    layer = Layer(k, 200, Config())
+    per_tensor = Layer(k, 200, Config("per_tensor"))
+    for shift in range(len(makers)):
+        mixed = torch.stack([makers[(i // 2 + shift) % len(makers)](row) for i, row in enumerate(x)])
+        layer.check(mixed)
+        layer.check_static(mixed)
+        layer.check(makers[shift](x))
+        per_tensor.check(makers[shift](x))
 
 
 def test_depth_beyond_int32(isa: str) -> None:
@@ -492,7 +565,16 @@ def wrong_arguments() -> dict[str, tuple[str, tuple[object, ...], str]]:
             "expected K <= 132104",
         ),
         "rotate block": ("rotate", (random_x(2, 6), 4), r"divides K \(6\), got 4"),
-        "float weight": ("pack_weight", (random_x(2, 6),), "expected weight to be int8"),
+        "float weight": (
+            "pack_weight",
+            (random_x(2, 6),),
+            "expected weight to be int8 with 2 dimensions .* got torch.float32 with 2",
+        ),
+        "lowest weight": (
+            "pack_weight",
+            (torch.tensor([[1, 2], [3, -128]], dtype=torch.int8),),
+            r"expected weight in \[-127, 127\], got -128 at weight\[1, 1\]",
+        ),
     }
 
 

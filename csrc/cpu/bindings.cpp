@@ -324,12 +324,23 @@ int64_t threads_to_pack(int64_t n, int64_t k) {
   return threads_for(static_cast<double>(n) * static_cast<double>(k) / kPackedBytesPerMicrosecond);
 }
 
+// The AVX2 products count on a weight that can change its sign.
+void check_symmetric(const int8_t* weight, int64_t n, int64_t k) {
+  int8_t lowest = 0;
+  for (int64_t i = 0; i < n * k; ++i) lowest = std::min(lowest, weight[i]);
+  if (lowest > -128) return;
+  const int64_t at = std::find(weight, weight + n * k, static_cast<int8_t>(-128)) - weight;
+  TORCH_CHECK(false, "pack_weight: expected weight in [-127, 127], got -128 at weight[", at / k, ", ", at % k,
+              "]");
+}
+
 std::tuple<Tensor, Tensor> pack_weight(const Tensor& weight) {
   TORCH_CHECK(weight.scalar_type() == at::kChar && weight.dim() == 2,
-              "pack_weight: expected weight to be int8 with 2 dimensions [N, K], got ", weight.dtype(),
-              " with ", weight.dim());
+              "pack_weight: expected weight to be int8 with 2 dimensions [N, K], got ",
+              dtype_name(weight.scalar_type()), " with ", weight.dim());
   const int64_t n = weight.size(0), k = weight.size(1);
   const Tensor rows = weight.contiguous();
+  check_symmetric(rows.const_data_ptr<int8_t>(), n, k);
   const auto shape = packed_shape(n, k);
   Tensor packed = at::empty(shape, weight.options()), sum = at::empty({n}, weight.options().dtype(at::kInt));
   const int64_t threads = std::min(std::max<int64_t>(1, shape[0]), threads_to_pack(n, k));

@@ -235,7 +235,7 @@ void quantize_operand_row(const T* data, int64_t k, QParams qparams, uint8_t* ro
 // D is Dot, by a name that lets a branch for other instruction sets go unread.
 template <typename D = Dot>
 int64_t plan_bytes(int64_t m, int64_t k) {
-  if constexpr (D::kPlans) return m > kFewRows && k <= kMaxInt32K ? D::plan_bytes(k) : 0;
+  if constexpr (D::kPlans) return m > kFewRows && 0 < k && k <= kMaxInt32K ? D::plan_bytes(k) : 0;
   return 0;
 }
 

@@ -12,6 +12,7 @@
 
 namespace dynquant::cpu {
 extern const Kernels kScalar;
+extern const Kernels kAvx2;
 extern const Kernels kAvxVnni;
 extern const Kernels kAvx512VlVnni;
 extern const Kernels kAvx512Vnni;
@@ -172,12 +173,13 @@ void check(const Kernels& kernel, int64_t m, int64_t k, int64_t n, int block) {
 }  // namespace
 
 int main() {
-  for (const Kernels* kernel : {&kAvxVnni, &kAvx512VlVnni, &kAvx512Vnni}) {
+  for (const Kernels* kernel : {&kAvx2, kAvx2.few_rows, &kAvxVnni, &kAvx512VlVnni, &kAvx512Vnni}) {
     isa = kernel->name;
-    for (const int64_t m : {1, 2, 3, 4, 5, 6, 7, 13}) {
+    for (const int64_t m : {1, 2, 3, 4, 5, 6, 7, 13, 26}) {
       for (const int64_t n : {1, 15, 16, 17, 64, 65, 100, 131}) check(*kernel, m, 37, n, 0);
     }
     for (int64_t k = 1; k < 140; k += 3) check(*kernel, 4, k, 33, 0);
+    for (const int64_t k : {1, 31, 64, 767, 773, 1541}) check(*kernel, 14, k, 70, 0);
     for (int block = 1; block <= 128; block *= 2) check(*kernel, 3, block * 3, 20, block);
     check(*kernel, 2, 70001, 17, 0);
   }

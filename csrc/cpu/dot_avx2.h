@@ -17,9 +17,23 @@
 //   rest    signed: |q| times w with q's sign, of which two always fit       4 for 32
 //           unsigned: even and odd bytes by themselves, widened to 16 bits   4 for 32, and the widening
 
+// The places of the bits that are set in a byte, in order.
+struct BitsOf {
+  uint8_t places[256][8] = {};
+
+  constexpr BitsOf() {
+    for (int byte = 0; byte < 256; ++byte) {
+      for (int bit = 0, n = 0; bit < 8; ++bit) {
+        if (byte >> bit & 1) places[byte][n++] = static_cast<uint8_t>(bit);
+      }
+    }
+  }
+};
+constexpr BitsOf kBitsOf;
+
 struct Dot {
-  // 12 accumulators, an operand or two, the rest for products; four vectors of weights are read from L1 where they are
-  // used. Few rows: the fewer there are, the more of their groups take the cheap products.
+  // 2 x 4: 8 accumulators + 4 w + 1 a + 1 product + 2 constants of 16 registers. No more rows: the fewer there are, the
+  // more of their groups take the cheap products. One row is bound by the reading of the weight.
   static constexpr int kMaxRows = 2;
   template <int kRows>
   static constexpr int kVectors = kRows == 1 ? 8 : 4;
@@ -84,16 +98,32 @@ struct Dot {
   // K is worked on in parts of whole 8 groups, whose weights fit L1.
   static constexpr int64_t kPartGroups = 192;
 
-  // Of the rows of a tile. Behind it lie, for each part of K, its Counts and its groups: the first ones of the quads,
-  // then the pairs from the front and the rest from the back of one list.
+  // Groups by their place in a part. Eight places are written at a time, of which `count` grows by those that belong.
+  template <int64_t kMost>
+  struct List {
+    int64_t count;
+    uint16_t places[kMost + 8];
+
+    void clear() { count = 0; }
+
+    void append(int64_t first, int which) {
+      const __m128i bits =
+          _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kBitsOf.places[which])));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(places + count),
+                       _mm_add_epi16(bits, _mm_set1_epi16(static_cast<int16_t>(first))));
+      count += __builtin_popcount(static_cast<unsigned>(which));
+    }
+  };
+
+  // Of the rows of a tile; behind it lie its parts.
   struct Plan {
     int32_t offset;           // operand = q + offset: 0 signed, 128 unsigned
     int32_t start[kMaxRows];  // of a row's accumulators: takes off what w + 128 adds
     int32_t groups_of_part;
   };
   struct Part {
-    int32_t quads, pairs, rest;
-    uint16_t groups[kPartGroups / 2 + kPartGroups];
+    List<kPartGroups / 2> quads;  // the first group of each two
+    List<kPartGroups> pairs, rest;
   };
 
   static int64_t groups_of_part(int64_t groups) {
@@ -160,27 +190,23 @@ struct Dot {
     return const_cast<Part*>(reinterpret_cast<const Part*>(&plan + 1))[group / plan.groups_of_part];
   }
 
-  static constexpr int64_t kPairs = kPartGroups / 2;  // where the list of pairs begins
-
   template <typename Pair, typename Accumulators, typename Tile, typename Rest>
   DYNQUANT_INLINE static void add_listed(const Part& part, Accumulators& acc, const uint8_t* a,
                                          int64_t stride, const Tile& tile, Rest rest) {
-    const auto for_each = [&](const uint16_t* list, int64_t count, auto add) DYNQUANT_INLINE_LAMBDA {
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t group = list[i];
-        add(a + group * 4, tile.b + group * tile.group_stride);
+    const auto for_each = [&](const auto& list, auto add) DYNQUANT_INLINE_LAMBDA {
+      for (int64_t i = 0; i < list.count; ++i) {
+        const int64_t group = list.places[i];
+        add(a + group * kGroupBytes, tile.b + group * tile.group_stride);
       }
     };
-    for_each(part.groups, part.quads, [&](const uint8_t* at, const int8_t* b) DYNQUANT_INLINE_LAMBDA {
+    for_each(part.quads, [&](const uint8_t* at, const int8_t* b) DYNQUANT_INLINE_LAMBDA {
       acc.template add_two_groups<Pair>(at, stride, tile, b);
     });
-    for_each(part.groups + kPairs, part.pairs,
-             [&](const uint8_t* at, const int8_t* b)
-                 DYNQUANT_INLINE_LAMBDA { acc.add_group(Products<Pair>(), at, stride, tile, b); });
-    const uint16_t* last = part.groups + kPairs + kPartGroups;
-    for_each(last - part.rest, part.rest, [&](const uint8_t* at, const int8_t* b) DYNQUANT_INLINE_LAMBDA {
-      acc.add_group(rest, at, stride, tile, b);
+    for_each(part.pairs, [&](const uint8_t* at, const int8_t* b) DYNQUANT_INLINE_LAMBDA {
+      acc.add_group(Products<Pair>(), at, stride, tile, b);
     });
+    for_each(part.rest, [&](const uint8_t* at, const int8_t* b)
+                            DYNQUANT_INLINE_LAMBDA { acc.add_group(rest, at, stride, tile, b); });
   }
 
   // Of 8 groups, a bit each: those whose pairs fit 16 bits, and those that do together with their neighbour.
@@ -192,6 +218,9 @@ struct Dot {
   struct Exactness {
     Fits as_signed, as_unsigned;
   };
+
+  // Bits of the first `groups` of 8.
+  static int present(int64_t groups) { return groups < 8 ? (1 << groups) - 1 : 255; }
 
   static V::I swap_groups(V::I words) { return _mm256_shuffle_epi32(words, 0xB1); }
 
@@ -221,66 +250,56 @@ struct Dot {
       return zero_lanes(_mm256_cmpgt_epi16(words, _mm256_set1_epi16(bound)));
     };
     // The sum of q + 128 over two is theirs + 256, over four theirs + 512.
-    const int present = groups < 8 ? (1 << groups) - 1 : 255;
-    const int in_twos = present & (present >> 1) & 0x55, together = in_twos | in_twos << 1;
+    const int all = present(groups), in_twos = all & (all >> 1) & 0x55, together = in_twos | in_twos << 1;
     return Exactness{
-        Fits{static_cast<uint8_t>(within(two_magnitude, 128) & present),
+        Fits{static_cast<uint8_t>(within(two_magnitude, 128) & all),
              static_cast<uint8_t>(within(four_of_one_sign, 128) & together)},
-        Fits{static_cast<uint8_t>(within(two, 0) & present),
-             static_cast<uint8_t>(within(four, -256) & together)},
+        Fits{static_cast<uint8_t>(within(two, 0) & all), static_cast<uint8_t>(within(four, -256) & together)},
     };
   }
 
-  // Groups [begin, end), by their place in the part. Every entry is written before it is known whose it is, and kept by
-  // moving on: no branch to mispredict.
+  // Groups [begin, end); begin is a multiple of 8.
   static void list_groups(const Exactness* exactness, bool is_signed, int64_t begin, int64_t end,
                           Part& part) {
-    uint16_t *quads = part.groups, *pairs = part.groups + kPairs, *rest = pairs + kPartGroups - 1;
-    const auto put = [&](int64_t g, int fits) {
-      *pairs = static_cast<uint16_t>(g - begin);
-      *rest = static_cast<uint16_t>(g - begin);
-      pairs += fits & 1;
-      rest -= ~fits & 1;
-    };
-    for (int64_t g = begin; g < end; g += 2) {
-      const Exactness& found = exactness[g / 8];
-      const Fits fits = is_signed ? found.as_signed : found.as_unsigned;
-      const int quad = fits.quads >> (g & 7) & 1, single = fits.pairs >> (g & 7);
-      *quads = static_cast<uint16_t>(g - begin);
-      quads += quad;
-      if (quad) continue;
-      put(g, single);
-      if (g + 1 < end) put(g + 1, single >> 1);
+    part.quads.clear();
+    part.pairs.clear();
+    part.rest.clear();
+    for (int64_t g = begin; g < end; g += 8) {
+      const Fits fits = is_signed ? exactness[g / 8].as_signed : exactness[g / 8].as_unsigned;
+      const int alone = present(end - g) & ~fits.quads;
+      part.quads.append(g - begin, fits.quads & 0x55);
+      part.pairs.append(g - begin, alone & fits.pairs);
+      part.rest.append(g - begin, alone & ~fits.pairs);
     }
-    part.quads = static_cast<int32_t>(quads - part.groups);
-    part.pairs = static_cast<int32_t>(pairs - (part.groups + kPairs));
-    part.rest = static_cast<int32_t>(part.groups + kPairs + kPartGroups - 1 - rest);
   }
 
   // w + 128 adds 128 for each activation of the quads and pairs.
   static void set_start(const uint8_t* row, int64_t groups, Plan& plan, int i) {
     V::I sums = _mm256_setzero_si256();
-    int64_t g = 0;
-    for (; g + 8 <= groups; g += 8) {
-      const V::I q = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + g * 4));
-      sums = add_words(sums, _mm256_maddubs_epi16(_mm256_set1_epi8(1), q));
+    for (int64_t g = 0; g < groups; g += 8) {
+      const V::I q = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + g * kGroupBytes));
+      sums = _mm256_add_epi32(sums, sums_of_groups(q));
     }
-    int32_t lanes[W], sum = 0;
+    __m128i others = _mm_setzero_si128();  // the rest, and what lies behind the last group
+    const auto leave_out = [&](int64_t g) {
+      int32_t q;
+      __builtin_memcpy(&q, row + g * kGroupBytes, sizeof(q));
+      others = _mm_add_epi32(
+          others, _mm256_castsi256_si128(sums_of_groups(_mm256_castsi128_si256(_mm_cvtsi32_si128(q)))));
+    };
+    for (int64_t begin = 0; begin < groups; begin += plan.groups_of_part) {
+      const auto& rest = part_of(plan, begin).rest;
+      for (int64_t j = 0; j < rest.count; ++j) leave_out(begin + rest.places[j]);
+    }
+    for (int64_t g = groups; g < round_up(groups, 8); ++g) leave_out(g);
+    int32_t lanes[W], sum = -_mm_cvtsi128_si32(others);
     V::store(lanes, sums);
     for (const int32_t lane : lanes) sum += lane;
-    for (; g < groups; ++g) sum += sum_of_group(row, g);
-    for (int64_t begin = 0; begin < groups; begin += plan.groups_of_part) {
-      const Part& part = part_of(plan, begin);
-      const uint16_t* last = part.groups + kPairs + kPartGroups;
-      for (const uint16_t* at = last - part.rest; at < last; ++at) sum -= sum_of_group(row, begin + *at);
-    }
     plan.start[i] = -128 * sum;
   }
 
-  static int32_t sum_of_group(const uint8_t* row, int64_t g) {
-    int32_t sum = 0;
-    for (int j = 0; j < 4; ++j) sum += static_cast<int8_t>(row[g * 4 + j]);
-    return sum;
+  static V::I sums_of_groups(V::I q) {
+    return _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), q), _mm256_set1_epi16(1));
   }
 
   static void make_unsigned(uint8_t* row, int64_t groups) {

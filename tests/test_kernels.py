@@ -206,8 +206,8 @@ def test_all_extreme_operands(isa: str, k: int) -> None:
     assert_same_bits(ops.int8_mm(extreme, packed, weight_sum), reference.int8_mm(extreme, packed, weight_sum))
 
 
-# Activations of a group whose sums of two and four are at or beyond what 16 bits hold beside any weights: signed (128
-# of one sign) or with 128 added (256), around zero or cut off below.
+# Activations whose sums of two and four are at or beyond what 16 bits hold beside any weights: signed
+# (128 of one sign) or with 128 added (256), around zero or cut off below.
 GROUPS = [
     (64, 64, 1, 0),
     (127, 1, -64, -64),

@@ -223,12 +223,29 @@ void apply_epilogue(Epilogue epilogue, float* y, int64_t stride, int rows, int64
   }
 }
 
+// The lines that a tile of kRows rows and `bytes` bytes each will be written to come to L1 while it is multiplied: a
+// store that misses would hold up those behind it.
+template <int kRows>
+DYNQUANT_INLINE void fetch_rows(const uint8_t* at, int64_t stride, int64_t bytes) {
+  DYNQUANT_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + i * stride + line, 1, 3);
+  }
+}
+
 // What is done with the accumulators of a tile: dequantized to the output, or kept as they are.
 struct LinearSink {
   Operand a;
   const QParams* qparams;
   const Weight& w;
   const Output& out;
+
+  template <int kRows, int kVectors>
+  DYNQUANT_INLINE void fetch(int64_t m, int64_t channel) const {
+    const int64_t size = out.dtype == Dtype::kFloat32 ? 4 : 2;
+    const uint8_t* at = static_cast<const uint8_t*>(out.data) + (m * out.stride + channel) * size;
+    fetch_rows<kRows>(at, out.stride * size, kVectors * W * size);
+  }
 
   template <int kRows, int kVectors>
   DYNQUANT_INLINE void finish(int64_t m, int64_t channel, const Accumulators<kRows, kVectors>& acc,
@@ -326,6 +343,11 @@ struct Int8MmSink {
   int32_t* out;
 
   template <int kRows, int kVectors>
+  DYNQUANT_INLINE void fetch(int64_t m, int64_t channel) const {
+    fetch_rows<kRows>(reinterpret_cast<const uint8_t*>(out + m * w.n + channel), w.n * 4, kVectors * W * 4);
+  }
+
+  template <int kRows, int kVectors>
   DYNQUANT_INLINE void finish(int64_t m, int64_t channel, const Accumulators<kRows, kVectors>& acc,
                               int32_t operand_offset) const {
     const int64_t n = least(kVectors * W, w.n - channel);
@@ -359,6 +381,7 @@ struct Int8MmSink {
 template <int kRows, int kVectors, typename Tile, typename Sink, typename D = Dot>
 DYNQUANT_INLINE void gemm_tile(const Sink& sink, const Tile& weight, int64_t t, int64_t m, int64_t channel) {
   const uint8_t* a = sink.a.data + m * sink.a.stride;
+  sink.template fetch<kRows, kVectors>(m, channel);
   if constexpr (D::kPlans) {
     if (sink.a.plan_stride > 0) {
       const typename D::Plan& plan = plan_of<D>(sink.a, t);
@@ -406,9 +429,11 @@ void call_with_rows(const Body& body, int64_t t, int64_t m, int64_t rows) {
 
 template <typename Body>
 void for_row_tiles(RowTiles tiles, const Body& body) {
-  for (int64_t t = tiles.begin; t < tiles.end; ++t) {
-    const int64_t m = first_row(tiles, t);
-    call_with_rows<Dot::kMaxRows>(body, t, m, first_row(tiles, t + 1) - m);
+  const TileRows cut(tiles.m);
+  for (int64_t t = tiles.begin, m = cut.first(t); t < tiles.end; ++t) {
+    const int64_t next = cut.first(t + 1);
+    call_with_rows<Dot::kMaxRows>(body, t, m, next - m);
+    m = next;
   }
 }
 
@@ -440,7 +465,8 @@ struct GatheredBody {
   int8_t* gathered;
   int32_t* sums;  // [rows][kWidth]
   RowTiles tiles;
-  int64_t c, groups, group0, group1;
+  int64_t first_row, c, groups, group0, group1;
+  int64_t fetched;  // groups that are fetched with each row tile
 
   static int64_t scratch_bytes(int64_t rows) { return (D::kPartGroups + rows) * Gathered::group_stride; }
 
@@ -462,9 +488,10 @@ struct GatheredBody {
     fetch_next(t);
     const typename D::Plan& plan = plan_of<D>(sink.a, t);
     const uint8_t* a = sink.a.data + m * sink.a.stride + group0 * D::kGroupBytes;
-    int32_t* stored = sums + (m - first_row(tiles, tiles.begin)) * kWidth;
+    int32_t* stored = sums + (m - first_row) * kWidth;
     Accumulators<kRows, kWideVectors> acc(plan.start);
     if (group0 > 0) acc.load(stored, kWidth);
+    if (group1 == groups) sink.template fetch<kRows, kWideVectors>(m, c);
     D::add(plan, group0, acc, a, sink.a.stride, Gathered{gathered, group1 - group0});
     group1 < groups ? acc.store(stored, kWidth) : sink.finish(m, c, acc, plan.offset);
   }
@@ -475,8 +502,8 @@ struct GatheredBody {
     const bool next_part = group1 < groups;
     const WidePanel<kWideVectors> next(sink.w, next_part ? c : c + kWidth);
     const int8_t* b = next.b + (next_part ? group1 * next.group_stride : 0);
-    const int64_t i = t - tiles.begin, n = tiles.end - tiles.begin, count = group1 - group0;
-    for (int64_t g = count * i / n; g < count * (i + 1) / n; ++g) {
+    const int64_t count = group1 - group0, g0 = (t - tiles.begin) * fetched;
+    for (int64_t g = g0; g < least(g0 + fetched, count); ++g) {
       for (int64_t line = 0; line < Gathered::group_stride; line += 64) {
         __builtin_prefetch(b + g * next.group_stride + line, 0, 2);
       }
@@ -498,8 +525,11 @@ bool gemm_gathered(const Sink& sink, int8_t* scratch, RowTiles tiles, int64_t c,
     const int64_t groups = (sink.w.k + 3) / 4, part = D::groups_of_part(groups);
     int32_t* sums =
         reinterpret_cast<int32_t*>(scratch + D::kPartGroups * GatheredTile<kWideVectors>::group_stride);
+    const int64_t row_tiles = tiles.end - tiles.begin, fetched = (part + row_tiles - 1) / row_tiles;
+    const int64_t row0 = TileRows(tiles.m).first(tiles.begin);
     for (int64_t g = 0; g < groups; g += part) {
-      const GatheredBody<Sink, D> body{sink, scratch, sums, tiles, c, groups, g, least(groups, g + part)};
+      const int64_t end_of_part = least(groups, g + part);
+      const GatheredBody<Sink, D> body{sink, scratch, sums, tiles, row0, c, groups, g, end_of_part, fetched};
       body.gather();
       for_row_tiles(tiles, body);
     }

@@ -239,11 +239,18 @@ int64_t plan_bytes(int64_t m, int64_t k) {
   return 0;
 }
 
-// Rows are cut into tiles of nearly equal height.
-int64_t first_row(RowTiles tiles, int64_t t) {
-  const int64_t count = (tiles.m + Dot::kMaxRows - 1) / Dot::kMaxRows;
-  return tiles.m * t / count;
-}
+// Rows are cut into tiles of nearly equal height: the first `taller` ones are of one row more than the others.
+struct TileRows {
+  int64_t height, taller;
+
+  explicit TileRows(int64_t m) {
+    const int64_t count = (m + Dot::kMaxRows - 1) / Dot::kMaxRows;
+    height = count > 0 ? m / count : 0;
+    taller = m - height * count;
+  }
+
+  int64_t first(int64_t t) const { return t * height + least(t, taller); }
+};
 
 template <typename D = Dot>
 typename D::Plan& plan_of(Operand a, int64_t t) {
@@ -253,8 +260,9 @@ typename D::Plan& plan_of(Operand a, int64_t t) {
 // Lets put(m) fill the operand's rows tile by tile, and makes the tile's plan while they are in L1.
 template <typename Put, typename D = Dot>
 void fill_operand(Operand a, int64_t k, RowTiles tiles, const Put& put) {
+  const TileRows cut(tiles.m);
   for (int64_t t = tiles.begin; t < tiles.end; ++t) {
-    const int64_t m0 = first_row(tiles, t), m1 = first_row(tiles, t + 1);
+    const int64_t m0 = cut.first(t), m1 = cut.first(t + 1);
     for (int64_t m = m0; m < m1; ++m) put(m);
     if constexpr (D::kPlans) {
       if (a.plan_stride > 0) {

@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from torch import nn
-
 from dynquant.demo import encoder
 from dynquant.demo.sentences import SENTENCES
 
@@ -16,12 +14,12 @@ def run(
     threads: Sequence[int], *, rounds: int, seconds: float, quick: bool, tell: Callable[[str], None]
 ) -> dict[str, Any]:
     """{"sentences", "threads": {count: [results by version]}}, or {"left_out": why}."""
-    versions: dict[str, Callable[[nn.Module], nn.Module]] = dict(encoder.VERSIONS)
+    versions = dict(encoder.VERSIONS)
     workloads = dict(encoder.WORKLOADS)
     if quick:
         workloads = {"1x16": workloads["1x16"]}
     else:
-        versions["bf16"] = lambda model: model.bfloat16()
+        versions["bf16"] = lambda model, tokenize: model.bfloat16()
     by_threads = {}
     for count in threads:
         try:

@@ -31,19 +31,37 @@ WORKLOADS: dict[str, tuple[int, int]] = {"1x16": (1, 16), "1x128": (1, 128), "8x
 """Name to batch and tokens; every token is a real one, there is no padding in what is timed."""
 
 
-def _quantized(**scheme: Any) -> Callable[[nn.Module], nn.Module]:
-    return lambda model: dynquant.quantize_dynamic(model, **scheme)
+CALIBRATION_SENTENCES = 12
+"""The first so many sentences are what the static version takes its ranges from."""
+
+Tokenize = Callable[[Sequence[str]], dict[str, Tensor]]
+Maker = Callable[[nn.Module, Tokenize], nn.Module]
+"""Makes a version of a float model; the tokenizer gives a model's inputs for sentences."""
 
 
-VERSIONS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "fp32": lambda model: model,
-    "torch.ao": quantize_with_torch_ao,
+def _quantized(**scheme: Any) -> Maker:
+    return lambda model, tokenize: dynquant.quantize_dynamic(model, **scheme)
+
+
+def _static(model: nn.Module, tokenize: Tokenize) -> nn.Module:
+    model = dynquant.quantize_dynamic(model, fuse=True)
+    with torch.inference_mode(), dynquant.calibrate(model):
+        model(**tokenize(SENTENCES[:CALIBRATION_SENTENCES]))
+    return dynquant.freeze(model)
+
+
+VERSIONS: dict[str, Maker] = {
+    "fp32": lambda model, tokenize: model,
+    "torch.ao": lambda model, tokenize: quantize_with_torch_ao(model),
     "dynquant per_tensor": _quantized(activations="per_tensor"),
     "dynquant per_token": _quantized(activations="per_token"),
     "dynquant per_tensor, rotation": _quantized(activations="per_tensor", rotation="hadamard"),
     "dynquant per_token, rotation": _quantized(activations="per_token", rotation="hadamard"),
+    "dynquant per_token, fused": _quantized(activations="per_token", fuse=True),
+    "dynquant per_token, rotation, fused": _quantized(rotation="hadamard", fuse=True),
+    "dynquant static, fused": _static,
 }
-"""Name to the function that makes this version of the float model; the others are held to the first."""
+"""Name to what makes this version of the float model; the others are held to the first."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +163,7 @@ def linear_bytes(model: nn.Module) -> int:
 
 def run(
     *,
-    versions: Mapping[str, Callable[[nn.Module], nn.Module]] = VERSIONS,
+    versions: Mapping[str, Maker] = VERSIONS,
     workloads: Mapping[str, tuple[int, int]] = WORKLOADS,
     threads: int | None = None,
     rounds: int = 5,
@@ -160,7 +178,12 @@ def run(
         rounds, seconds: see :func:`dynquant.timing.compare`.
     """
     model, tokenizer = load()
-    models = {name: make(copy.deepcopy(model)).eval() for name, make in versions.items()}
+
+    def tokenize(sentences: Sequence[str]) -> dict[str, Tensor]:
+        encoded = tokenizer(list(sentences), padding=True, return_tensors="pt")
+        return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+    models = {name: make(copy.deepcopy(model), tokenize).eval() for name, make in versions.items()}
     embeddings = {name: embed(version, tokenizer, SENTENCES) for name, version in models.items()}
     expected = next(iter(embeddings.values()))
     cosines = {name: (vectors * expected).sum(1) for name, vectors in embeddings.items()}

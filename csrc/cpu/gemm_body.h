@@ -34,6 +34,14 @@ struct WidePanel {
   DYNQUANT_INLINE I load(const int8_t* group, int j) const {
     return V::load(reinterpret_cast<const int32_t*>(group) + j * W);
   }
+
+  // One row reads a weight once, from L3 or memory: further ahead than the hardware looks.
+  DYNQUANT_INLINE void fetch_ahead(const int8_t* group) const {
+    constexpr int64_t kDistance = 4096;
+    for (int64_t line = 0; line < kVectors * W * 4; line += 64) {
+      __builtin_prefetch(group + kDistance + line, 0, 3);
+    }
+  }
 };
 
 // ... or from several narrower ones, which lie apart.
@@ -56,6 +64,8 @@ struct NarrowPanels {
   DYNQUANT_INLINE I load(const int8_t* group, int j) const {
     return V::load(reinterpret_cast<const int32_t*>(group + offset[j]));
   }
+
+  DYNQUANT_INLINE void fetch_ahead(const int8_t*) const {}
 };
 
 // ... or from a copy in which a tile has its cache lines side by side: those of a wider panel would share L1's sets.
@@ -69,6 +79,8 @@ struct GatheredTile {
   DYNQUANT_INLINE I load(const int8_t* group, int j) const {
     return V::load(reinterpret_cast<const int32_t*>(group) + j * W);
   }
+
+  DYNQUANT_INLINE void fetch_ahead(const int8_t*) const {}
 };
 
 template <int kRows, int kVectors>
@@ -138,6 +150,7 @@ struct Accumulators {
   DYNQUANT_INLINE void add(const uint8_t* a, int64_t a_stride, const Tile& w, const int8_t* b,
                            int64_t groups) {
     for (int64_t g = 0; g < groups; ++g) {
+      if constexpr (kRows == 1) w.fetch_ahead(b);
       add_group(typename Dot::Exact(), a, a_stride, w, b);
       a += Dot::kGroupBytes;
       b += w.group_stride;
@@ -453,33 +466,38 @@ constexpr int64_t kWidth = kWideVectors * W;  // channels of a tile of many rows
 
 // ---- GEMM by plans, over gathered weights --------------------------------------------------------------------------
 //
-//   for a tile's channels
-//     for a part of K             its weights are gathered once: they stay in L1 while all rows go by
-//       for a tile of rows        as planned; the accumulators wait in scratch for the next part
+//   for a block of 64 channels
+//     for a part of K                its weights are gathered once, a tile's side by side
+//       for a tile of channels       its weights stay in L1 while all rows go by
+//         for a tile of rows         as planned; the accumulators wait in scratch for the next part
 
 template <typename Sink, typename D>
 struct GatheredBody {
   using Gathered = GatheredTile<kWideVectors>;
+  static constexpr int64_t kTiles = kBlock / kWidth;
 
   const Sink& sink;
-  int8_t* gathered;
-  int32_t* sums;  // [rows][kWidth]
+  int8_t* scratch;  // gathered weights [kTiles][kPartGroups], then accumulators [kTiles][rows][kWidth]
   RowTiles tiles;
-  int64_t first_row, c, groups, group0, group1;
-  int64_t fetched;  // groups that are fetched with each row tile
+  int64_t block, groups;         // the first of its channels; of all K
+  int64_t first_row, rows;       // of `tiles`
+  int64_t group0, group1, tile;  // the part of K, the tile of channels
 
-  static int64_t scratch_bytes(int64_t rows) { return (D::kPartGroups + rows) * Gathered::group_stride; }
+  static int64_t scratch_bytes(int64_t rows) {
+    return kTiles * (D::kPartGroups + rows) * Gathered::group_stride;
+  }
 
   void gather() const {
-    const WidePanel<kWideVectors> from(sink.w, c);
+    const WidePanel<kTiles * kWideVectors> from(sink.w, block);
     const int8_t* b = from.b + group0 * from.group_stride;
-    int8_t* to = gathered;
-    for (int64_t g = group0; g < group1; ++g) {
-      for (int j = 0; j < kWideVectors; ++j) {
-        V::store(reinterpret_cast<int32_t*>(to) + j * W, from.load(b, j));
+    for (int64_t g = 0; g < group1 - group0; ++g) {
+      DYNQUANT_UNROLL
+      for (int i = 0; i < kTiles; ++i) {
+        int32_t* to = reinterpret_cast<int32_t*>(gathered(i) + g * Gathered::group_stride);
+        DYNQUANT_UNROLL
+        for (int j = 0; j < kWideVectors; ++j) V::store(to + j * W, from.load(b, i * kWideVectors + j));
       }
       b += from.group_stride;
-      to += Gathered::group_stride;
     }
   }
 
@@ -488,26 +506,29 @@ struct GatheredBody {
     fetch_next(t);
     const typename D::Plan& plan = plan_of<D>(sink.a, t);
     const uint8_t* a = sink.a.data + m * sink.a.stride + group0 * D::kGroupBytes;
-    int32_t* stored = sums + (m - first_row) * kWidth;
+    const int64_t channel = block + tile * kWidth;
+    int32_t* stored = accumulators() + (m - first_row) * kWidth;
     Accumulators<kRows, kWideVectors> acc(plan.start);
     if (group0 > 0) acc.load(stored, kWidth);
-    if (group1 == groups) sink.template fetch<kRows, kWideVectors>(m, c);
-    D::add(plan, group0, acc, a, sink.a.stride, Gathered{gathered, group1 - group0});
-    group1 < groups ? acc.store(stored, kWidth) : sink.finish(m, c, acc, plan.offset);
+    if (group1 == groups) sink.template fetch<kRows, kWideVectors>(m, channel);
+    D::add(plan, group0, acc, a, sink.a.stride, Gathered{gathered(tile), group1 - group0});
+    group1 < groups ? acc.store(stored, kWidth) : sink.finish(m, channel, acc, plan.offset);
   }
 
  private:
-  // What is gathered next comes from memory meanwhile, a share with each row tile.
+  int8_t* gathered(int64_t i) const { return scratch + i * D::kPartGroups * Gathered::group_stride; }
+
+  int32_t* accumulators() const {
+    return reinterpret_cast<int32_t*>(gathered(kTiles)) + tile * rows * kWidth;
+  }
+
+  // What is gathered next comes from memory meanwhile, a share with each tile.
   void fetch_next(int64_t t) const {
-    const bool next_part = group1 < groups;
-    const WidePanel<kWideVectors> next(sink.w, next_part ? c : c + kWidth);
-    const int8_t* b = next.b + (next_part ? group1 * next.group_stride : 0);
-    const int64_t count = group1 - group0, g0 = (t - tiles.begin) * fetched;
-    for (int64_t g = g0; g < least(g0 + fetched, count); ++g) {
-      for (int64_t line = 0; line < Gathered::group_stride; line += 64) {
-        __builtin_prefetch(b + g * next.group_stride + line, 0, 2);
-      }
-    }
+    const int64_t bytes = (group1 - group0) * kBlock * 4, row_tiles = tiles.end - tiles.begin;
+    const int64_t share = round_up(bytes / (kTiles * row_tiles) + 1, 64);
+    const int64_t begin = (tile * row_tiles + t - tiles.begin) * share;
+    const int8_t* next = sink.w.packed + block * groups * 4 + group1 * kBlock * 4;  // the next block follows
+    for (int64_t at = begin; at < least(begin + share, bytes); at += 64) __builtin_prefetch(next + at, 0, 2);
   }
 };
 
@@ -518,24 +539,18 @@ int64_t gemm_scratch(int64_t m, int64_t rows) {
 }
 
 template <typename Sink, typename D = Dot>
-bool gemm_gathered(const Sink& sink, int8_t* scratch, RowTiles tiles, int64_t c, int64_t end) {
+void gemm_gathered(const Sink& sink, int8_t* scratch, RowTiles tiles, int64_t block) {
   if constexpr (D::kPlans) {
-    const bool is_whole = c + kWidth - W < end && sink.w.panel > kWidth;
-    if (sink.a.plan_stride == 0 || !is_whole) return false;
+    using Body = GatheredBody<Sink, D>;
+    const TileRows cut(tiles.m);
     const int64_t groups = (sink.w.k + 3) / 4, part = D::groups_of_part(groups);
-    int32_t* sums =
-        reinterpret_cast<int32_t*>(scratch + D::kPartGroups * GatheredTile<kWideVectors>::group_stride);
-    const int64_t row_tiles = tiles.end - tiles.begin, fetched = (part + row_tiles - 1) / row_tiles;
-    const int64_t row0 = TileRows(tiles.m).first(tiles.begin);
+    const int64_t first_row = cut.first(tiles.begin), rows = cut.first(tiles.end) - first_row;
     for (int64_t g = 0; g < groups; g += part) {
-      const int64_t end_of_part = least(groups, g + part);
-      const GatheredBody<Sink, D> body{sink, scratch, sums, tiles, row0, c, groups, g, end_of_part, fetched};
+      Body body{sink, scratch, tiles, block, groups, first_row, rows, g, least(groups, g + part), 0};
       body.gather();
-      for_row_tiles(tiles, body);
+      for (; body.tile < Body::kTiles; ++body.tile) for_row_tiles(tiles, body);
     }
-    return true;
   }
-  return false;
 }
 
 // ---- GEMM ----------------------------------------------------------------------------------------------------------
@@ -544,10 +559,14 @@ bool gemm_gathered(const Sink& sink, int8_t* scratch, RowTiles tiles, int64_t c,
 template <typename Sink>
 void gemm(const Sink& sink, int8_t* scratch, RowTiles tiles, int64_t block0, int64_t block1) {
   const int64_t end = least(block1 * kBlock, sink.w.n);
-  const int64_t width = tiles.m == 1 ? Dot::kVectors<1> * W : kWidth;
+  const bool gathers = sink.a.plan_stride > 0 && sink.w.panel == kBlock;
+  const int64_t width = gathers ? kBlock : tiles.m == 1 ? Dot::kVectors<1> * W : kWidth;
   for (int64_t c = block0 * kBlock; c < end; c += width) {
-    if (gemm_gathered(sink, scratch, tiles, c, end)) continue;
-    for_row_tiles(tiles, PackedBody<Sink>{sink, c, least(c + width, end)});
+    if (gathers) {
+      gemm_gathered(sink, scratch, tiles, c);
+    } else {
+      for_row_tiles(tiles, PackedBody<Sink>{sink, c, least(c + width, end)});
+    }
   }
 }
 

@@ -15,7 +15,7 @@
 //   a[5] broadcast    |acc[5,0]|acc[5,1]|acc[5,2]|acc[5,3]|
 //                     +--------+--------+--------+--------+
 //
-//   zmm: 6 x 4 = 24 accumulators + 4 b + 1 a of 32 registers; ymm: 6 x 2 = 12 + 2 b + 1 a of 16 with VNNI, 3 x 4 with
+//   zmm: 6 x 4 = 24 accumulators + 4 b + 1 a of 32 registers; ymm: 6 x 2 = 12 + 2 b + 1 a of 16 with VNNI, 2 x 4 with
 //   AVX2. 1 and 2 rows are bound by the reading of the weight: tiles as wide as the registers allow, so that each panel
 //   is read in few passes and the chains of additions are enough to hide their latency (Dot::kVectors).
 

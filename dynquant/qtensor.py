@@ -285,7 +285,8 @@ def moved(w: QTensor, move: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Q
     if move(w.channel_scale[:0]).device.type == w.device.type:
         return _held(w, move, dtype)
     with torch.no_grad(), torch.inference_mode(False):
-        return _pack(move(_int_repr(w)), move(w.channel_scale), w.config, dtype)
+        # to_empty moves nothing and gives memory that holds anything; a packed weight holds no -128.
+        return _pack(move(_int_repr(w)).clamp(min=-127), move(w.channel_scale), w.config, dtype)
 
 
 def _held(w: QTensor, function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> QTensor:

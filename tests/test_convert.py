@@ -376,6 +376,14 @@ def test_models_on_the_meta_device():
     assert_same_bits(model(x), quantize_dynamic(net())(x))
 
 
+def test_memory_that_holds_anything_can_be_packed(monkeypatch):
+    """What to_empty gives before a state_dict is loaded may hold -128, which no weight does."""
+    monkeypatch.setattr(torch, "empty_like", lambda like, **options: torch.full_like(like, -128, **options))
+    model = quantize_dynamic(net().to("meta")).to_empty(device="cpu")
+    monkeypatch.undo()
+    assert model.fc1.weight.int_repr().min() == -127
+
+
 def test_conversion_under_inference_mode_leaves_a_model_that_trains():
     model = net()
     with torch.inference_mode():

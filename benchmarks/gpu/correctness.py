@@ -275,7 +275,7 @@ def single_steps(judge: Judge, setting: Setting) -> None:
 def accumulators(judge: Judge, setting: Setting) -> None:
     for m, n, k in (*SHAPES, *EMPTY):
         q = torch.randint(-128, 128, (m, k), dtype=torch.int8)
-        weight = torch.randint(-128, 128, (n, k), dtype=torch.int8)
+        weight = torch.randint(-127, 128, (n, k), dtype=torch.int8)
         for name, operand in (("random", q), ("extreme", torch.full_like(q, -128))):
             operands = reference.pack_weight(weight.to(setting.device))
             poison(setting.device)

@@ -245,41 +245,29 @@ def _weight_figures(judge: _Judge, results: Results) -> None:
 
 def _encoder_figures(judge: _Judge, encoder: Results) -> None:
     versions = {version["name"]: version for version in encoder.get("threads", {}).get("1", [])}
-    ours = [version for name, version in versions.items() if name in OURS]
+    ours = tuple(name for name in versions if name in OURS)
+    fused, rotated = "dynquant per_token, fused", "dynquant per_token, rotation, fused"
 
-    def slowest(workload: str, baseline: str) -> float | None:
-        """Speed of the slower of ours, the baseline's being 1."""
-        if baseline not in versions or workload not in versions[baseline]["milliseconds"] or not ours:
+    def slowest(names: Sequence[str], workload: str, baseline: str) -> float | None:
+        """Speed of the slowest of these versions, the baseline's being 1."""
+        if not names or any(workload not in _milliseconds(versions, name) for name in (*names, baseline)):
             return None
-        slowest_ms = max(float(version["milliseconds"][workload]) for version in ours)
-        return float(versions[baseline]["milliseconds"][workload]) / slowest_ms
+        times = [float(_milliseconds(versions, name)[workload]) for name in names]
+        return float(_milliseconds(versions, baseline)[workload]) / max(times)
 
-    def ratio_of(name: str, baseline: str) -> float | None:
-        """Speed of a version at 8x128, the baseline's being 1."""
-        if name not in versions or baseline not in versions:
-            return None
-        times = [versions[which]["milliseconds"].get("8x128") for which in (baseline, name)]
-        return None if None in times else times[0] / times[1]
-
-    for name, baseline, target in (
-        ("dynquant per_token, fused", "torch.ao", 1.42),
-        ("dynquant per_token, fused", "fp32", 3.5),
-        ("dynquant per_token, rotation, fused", "torch.ao", 1.36),
-        ("dynquant per_token, rotation, fused", "fp32", 3.35),
+    for number, names, label, workload, baseline, target in (
+        ("8", (fused,), ", per_token, fused", "8x128", "torch.ao", 1.42),
+        ("8", (fused,), ", per_token, fused", "8x128", "fp32", 3.5),
+        ("8", (rotated,), ", per_token, rotation, fused", "8x128", "torch.ao", 1.36),
+        ("8", (rotated,), ", per_token, rotation, fused", "8x128", "fp32", 3.35),
+        ("6", ours, "", "8x128", "torch.ao", 1.14),
+        ("6", ours, "", "8x128", "fp32", 2.7),
+        ("6", ours, "", "1x16", "torch.ao", 1.3),
     ):
-        ratio = ratio_of(name, baseline)
-        what = f"MiniLM 8x128 tokens, 1 thread, {name.removeprefix('dynquant ')}, against {baseline}"
+        ratio = slowest(names, workload, baseline)
+        what = f"MiniLM {workload} tokens, 1 thread{label}, against {baseline}"
         measured = f"{ratio:.2f}" if ratio else "-"
-        judge.add("8", what, f">= {target}", measured, ratio >= target if ratio else None, for_vnni=True)
-    for workload, baseline, target in (
-        ("8x128", "torch.ao", 1.14),
-        ("8x128", "fp32", 2.7),
-        ("1x16", "torch.ao", 1.3),
-    ):
-        ratio = slowest(workload, baseline)
-        what = f"MiniLM {workload} tokens, 1 thread, against {baseline}"
-        measured = f"{ratio:.2f}" if ratio else "-"
-        judge.add("6", what, f">= {target}", measured, ratio >= target if ratio else None, for_vnni=True)
+        judge.add(number, what, f">= {target}", measured, ratio >= target if ratio else None, for_vnni=True)
     for name, target in (
         ("dynquant per_tensor", 0.96),
         ("dynquant per_token", 0.99),
@@ -290,6 +278,10 @@ def _encoder_figures(judge: _Judge, encoder: Results) -> None:
         what = f"MiniLM min cosine, {name.removeprefix('dynquant ')}"
         met = cosine >= target if cosine is not None else None
         judge.add("6", what, f">= {target}", f"{cosine:.4f}" if cosine is not None else "-", met)
+
+
+def _milliseconds(versions: Results, name: str) -> Results:
+    return versions[name]["milliseconds"] if name in versions else {}
 
 
 def _busy_figures(judge: _Judge, busy: Results) -> None:

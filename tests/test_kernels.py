@@ -35,6 +35,8 @@ SHAPES = {
     "narrow": (9, 40, 5),
     "rows in parallel": (96, 512, 640),
     "channels in parallel": (8, 1024, 2048),
+    "parts of K, two rows": (2, 1025, 200),
+    "parts of K, few rows": (11, 2309, 129),
     "no inputs": (4, 0, 9),
     "no inputs, many rows": (13, 0, 70),
     "no rows": (0, 16, 8),

@@ -131,9 +131,9 @@ Operand operand_at(const Kernels& kernel, uint8_t* at, int64_t m, int64_t k) {
 }
 
 // Bytes of GEMM scratch for each task.
-int64_t gemm_scratch(const Kernels& kernel, const Cut& cut, int64_t m) {
+int64_t gemm_scratch(const Kernels& kernel, const Cut& cut, int64_t m, int64_t k) {
   const int64_t rows = m / cut.row_parts + 2 * kernel.max_rows;  // tiles are shared out, and may be uneven
-  return Scratch::bytes_of<int8_t>(kernel.gemm_scratch(m, rows));
+  return Scratch::bytes_of<int8_t>(kernel.gemm_scratch(m, k, rows));
 }
 
 // ---- quantize ---------------------------------------------------------------------------------------------
@@ -378,7 +378,7 @@ Tensor int8_mm(const Tensor& q, const Tensor& packed_weight, const Tensor& weigh
   const Kernels& kernel = kernels_of_rows(m);
   const Tensor rows = q.contiguous();
   const Cut cut = cut_gemm(kernel, m, n, k);
-  const int64_t bytes = operand_bytes(kernel, m, k), gemm_bytes = gemm_scratch(kernel, cut, m);
+  const int64_t bytes = operand_bytes(kernel, m, k), gemm_bytes = gemm_scratch(kernel, cut, m, k);
   Scratch scratch(Scratch::bytes_of<uint8_t>(bytes) + Scratch::bytes_of<int8_t>(cut.tasks() * gemm_bytes));
   const Operand a = operand_at(kernel, scratch.take<uint8_t>(bytes), m, k);
   int8_t* gemm_data = scratch.take<int8_t>(cut.tasks() * gemm_bytes);
@@ -432,7 +432,7 @@ Tensor linear(const char* op, const Tensor& x, const Tensor& packed_weight, cons
   const Cut cut = cut_gemm(kernel, m, n, k);
   const int64_t bytes = operand_bytes(kernel, m, k), row = row_scratch(rows);
   const int64_t row_count = std::max(cut.row_parts, threads_over_rows(rows, m)) * row;
-  const int64_t gemm_bytes = gemm_scratch(kernel, cut, m);
+  const int64_t gemm_bytes = gemm_scratch(kernel, cut, m, k);
   Scratch scratch(Scratch::bytes_of<uint8_t>(bytes) + Scratch::bytes_of<QParams>(m) +
                   Scratch::bytes_of<float>(row_count) + Scratch::bytes_of<int8_t>(cut.tasks() * gemm_bytes));
   const Operand a = operand_at(kernel, scratch.take<uint8_t>(bytes), m, k);

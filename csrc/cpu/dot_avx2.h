@@ -161,15 +161,15 @@ struct Dot {
     }
   }
 
-  // Adds the products of the part that begins at `group`; its weights begin at tile.b.
-  template <typename Accumulators, typename Tile>
+  // Adds the products of the part that begins at `group`; its weights begin at tile.b. Meanwhile `ahead` fetches.
+  template <typename Accumulators, typename Tile, typename Ahead>
   DYNQUANT_INLINE static void add(const Plan& plan, int64_t group, Accumulators& acc, const uint8_t* a,
-                                  int64_t stride, const Tile& tile) {
+                                  int64_t stride, const Tile& tile, Ahead ahead) {
     const Part& part = part_of(plan, group);
     if (plan.offset == 0) {
-      add_listed<Pairs<true>>(part, acc, a, stride, tile, Products<SignedProduct>());
+      add_listed<Pairs<true>>(part, acc, a, stride, tile, ahead, Products<SignedProduct>());
     } else {
-      add_listed<Pairs<false>>(part, acc, a, stride, tile,
+      add_listed<Pairs<false>>(part, acc, a, stride, tile, ahead,
                                Products<UnsignedProduct<false>, UnsignedProduct<true>>());
     }
   }
@@ -190,12 +190,14 @@ struct Dot {
     return const_cast<Part*>(reinterpret_cast<const Part*>(&plan + 1))[group / plan.groups_of_part];
   }
 
-  template <typename Pair, typename Accumulators, typename Tile, typename Rest>
+  template <typename Pair, typename Accumulators, typename Tile, typename Ahead, typename Rest>
   DYNQUANT_INLINE static void add_listed(const Part& part, Accumulators& acc, const uint8_t* a,
-                                         int64_t stride, const Tile& tile, Rest rest) {
+                                         int64_t stride, const Tile& tile, Ahead ahead, Rest rest) {
+    ahead.over(part.quads.count + part.pairs.count + part.rest.count);
     const auto for_each = [&](const auto& list, auto add) DYNQUANT_INLINE_LAMBDA {
       for (int64_t i = 0; i < list.count; ++i) {
         const int64_t group = list.places[i];
+        ahead.step();
         add(a + group * kGroupBytes, tile.b + group * tile.group_stride);
       }
     };

@@ -14,6 +14,7 @@ struct Dot {
   static constexpr int kGroupBytes = 8;  // of an operand row: q0 q2 q1 q3 as int16
   static constexpr int32_t kOffset = 0;  // stored operand = q + kOffset
   static constexpr bool kPlans = false;
+  static constexpr int64_t kPartGroups = 96;  // 24 KB
 
   template <int kStep>
   struct Words {

@@ -14,6 +14,7 @@ struct Dot {
   static constexpr int kGroupBytes = 4;    // of an operand row, for 4 elements
   static constexpr int32_t kOffset = 128;  // stored operand = q + kOffset
   static constexpr bool kPlans = false;
+  static constexpr int64_t kPartGroups = 96;  // 24 KB
 
   struct Dpbusd {
     static constexpr int kOperandAt = 0;

@@ -23,10 +23,11 @@
 template <int kVectors>
 struct WidePanel {
   const int8_t* b;  // vector 0, group 0
-  int64_t group_stride, groups;
+  int64_t group_stride, groups, ahead;
 
+  // Further ahead than the hardware looks: from L3, or from memory.
   DYNQUANT_INLINE WidePanel(const Weight& w, int64_t channel)
-      : group_stride(w.panel * 4), groups((w.k + 3) / 4) {
+      : group_stride(w.panel * 4), groups((w.k + 3) / 4), ahead(w.n * w.k > (8 << 20) ? 16384 : 4096) {
     const int64_t in_panel = channel & (w.panel - 1);  // a panel's width is a power of two
     b = w.packed + (channel - in_panel) * groups * 4 + in_panel * 4;
   }
@@ -35,12 +36,31 @@ struct WidePanel {
     return V::load(reinterpret_cast<const int32_t*>(group) + j * W);
   }
 
-  // One row reads a weight once, from L3 or memory: further ahead than the hardware looks.
+  // One row reads a weight once, and a narrow tile only some of its lines at a time.
+  template <int kRows>
   DYNQUANT_INLINE void fetch_ahead(const int8_t* group) const {
-    constexpr int64_t kDistance = 4096;
-    for (int64_t line = 0; line < kVectors * W * 4; line += 64) {
-      __builtin_prefetch(group + kDistance + line, 0, 3);
-    }
+    if constexpr (kRows == 1 || Dot::kPartGroups > 0) fetch_lines<3>(group + ahead);
+  }
+
+ protected:
+  template <int kLocality>
+  DYNQUANT_INLINE static void fetch_lines(const int8_t* at) {
+    for (int64_t line = 0; line < kVectors * W * 4; line += 64) __builtin_prefetch(at + line, 0, kLocality);
+  }
+};
+
+// ... of which a part of K is worked on, while the same lines of the next part come to L2.
+template <int kVectors>
+struct PanelPart : WidePanel<kVectors> {
+  DYNQUANT_INLINE PanelPart(const Weight& w, int64_t channel, int64_t group)
+      : WidePanel<kVectors>(w, channel) {
+    this->b += group * this->group_stride;
+    this->ahead = Dot::kPartGroups * this->group_stride;
+  }
+
+  template <int kRows>
+  DYNQUANT_INLINE void fetch_ahead(const int8_t* group) const {
+    this->template fetch_lines<2>(group + this->ahead);
   }
 };
 
@@ -65,6 +85,7 @@ struct NarrowPanels {
     return V::load(reinterpret_cast<const int32_t*>(group + offset[j]));
   }
 
+  template <int kRows>
   DYNQUANT_INLINE void fetch_ahead(const int8_t*) const {}
 };
 
@@ -80,6 +101,7 @@ struct GatheredTile {
     return V::load(reinterpret_cast<const int32_t*>(group) + j * W);
   }
 
+  template <int kRows>
   DYNQUANT_INLINE void fetch_ahead(const int8_t*) const {}
 };
 
@@ -150,7 +172,7 @@ struct Accumulators {
   DYNQUANT_INLINE void add(const uint8_t* a, int64_t a_stride, const Tile& w, const int8_t* b,
                            int64_t groups) {
     for (int64_t g = 0; g < groups; ++g) {
-      if constexpr (kRows == 1) w.fetch_ahead(b);
+      w.template fetch_ahead<kRows>(b);
       add_group(typename Dot::Exact(), a, a_stride, w, b);
       a += Dot::kGroupBytes;
       b += w.group_stride;
@@ -391,6 +413,11 @@ struct Int8MmSink {
   }
 };
 
+struct FetchNothing {
+  DYNQUANT_INLINE void over(int64_t) {}
+  DYNQUANT_INLINE void step() {}
+};
+
 template <int kRows, int kVectors, typename Tile, typename Sink, typename D = Dot>
 DYNQUANT_INLINE void gemm_tile(const Sink& sink, const Tile& weight, int64_t t, int64_t m, int64_t channel) {
   const uint8_t* a = sink.a.data + m * sink.a.stride;
@@ -401,7 +428,7 @@ DYNQUANT_INLINE void gemm_tile(const Sink& sink, const Tile& weight, int64_t t, 
       Accumulators<kRows, kVectors> acc(plan.start);
       Tile part = weight;
       for (int64_t g = 0; g < weight.groups; g += plan.groups_of_part) {
-        D::add(plan, g, acc, a + g * D::kGroupBytes, sink.a.stride, part);
+        D::add(plan, g, acc, a + g * D::kGroupBytes, sink.a.stride, part, FetchNothing());
         part.b += plan.groups_of_part * part.group_stride;
       }
       return sink.finish(m, channel, acc, plan.offset);
@@ -471,6 +498,21 @@ constexpr int64_t kWidth = kWideVectors * W;  // channels of a tile of many rows
 //       for a tile of channels       its weights stay in L1 while all rows go by
 //         for a tile of rows         as planned; the accumulators wait in scratch for the next part
 
+// Brings `bytes` from `at` on to L2, evenly over a tile's steps: a burst would have to wait for the memory.
+struct FetchEvenly {
+  const int8_t* at;
+  int64_t bytes, stride;
+
+  DYNQUANT_INLINE void over(int64_t steps) {
+    stride = static_cast<uint32_t>(bytes) / static_cast<uint32_t>(steps + 1) + 1;
+  }
+
+  DYNQUANT_INLINE void step() {
+    __builtin_prefetch(at, 0, 2);
+    at += stride;
+  }
+};
+
 template <typename Sink, typename D>
 struct GatheredBody {
   using Gathered = GatheredTile<kWideVectors>;
@@ -503,7 +545,6 @@ struct GatheredBody {
 
   template <int kRows>
   void call(int64_t t, int64_t m) const {
-    fetch_next(t);
     const typename D::Plan& plan = plan_of<D>(sink.a, t);
     const uint8_t* a = sink.a.data + m * sink.a.stride + group0 * D::kGroupBytes;
     const int64_t channel = block + tile * kWidth;
@@ -511,7 +552,7 @@ struct GatheredBody {
     Accumulators<kRows, kWideVectors> acc(plan.start);
     if (group0 > 0) acc.load(stored, kWidth);
     if (group1 == groups) sink.template fetch<kRows, kWideVectors>(m, channel);
-    D::add(plan, group0, acc, a, sink.a.stride, Gathered{gathered(tile), group1 - group0});
+    D::add(plan, group0, acc, a, sink.a.stride, Gathered{gathered(tile), group1 - group0}, what_is_next(t));
     group1 < groups ? acc.store(stored, kWidth) : sink.finish(m, channel, acc, plan.offset);
   }
 
@@ -523,20 +564,13 @@ struct GatheredBody {
   }
 
   // What is gathered next comes from memory meanwhile, a share with each tile.
-  void fetch_next(int64_t t) const {
+  FetchEvenly what_is_next(int64_t t) const {
     const int64_t bytes = (group1 - group0) * kBlock * 4, row_tiles = tiles.end - tiles.begin;
-    const int64_t share = round_up(bytes / (kTiles * row_tiles) + 1, 64);
-    const int64_t begin = (tile * row_tiles + t - tiles.begin) * share;
+    const int64_t share = bytes / (kTiles * row_tiles) + 1;
     const int8_t* next = sink.w.packed + block * groups * 4 + group1 * kBlock * 4;  // the next block follows
-    for (int64_t at = begin; at < least(begin + share, bytes); at += 64) __builtin_prefetch(next + at, 0, 2);
+    return FetchEvenly{next + (tile * row_tiles + t - tiles.begin) * share, share, 0};
   }
 };
-
-template <typename D = Dot>
-int64_t gemm_scratch(int64_t m, int64_t rows) {
-  if constexpr (D::kPlans) return m > kFewRows ? GatheredBody<LinearSink, D>::scratch_bytes(rows) : 0;
-  return 0;
-}
 
 template <typename Sink, typename D = Dot>
 void gemm_gathered(const Sink& sink, int8_t* scratch, RowTiles tiles, int64_t block) {
@@ -553,17 +587,85 @@ void gemm_gathered(const Sink& sink, int8_t* scratch, RowTiles tiles, int64_t bl
   }
 }
 
+// ---- GEMM of few rows by parts of K --------------------------------------------------------------------------------
+//
+//   for a block of 64 channels
+//     for a part of K                its weights stay in L1: narrow tiles pass over them several times
+//       for a tile of rows
+//         for a tile of channels     the accumulators wait in scratch for the next part
+
+// Up to K = 1024 a block's weights come from L2 as fast.
+constexpr bool takes_parts(int64_t m, int64_t k) {
+  return Dot::kPartGroups > 0 && 1 < m && m <= 4 * Dot::kMaxRows && 1024 < k && k <= kMaxInt32K;
+}
+
+template <typename Sink>
+struct PartBody {
+  const Sink& sink;
+  int32_t* waiting;                // accumulators [rows][kBlock]
+  int64_t first_row, block, end;   // end: of its channels
+  int64_t group0, group1, groups;  // the part of K; of all K
+
+  template <int kRows>
+  void call(int64_t, int64_t m) const {
+    add_tiles<kRows, Dot::kVectors<kRows>>(m, block);
+  }
+
+ private:
+  template <int kRows, int kVectors>
+  void add_tiles(int64_t m, int64_t c) const {
+    const uint8_t* a = sink.a.data + m * sink.a.stride + group0 * Dot::kGroupBytes;
+    for (; c + (kVectors - 1) * W < end; c += kVectors * W) {
+      const PanelPart<kVectors> part(sink.w, c, group0);
+      int32_t* stored = waiting + (m - first_row) * kBlock + c - block;
+      Accumulators<kRows, kVectors> acc;
+      if (group0 > 0) acc.load(stored, kBlock);
+      acc.add(a, sink.a.stride, part, part.b, group1 - group0);
+      group1 < groups ? acc.store(stored, kBlock) : sink.finish(m, c, acc, Dot::kOffset);
+    }
+    if constexpr (kVectors > 1) {
+      if (c < end) add_tiles<kRows, kVectors / 2>(m, c);
+    }
+  }
+};
+
+template <typename Sink>
+void gemm_parts(const Sink& sink, int8_t* scratch, RowTiles tiles, int64_t block) {
+  const int64_t groups = (sink.w.k + 3) / 4;
+  PartBody<Sink> body{sink,
+                      reinterpret_cast<int32_t*>(scratch),
+                      TileRows(tiles.m).first(tiles.begin),
+                      block,
+                      least(block + kBlock, sink.w.n),
+                      0,
+                      0,
+                      groups};
+  for (; body.group0 < groups; body.group0 = body.group1) {
+    body.group1 = least(groups, body.group0 + Dot::kPartGroups);
+    for_row_tiles(tiles, body);
+  }
+}
+
 // ---- GEMM ----------------------------------------------------------------------------------------------------------
+
+template <typename D = Dot>
+int64_t gemm_scratch(int64_t m, int64_t k, int64_t rows) {
+  if constexpr (D::kPlans) return m > kFewRows ? GatheredBody<LinearSink, D>::scratch_bytes(rows) : 0;
+  return takes_parts(m, k) ? rows * kBlock * 4 : 0;
+}
 
 // A tile's weights stay in L1, or in L2 where K is large, while all rows go by.
 template <typename Sink>
 void gemm(const Sink& sink, int8_t* scratch, RowTiles tiles, int64_t block0, int64_t block1) {
   const int64_t end = least(block1 * kBlock, sink.w.n);
   const bool gathers = sink.a.plan_stride > 0 && sink.w.panel == kBlock;
-  const int64_t width = gathers ? kBlock : tiles.m == 1 ? Dot::kVectors<1> * W : kWidth;
+  const bool parts = takes_parts(tiles.m, sink.w.k) && sink.w.panel == kBlock;
+  const int64_t width = gathers || parts ? kBlock : tiles.m == 1 ? Dot::kVectors<1> * W : kWidth;
   for (int64_t c = block0 * kBlock; c < end; c += width) {
     if (gathers) {
       gemm_gathered(sink, scratch, tiles, c);
+    } else if (parts) {
+      gemm_parts(sink, scratch, tiles, c);
     } else {
       for_row_tiles(tiles, PackedBody<Sink>{sink, c, least(c + width, end)});
     }

@@ -117,7 +117,7 @@ struct Kernels {
   void (*operand_from_int8)(const int8_t* q, int64_t k, RowTiles tiles, Operand a);
 
   // Bytes of scratch that a GEMM wants for `rows` of its m rows.
-  int64_t (*gemm_scratch)(int64_t m, int64_t rows);
+  int64_t (*gemm_scratch)(int64_t m, int64_t k, int64_t rows);
 
   // out[m, n] = epilogue((float(acc - zero_point[m] * sum[n]) * scale[m]) * weight.scale[n] + bias[n])
   // for the rows of `tiles` and the channels of the 64-channel blocks [block0, block1).

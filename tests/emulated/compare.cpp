@@ -91,7 +91,7 @@ Result gemm(const Kernels& kernel, const Rows& x, int64_t m, const Weight& w, Dt
   const int64_t stride = kernel.operand_stride(w.k), plan = kernel.plan_bytes(m, w.k);
   const RowTiles tiles{m, 0, (m + kernel.max_rows - 1) / kernel.max_rows};
   std::vector<uint8_t> operand(static_cast<size_t>(m * stride + tiles.end * plan) + 64);
-  std::vector<int8_t> scratch(static_cast<size_t>(kernel.gemm_scratch(m, m)) + 64);
+  std::vector<int8_t> scratch(static_cast<size_t>(kernel.gemm_scratch(m, w.k, m)) + 64);
   std::vector<float> row(static_cast<size_t>(row_floats(w.k)) + 64);
   Result r{std::vector<float>(size_t(m * w.n)), std::vector<uint16_t>(size_t(m * w.n)),
            std::vector<int32_t>(size_t(m * w.n)), std::vector<QParams>(size_t(m) + 1)};
@@ -180,6 +180,7 @@ int main() {
     }
     for (int64_t k = 1; k < 140; k += 3) check(*kernel, 4, k, 33, 0);
     for (const int64_t k : {1, 31, 64, 767, 773, 1541}) check(*kernel, 14, k, 70, 0);
+    for (const int64_t m : {2, 5, 11, 24}) check(*kernel, m, 1157, 161, 0);
     for (int block = 1; block <= 128; block *= 2) check(*kernel, 3, block * 3, 20, block);
     check(*kernel, 2, 70001, 17, 0);
   }

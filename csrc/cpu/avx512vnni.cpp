@@ -52,8 +52,8 @@ struct Dot {
   static void store_operand(uint8_t* p, V::I q0, V::I q1, V::I q2, V::I q3) {
     const V::I quads[4] = {q0, q1, q2, q3};
     for (int i = 0; i < 4; ++i) {
-      const V::I shifted = _mm512_add_epi32(quads[i], _mm512_set1_epi32(kOffset));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 16 * i), _mm512_cvtepi32_epi8(shifted));
+      const __m128i bytes = _mm512_cvtsepi32_epi8(quads[i]);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 16 * i), _mm_xor_si128(bytes, _mm_set1_epi8(-128)));
     }
   }
 };

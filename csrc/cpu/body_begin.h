@@ -8,7 +8,7 @@ constexpr int kChunk = 4 * W;  // elements that the quantizers handle at a time
 
 #define DYNQUANT_INLINE inline __attribute__((always_inline))
 #define DYNQUANT_INLINE_LAMBDA __attribute__((always_inline))
-#define DYNQUANT_UNROLL _Pragma("GCC unroll 8")
+#define DYNQUANT_UNROLL _Pragma("GCC unroll 32")
 
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t round_up(int64_t a, int64_t unit) { return (a + unit - 1) / unit * unit; }

@@ -1,5 +1,6 @@
 #include "dispatch.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
@@ -101,10 +102,8 @@ QParams choose_qparams(Range range) {
   const float width = range.hi / 255.0f - range.lo / 255.0f;
   const float scale = width < 0x1p-126f ? 0x1p-126f : width;
   const float inv_scale = 1.0f / scale;
-  const float zero_point = std::nearbyint(-128.0f - range.lo * inv_scale);
-  return QParams{scale, static_cast<int32_t>(zero_point < -128.0f  ? -128.0f
-                                             : zero_point > 127.0f ? 127.0f
-                                                                   : zero_point)};
+  const long zero_point = std::lrint(-128.0f - range.lo * inv_scale);  // of no more than 256
+  return QParams{scale, static_cast<int32_t>(std::clamp(zero_point, -128l, 127l))};
 }
 
 #if defined(__x86_64__)

@@ -138,27 +138,7 @@ struct Dot {
 
   // Of `rows` rows of stored operand, which becomes what the plan says.
   static void make_plan(uint8_t* a, int64_t stride, int rows, int64_t k, Plan& plan) {
-    const int64_t groups = (k + 3) / 4;
-    Exactness exactness[kMaxInt32K / 32 + 1];
-    int64_t signed_gain = 0, unsigned_gain = 0;
-    for (int64_t g = 0; g < groups; g += 8) {
-      const Exactness found = exactness_of(a + g * 4, stride, rows, groups - g);
-      signed_gain += found.as_signed.gain();
-      unsigned_gain += found.as_unsigned.gain();
-      exactness[g / 8] = found;
-    }
-    const bool is_signed = signed_gain >= unsigned_gain;
-    plan.groups_of_part = static_cast<int32_t>(groups_of_part(groups));
-    for (int64_t g = 0; g < groups; g += plan.groups_of_part) {
-      list_groups(exactness, is_signed, g, least(groups, g + plan.groups_of_part), part_of(plan, g));
-    }
-    plan.offset = is_signed ? 0 : 128;
-    for (int i = 0; i < kMaxRows; ++i) {
-      plan.start[i] = 0;
-      if (i >= rows) continue;
-      uint8_t* row = a + i * stride;
-      is_signed ? set_start(row, groups, plan, i) : make_unsigned(row, groups);
-    }
+    rows == 1 ? make_plan_of<1>(a, stride, k, plan) : make_plan_of<2>(a, stride, k, plan);
   }
 
   // Adds the products of the part that begins at `group`; its weights begin at tile.b. Meanwhile `ahead` fetches.
@@ -211,14 +191,48 @@ struct Dot {
                             DYNQUANT_INLINE_LAMBDA { acc.add_group(rest, at, stride, tile, b); });
   }
 
+  template <int kRows>
+  static void make_plan_of(uint8_t* a, int64_t stride, int64_t k, Plan& plan) {
+    static_assert(kRows <= kMaxRows);
+    const int64_t groups = (k + 3) / 4;
+    plan.groups_of_part = static_cast<int32_t>(groups_of_part(groups));
+    if (prefers_signed<kRows>(a, stride, groups)) {
+      plan.offset = 0;
+      V::I sums[kRows];
+      for (V::I& sum : sums) sum = _mm256_setzero_si256();
+      list_groups<true, kRows>(a, stride, groups, plan, sums);
+      for (int i = 0; i < kRows; ++i) plan.start[i] = signed_start(a + i * stride, groups, plan, sums[i]);
+    } else {
+      plan.offset = 128;
+      list_groups<false, kRows>(a, stride, groups, plan, nullptr);
+      for (int i = 0; i < kRows; ++i) {
+        plan.start[i] = 0;
+        make_unsigned(a + i * stride, groups);
+      }
+    }
+  }
+
+  // By every fourth 8 groups: whichever it is, the bits are the same.
+  template <int kRows>
+  static bool prefers_signed(const uint8_t* a, int64_t stride, int64_t groups) {
+    int gain = 0;
+    V::I sums[kRows];
+    for (V::I& sum : sums) sum = _mm256_setzero_si256();
+    for (int64_t g = 0; g < groups; g += 32) {
+      gain += fits<true, kRows>(a + g * kGroupBytes, stride, groups - g, sums).gain();
+      gain -= fits<false, kRows>(a + g * kGroupBytes, stride, groups - g, sums).gain();
+    }
+    return gain >= 0;
+  }
+
   // Of 8 groups, a bit each: those whose pairs fit 16 bits, and those that do together with their neighbour.
   struct Fits {
-    uint8_t pairs, quads;
+    int pairs, quads;
 
-    int gain() const { return 2 * __builtin_popcount(pairs) + __builtin_popcount(quads); }
-  };
-  struct Exactness {
-    Fits as_signed, as_unsigned;
+    int gain() const {
+      return 2 * __builtin_popcount(static_cast<unsigned>(pairs)) +
+             __builtin_popcount(static_cast<unsigned>(quads));
+    }
   };
 
   // Bits of the first `groups` of 8.
@@ -226,62 +240,60 @@ struct Dot {
 
   static V::I swap_groups(V::I words) { return _mm256_shuffle_epi32(words, 0xB1); }
 
-  // Bits of the lanes that are zero.
-  static int zero_lanes(V::I x) {
-    return _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(x, _mm256_setzero_si256())));
+  // Bits of the lanes whose two words are both within the bound.
+  static int within(V::I words, int16_t bound) {
+    const V::I beyond = _mm256_cmpgt_epi16(words, _mm256_set1_epi16(bound));
+    return _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(beyond, _mm256_setzero_si256())));
   }
 
-  static Exactness exactness_of(const uint8_t* a, int64_t stride, int rows, int64_t groups) {
+  // Of the 8 groups at `a`, of which `groups` are there. Adds up each signed row by 32-bit lanes.
+  template <bool kSigned, int kRows>
+  DYNQUANT_INLINE static Fits fits(const uint8_t* a, int64_t stride, int64_t groups, V::I* row_sums) {
     const V::I ones = _mm256_set1_epi8(1), none = _mm256_set1_epi16(-32768);
     // Largest over the rows, of words that are sums of two neighbours or of four: two and those of the next group.
-    V::I two_magnitude = _mm256_setzero_si256(), two = none, four = none, four_of_one_sign = none;
-    for (int i = 0; i < rows; ++i) {
+    V::I two = none, four = none;
+    DYNQUANT_UNROLL
+    for (int i = 0; i < kRows; ++i) {
       const V::I q = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + i * stride));
-      const V::I sums = _mm256_maddubs_epi16(ones, q);
-      const V::I positive = _mm256_maddubs_epi16(_mm256_max_epi8(q, _mm256_setzero_si256()), ones);
-      const V::I sums_of_four = _mm256_add_epi16(sums, swap_groups(sums));
-      const V::I positive_of_four = _mm256_add_epi16(positive, swap_groups(positive));
-      two_magnitude = _mm256_max_epi16(two_magnitude, _mm256_abs_epi16(sums));
-      two = _mm256_max_epi16(two, sums);
-      four = _mm256_max_epi16(four, sums_of_four);
-      four_of_one_sign = _mm256_max_epi16(
-          four_of_one_sign,
-          _mm256_max_epi16(positive_of_four, _mm256_sub_epi16(positive_of_four, sums_of_four)));
+      const V::I sums = _mm256_maddubs_epi16(ones, q),
+                 sums_of_four = _mm256_add_epi16(sums, swap_groups(sums));
+      if constexpr (kSigned) {
+        row_sums[i] = _mm256_add_epi32(row_sums[i], _mm256_madd_epi16(sums, _mm256_set1_epi16(1)));
+        const V::I positive = _mm256_maddubs_epi16(_mm256_max_epi8(q, _mm256_setzero_si256()), ones);
+        const V::I positive_of_four = _mm256_add_epi16(positive, swap_groups(positive));
+        const V::I negative_of_four = _mm256_sub_epi16(positive_of_four, sums_of_four);
+        two = _mm256_max_epi16(two, _mm256_abs_epi16(sums));
+        four = _mm256_max_epi16(four, _mm256_max_epi16(positive_of_four, negative_of_four));
+      } else {
+        two = _mm256_max_epi16(two, sums);
+        four = _mm256_max_epi16(four, sums_of_four);
+      }
     }
-    const auto within = [](V::I words, int16_t bound) {
-      return zero_lanes(_mm256_cmpgt_epi16(words, _mm256_set1_epi16(bound)));
-    };
     // The sum of q + 128 over two is theirs + 256, over four theirs + 512.
     const int all = present(groups), in_twos = all & (all >> 1) & 0x55, together = in_twos | in_twos << 1;
-    return Exactness{
-        Fits{static_cast<uint8_t>(within(two_magnitude, 128) & all),
-             static_cast<uint8_t>(within(four_of_one_sign, 128) & together)},
-        Fits{static_cast<uint8_t>(within(two, 0) & all), static_cast<uint8_t>(within(four, -256) & together)},
-    };
+    return Fits{within(two, kSigned ? 128 : 0) & all, within(four, kSigned ? 128 : -256) & together};
   }
 
-  // Groups [begin, end); begin is a multiple of 8.
-  static void list_groups(const Exactness* exactness, bool is_signed, int64_t begin, int64_t end,
-                          Part& part) {
-    part.quads.clear();
-    part.pairs.clear();
-    part.rest.clear();
-    for (int64_t g = begin; g < end; g += 8) {
-      const Fits fits = is_signed ? exactness[g / 8].as_signed : exactness[g / 8].as_unsigned;
-      const int alone = present(end - g) & ~fits.quads;
-      part.quads.append(g - begin, fits.quads & 0x55);
-      part.pairs.append(g - begin, alone & fits.pairs);
-      part.rest.append(g - begin, alone & ~fits.pairs);
+  template <bool kSigned, int kRows>
+  static void list_groups(const uint8_t* a, int64_t stride, int64_t groups, Plan& plan, V::I* row_sums) {
+    for (int64_t begin = 0; begin < groups; begin += plan.groups_of_part) {
+      Part& part = part_of(plan, begin);
+      part.quads.clear();
+      part.pairs.clear();
+      part.rest.clear();
+      const int64_t end = least(groups, begin + plan.groups_of_part);
+      for (int64_t g = begin; g < end; g += 8) {
+        const Fits found = fits<kSigned, kRows>(a + g * kGroupBytes, stride, end - g, row_sums);
+        const int alone = present(end - g) & ~found.quads;
+        part.quads.append(g - begin, found.quads & 0x55);
+        part.pairs.append(g - begin, alone & found.pairs);
+        part.rest.append(g - begin, alone & ~found.pairs);
+      }
     }
   }
 
-  // w + 128 adds 128 for each activation of the quads and pairs.
-  static void set_start(const uint8_t* row, int64_t groups, Plan& plan, int i) {
-    V::I sums = _mm256_setzero_si256();
-    for (int64_t g = 0; g < groups; g += 8) {
-      const V::I q = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + g * kGroupBytes));
-      sums = _mm256_add_epi32(sums, sums_of_groups(q));
-    }
+  // w + 128 adds 128 for each activation of the quads and pairs. `sums` are of all that the row has room for.
+  static int32_t signed_start(const uint8_t* row, int64_t groups, const Plan& plan, V::I sums) {
     __m128i others = _mm_setzero_si128();  // the rest, and what lies behind the last group
     const auto leave_out = [&](int64_t g) {
       int32_t q;
@@ -297,7 +309,7 @@ struct Dot {
     int32_t lanes[W], sum = -_mm_cvtsi128_si32(others);
     V::store(lanes, sums);
     for (const int32_t lane : lanes) sum += lane;
-    plan.start[i] = -128 * sum;
+    return -128 * sum;
   }
 
   static V::I sums_of_groups(V::I q) {

@@ -40,7 +40,9 @@ struct Dot {
 
  private:
   static void store_words(uint8_t* p, V::I q0, V::I q1) {
-    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(q0, q1), 0xD8);  // groups in order
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(q0, q1), 0xD8);  // groups in order
+    const __m256i words =
+        _mm256_min_epi16(_mm256_max_epi16(packed, _mm256_set1_epi16(-128)), _mm256_set1_epi16(127));
     const __m256i order = _mm256_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15, 0, 1, 4, 5,
                                            2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_shuffle_epi8(words, order));

@@ -108,8 +108,8 @@ struct Kernels {
   // Rows of `tiles` to the operand with qparams of their own, which go to qparams[m].
   void (*quantize_per_token)(const Rows& x, RowTiles tiles, Operand a, QParams* qparams, float* row);
 
-  // The same with the given qparams; a row with a non-finite element gets the scale NaN where check_rows is
-  // set.
+  // The same with the given qparams: chosen for the range of x, or for another, where check_rows is set; then a row
+  // with a non-finite element gets the scale NaN.
   void (*quantize_per_tensor)(const Rows& x, RowTiles tiles, QParams given, bool check_rows, Operand a,
                               QParams* qparams, float* row);
 

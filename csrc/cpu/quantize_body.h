@@ -8,6 +8,7 @@ void rotate_blocks(const T* x, int64_t k, float* out) {
   int64_t i = 0;
   for (; i + kVectors * W <= k; i += kVectors * W) {
     F v[kVectors];
+    DYNQUANT_UNROLL
     for (int j = 0; j < kVectors; ++j) {
       v[j] = V::load(x + i + j * W);
       if constexpr (kStages >= 1) v[j] = V::butterfly<1>(v[j]);
@@ -15,7 +16,9 @@ void rotate_blocks(const T* x, int64_t k, float* out) {
       if constexpr (kStages >= 3 && W >= 8) v[j] = V::template butterfly<4>(v[j]);
       if constexpr (kStages >= 4 && W >= 16) v[j] = V::template butterfly<8>(v[j]);
     }
+    DYNQUANT_UNROLL
     for (int stride = 1; stride < kVectors; stride *= 2) {
+      DYNQUANT_UNROLL
       for (int j = 0; j < kVectors; ++j) {
         if (j & stride) continue;
         const F a = v[j], b = v[j + stride];
@@ -23,6 +26,7 @@ void rotate_blocks(const T* x, int64_t k, float* out) {
         v[j + stride] = V::sub(a, b);
       }
     }
+    DYNQUANT_UNROLL
     for (int j = 0; j < kVectors; ++j) V::store(out + i + j * W, v[j]);
   }
   if (i < k) {  // only blocks smaller than a vector leave a rest, and it holds whole blocks
@@ -79,58 +83,39 @@ void rotate(const Rows& x, int64_t m, float* out) {
 
 // ---- range ---------------------------------------------------------------------------------------------------------
 
-// Running minimum, maximum and largest magnitude. minps and maxps drop a NaN, so it is found among the magnitudes:
-// as integers, NaNs are larger than every number.
-struct RangeLanes {
-  F lo, hi;
-  I magnitude;
-
-  DYNQUANT_INLINE RangeLanes() : lo(V::broadcast(0.0f)), hi(lo), magnitude(V::broadcast(0)) {}
-
-  DYNQUANT_INLINE void take(F x) {
-    lo = V::min(lo, x);
-    hi = V::max(hi, x);
-    magnitude = V::max(magnitude, V::bit_and(V::as_int(x), V::broadcast(0x7fffffff)));
-  }
-};
-
-constexpr int32_t kInfinityBits = 0x7f800000;
-
-int32_t largest_lane(I x) {
-  int32_t lanes[W], largest = 0;
-  V::store(lanes, x);
-  for (int i = 0; i < W; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
-  return largest;
-}
-
 Range merge(Range a, Range b) {
   if (a.lo != a.lo || b.lo != b.lo) return Range{__builtin_nanf(""), __builtin_nanf("")};
   return Range{b.lo < a.lo ? b.lo : a.lo, b.hi > a.hi ? b.hi : a.hi};
 }
 
-Range reduce(const RangeLanes& lanes) {
-  if (largest_lane(lanes.magnitude) > kInfinityBits) return Range{__builtin_nanf(""), __builtin_nanf("")};
-  float lo[W], hi[W];
-  V::store(lo, lanes.lo);
-  V::store(hi, lanes.hi);
-  Range range{lo[0], hi[0]};
-  for (int i = 1; i < W; ++i) range = merge(range, Range{lo[i], hi[i]});
-  return Range{range.lo + 0.0f, range.hi + 0.0f};  // no -0.0
-}
-
+// minps and maxps drop a NaN, so NaNs are looked for, in two vectors at a time.
 template <typename T>
 Range span_range(const T* x, int64_t k) {
-  RangeLanes even, odd;  // two chains: min and max take four cycles on some CPUs
+  constexpr int kChains = 4;  // min and max take four cycles on some CPUs
+  F lo[kChains], hi[kChains];
+  for (int j = 0; j < kChains; ++j) lo[j] = hi[j] = V::broadcast(0.0f);
+  typename V::Mask nan = V::unordered(lo[0], lo[0]);
   int64_t i = 0;
-  for (; i + 2 * W <= k; i += 2 * W) {
-    even.take(V::load(x + i));
-    odd.take(V::load(x + i + W));
+  for (; i + kChains * W <= k; i += kChains * W) {
+    F v[kChains];
+    DYNQUANT_UNROLL
+    for (int j = 0; j < kChains; ++j) {
+      v[j] = V::load(x + i + j * W);
+      lo[j] = V::min(lo[j], v[j]);
+      hi[j] = V::max(hi[j], v[j]);
+      if (j % 2 == 1) nan = V::either(nan, V::unordered(v[j - 1], v[j]));
+    }
   }
-  for (; i < k; i += W) even.take(i + W <= k ? V::load(x + i) : load_part(x + i, k - i));
-  even.lo = V::min(even.lo, odd.lo);
-  even.hi = V::max(even.hi, odd.hi);
-  even.magnitude = V::max(even.magnitude, odd.magnitude);
-  return reduce(even);
+  for (; i < k; i += W) {
+    const F v = i + W <= k ? V::load(x + i) : load_part(x + i, k - i);
+    lo[0] = V::min(lo[0], v);
+    hi[0] = V::max(hi[0], v);
+    nan = V::either(nan, V::unordered(v, v));
+  }
+  if (V::any(nan)) return Range{__builtin_nanf(""), __builtin_nanf("")};
+  const F lows = V::min(V::min(lo[0], lo[1]), V::min(lo[2], lo[3]));
+  const F highs = V::max(V::max(hi[0], hi[1]), V::max(hi[2], hi[3]));
+  return Range{V::lowest_lane(lows) + 0.0f, V::highest_lane(highs) + 0.0f};  // no -0.0
 }
 
 Range min_max(const Rows& x, int64_t m0, int64_t m1, float* row) {
@@ -143,8 +128,15 @@ Range min_max(const Rows& x, int64_t m0, int64_t m1, float* row) {
 
 // ---- quantize ------------------------------------------------------------------------------------------------------
 
-// round(x / scale) + zero_point clamped to [-128, 127]. The clamp comes first (its bounds are integers, so the result
-// is the same), since a large float would not fit the int that round makes.
+// What is known of the numbers that are quantized.
+enum class Values {
+  kInRange,  // that the qparams were chosen for: whole steps leave [-128, 127] by rounding alone
+  kFinite,
+  kAny,
+};
+
+// round(x / scale) + zero_point, for whoever saturates it to [-128, 127]. Values out of range are clamped first (the
+// bounds are integers, so the result is the same): a large float would not fit the int that round makes.
 struct Quantizer {
   F inv_scale, low, high, nan;
   I zero_point;
@@ -156,25 +148,27 @@ struct Quantizer {
         nan(V::broadcast(-static_cast<float>(q.zero_point))),
         zero_point(V::broadcast(q.zero_point)) {}
 
-  template <bool kMayBeNan>
+  template <Values kValues>
   I quantize(F x) const {
-    const F steps = V::mul(x, inv_scale);
-    F clamped = V::min(V::max(steps, low), high);
-    if constexpr (kMayBeNan) clamped = V::select(V::unordered(steps), nan, clamped);
-    return V::add(V::round(clamped), zero_point);
+    const F exact = V::mul(x, inv_scale);
+    F steps = exact;
+    if constexpr (kValues != Values::kInRange) steps = V::min(V::max(steps, low), high);
+    if constexpr (kValues == Values::kAny) steps = V::select(V::unordered(exact, exact), nan, steps);
+    return V::add(V::round(steps), zero_point);
   }
 };
 
-// Quantizes chunk by chunk; put(i, q0, q1, q2, q3) takes elements [i, i + kChunk), zeros beyond k quantized too.
-template <bool kMayBeNan, typename T, typename Put>
+// Quantizes chunk by chunk; put(i, q0, q1, q2, q3) takes elements [i, i + kChunk), zeros beyond k quantized too, and
+// saturates them.
+template <Values kValues, typename T, typename Put>
 void quantize_chunks(const T* x, int64_t k, QParams qparams, Put put) {
   const Quantizer quantizer(qparams);
   int64_t i = 0;
   const auto chunk = [&](const T* p) {
-    put(i, quantizer.template quantize<kMayBeNan>(V::load(p)),
-        quantizer.template quantize<kMayBeNan>(V::load(p + W)),
-        quantizer.template quantize<kMayBeNan>(V::load(p + 2 * W)),
-        quantizer.template quantize<kMayBeNan>(V::load(p + 3 * W)));
+    put(i, quantizer.template quantize<kValues>(V::load(p)),
+        quantizer.template quantize<kValues>(V::load(p + W)),
+        quantizer.template quantize<kValues>(V::load(p + 2 * W)),
+        quantizer.template quantize<kValues>(V::load(p + 3 * W)));
   };
   for (; i + kChunk <= k; i += kChunk) chunk(x + i);
   if (i < k) {
@@ -221,13 +215,14 @@ void quantize(const Rows& x, int64_t m, QParams qparams, int8_t* q, float* row) 
     for (int64_t i = 0; i < x.k; ++i) q[i] = 0;
     return;
   }
-  with_row(x, m, row, [&](const auto* data) { quantize_chunks<true>(data, x.k, qparams, PutInt8{q, x.k}); });
+  with_row(x, m, row,
+           [&](const auto* data) { quantize_chunks<Values::kAny>(data, x.k, qparams, PutInt8{q, x.k}); });
 }
 
-template <typename T>
+template <Values kValues, typename T>
 void quantize_operand_row(const T* data, int64_t k, QParams qparams, uint8_t* row) {
   if (qparams.scale != qparams.scale) return zero_operand_row(row, k);
-  quantize_chunks<false>(data, k, qparams, PutOperand{row});
+  quantize_chunks<kValues>(data, k, qparams, PutOperand{row});
 }
 
 // ---- row tiles -----------------------------------------------------------------------------------------------------
@@ -273,10 +268,26 @@ void fill_operand(Operand a, int64_t k, RowTiles tiles, const Put& put) {
 }
 
 void quantize_per_token(const Rows& x, RowTiles tiles, Operand a, QParams* qparams, float* row) {
+  if (x.rotation_block > 0) {
+    return fill_operand(a, x.k, tiles, [&](int64_t m) {
+      with_row(x, m, row, [&](const auto* data) {
+        qparams[m] = choose_qparams(span_range(data, x.k));
+        quantize_operand_row<Values::kInRange>(data, x.k, qparams[m], a.data + m * a.stride);
+      });
+    });
+  }
+  // The next row's range is found before a row is quantized: qparams are a chain of divisions, which takes its time.
+  const int64_t end = TileRows(tiles.m).first(tiles.end);
+  Range next{0.0f, 0.0f};
+  const auto find_range = [&](int64_t m) {
+    if (m < end) with_row(x, m, row, [&](const auto* data) { next = span_range(data, x.k); });
+  };
+  find_range(TileRows(tiles.m).first(tiles.begin));
   fill_operand(a, x.k, tiles, [&](int64_t m) {
+    qparams[m] = choose_qparams(next);
+    find_range(m + 1);
     with_row(x, m, row, [&](const auto* data) {
-      qparams[m] = choose_qparams(span_range(data, x.k));
-      quantize_operand_row(data, x.k, qparams[m], a.data + m * a.stride);
+      quantize_operand_row<Values::kInRange>(data, x.k, qparams[m], a.data + m * a.stride);
     });
   });
 }
@@ -291,7 +302,9 @@ void quantize_per_tensor(const Rows& x, RowTiles tiles, QParams given, bool chec
         const bool finite = range.lo - range.lo == 0.0f && range.hi - range.hi == 0.0f;
         if (!finite) qparams[m] = QParams{__builtin_nanf(""), 0};
       }
-      quantize_operand_row(data, x.k, qparams[m], a.data + m * a.stride);
+      uint8_t* to = a.data + m * a.stride;
+      check_rows ? quantize_operand_row<Values::kFinite>(data, x.k, qparams[m], to)
+                 : quantize_operand_row<Values::kInRange>(data, x.k, qparams[m], to);
     });
   });
 }
@@ -331,7 +344,9 @@ float weight_range(const Rows& w, int64_t m, float* row) {
       magnitude = V::max(magnitude, V::bit_and(V::as_int(x), V::broadcast(0x7fffffff)));
     }
   });
-  const int32_t bits = largest_lane(magnitude);
+  int32_t lanes[W], bits = 0;
+  V::store(lanes, magnitude);
+  for (const int32_t lane : lanes) bits = lane > bits ? lane : bits;
   float largest;
   __builtin_memcpy(&largest, &bits, sizeof(largest));
   return largest;

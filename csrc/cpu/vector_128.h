@@ -72,8 +72,13 @@ struct V {
   static F convert(I x) { return __builtin_convertvector(x, F); }
 
   static Mask less(F a, F b) { return a < b; }
-  static Mask unordered(F a) { return a != a; }
+  static Mask unordered(F a, F b) { return (a != a) | (b != b); }
+  static Mask either(Mask a, Mask b) { return a | b; }
+  static bool any(Mask mask) { return (mask[0] | mask[1] | mask[2] | mask[3]) != 0; }
   static F select(Mask mask, F yes, F no) { return mask ? yes : no; }
+
+  static float lowest_lane(F x) { return least(least(x[0], x[1]), least(x[2], x[3])); }
+  static float highest_lane(F x) { return -lowest_lane(-x); }
 
   // (a, b) -> (a + b, a - b) for elements `stride` apart.
   template <int stride>
@@ -86,15 +91,18 @@ struct V {
   // 16 values in [-128, 127] to bytes, in order.
   static void store_bytes(int8_t* p, I q0, I q1, I q2, I q3) {
     for (int i = 0; i < kLanes; ++i) {
-      p[i] = static_cast<int8_t>(q0[i]);
-      p[i + 4] = static_cast<int8_t>(q1[i]);
-      p[i + 8] = static_cast<int8_t>(q2[i]);
-      p[i + 12] = static_cast<int8_t>(q3[i]);
+      p[i] = to_byte(q0[i]);
+      p[i + 4] = to_byte(q1[i]);
+      p[i + 8] = to_byte(q2[i]);
+      p[i + 12] = to_byte(q3[i]);
     }
   }
   static I load_bytes(const int8_t* p) { return I{p[0], p[1], p[2], p[3]}; }
 
  private:
+  static float least(float a, float b) { return a < b ? a : b; }
+  static int8_t to_byte(int32_t q) { return static_cast<int8_t>(q < -128 ? -128 : q > 127 ? 127 : q); }
+
   typedef uint32_t U __attribute__((vector_size(16)));
   static U as_unsigned(I x) { return reinterpret_cast<U>(x); }
   static I as_signed(U x) { return reinterpret_cast<I>(x); }

@@ -59,8 +59,21 @@ struct V {
   static F convert(I x) { return _mm256_cvtepi32_ps(x); }
 
   static Mask less(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
-  static Mask unordered(F a) { return _mm256_cmp_ps(a, a, _CMP_UNORD_Q); }
+  static Mask unordered(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_UNORD_Q); }
+  static Mask either(Mask a, Mask b) { return _mm256_or_ps(a, b); }
+  static bool any(Mask mask) { return _mm256_movemask_ps(mask) != 0; }
   static F select(Mask mask, F yes, F no) { return _mm256_blendv_ps(no, yes, mask); }
+
+  static float lowest_lane(F x) {
+    __m128 low = _mm_min_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    low = _mm_min_ps(low, _mm_movehl_ps(low, low));
+    return _mm_cvtss_f32(_mm_min_ss(low, _mm_movehdup_ps(low)));
+  }
+  static float highest_lane(F x) {
+    __m128 high = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    high = _mm_max_ps(high, _mm_movehl_ps(high, high));
+    return _mm_cvtss_f32(_mm_max_ss(high, _mm_movehdup_ps(high)));
+  }
 
   // (a, b) -> (a + b, a - b) for elements `stride` apart: a - b is a + (-b), and the sum commutes.
   template <int stride>
@@ -79,7 +92,7 @@ struct V {
     }
   }
 
-  // 32 values in [-128, 127] to bytes, in order.
+  // 32 values to bytes, saturated, in order.
   static void store_bytes(int8_t* p, I q0, I q1, I q2, I q3) {
     const __m256i words01 = _mm256_packs_epi32(q0, q1), words23 = _mm256_packs_epi32(q2, q3);
     const __m256i bytes = _mm256_packs_epi16(words01, words23);

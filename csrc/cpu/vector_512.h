@@ -57,8 +57,13 @@ struct V {
   static F convert(I x) { return _mm512_cvtepi32_ps(x); }
 
   static Mask less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
-  static Mask unordered(F a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
+  static Mask unordered(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q); }
+  static Mask either(Mask a, Mask b) { return static_cast<Mask>(a | b); }
+  static bool any(Mask mask) { return mask != 0; }
   static F select(Mask mask, F yes, F no) { return _mm512_mask_blend_ps(mask, no, yes); }
+
+  static float lowest_lane(F x) { return _mm512_reduce_min_ps(x); }
+  static float highest_lane(F x) { return _mm512_reduce_max_ps(x); }
 
   // (a, b) -> (a + b, a - b) for elements `stride` apart: b - a of the swapped pair is masked in.
   template <int stride>
@@ -83,7 +88,7 @@ struct V {
   static void store_bytes(int8_t* p, I q0, I q1, I q2, I q3) {
     const I quads[4] = {q0, q1, q2, q3};
     for (int i = 0; i < 4; ++i) {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 16 * i), _mm512_cvtepi32_epi8(quads[i]));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 16 * i), _mm512_cvtsepi32_epi8(quads[i]));
     }
   }
   static I load_bytes(const int8_t* p) {

@@ -160,10 +160,23 @@ inline __m256i cvtepi32_epi16(__m512i x) {  // truncates
   for (int i = 0; i < 16; ++i) lanes[i] = static_cast<uint16_t>(at(x, i));
   return bits<__m256i>(lanes);
 }
-inline __m128i cvtepi32_epi8(__m512i x) {  // truncates
-  uint8_t lanes[16];
-  for (int i = 0; i < 16; ++i) lanes[i] = static_cast<uint8_t>(at(x, i));
-  return bits<__m128i>(lanes);
+inline __m128i cvtsepi32_epi8(__m512i x) {  // saturates
+  int8_t bytes[16];
+  for (int i = 0; i < 16; ++i) {
+    const int32_t lane = signed_at(x, i);
+    bytes[i] = static_cast<int8_t>(lane < -128 ? -128 : lane > 127 ? 127 : lane);
+  }
+  return bits<__m128i>(bytes);
+}
+inline float reduce_min_ps(__m512 x) {
+  float least = at(x, 0);
+  for (int i = 1; i < 16; ++i) least = at(x, i) < least ? at(x, i) : least;
+  return least;
+}
+inline float reduce_max_ps(__m512 x) {
+  float most = at(x, 0);
+  for (int i = 1; i < 16; ++i) most = at(x, i) > most ? at(x, i) : most;
+  return most;
 }
 inline __m512 cvtph_ps(__m256i x) {
   return halves(_mm256_cvtph_ps(half<__m128i>(x, 0)), _mm256_cvtph_ps(half<__m128i>(x, 1)));
@@ -196,6 +209,10 @@ inline __m512 shuffle_f32x4(__m512 a, __m512 b, int order) {
 }
 }  // namespace emulated
 
+#undef _mm256_dpbusd_avx_epi32
+#define _mm256_dpbusd_avx_epi32 emulated::dpbusd
+#undef _mm256_dpbusd_epi32
+#define _mm256_dpbusd_epi32 emulated::dpbusd
 #undef _mm512_add_epi32
 #define _mm512_add_epi32 emulated::add_epi32
 #undef _mm512_add_ps
@@ -210,8 +227,6 @@ inline __m512 shuffle_f32x4(__m512 a, __m512 b, int order) {
 #define _mm512_cmp_ps_mask emulated::cmp_ps_mask
 #undef _mm512_cvtepi32_epi16
 #define _mm512_cvtepi32_epi16 emulated::cvtepi32_epi16
-#undef _mm512_cvtepi32_epi8
-#define _mm512_cvtepi32_epi8 emulated::cvtepi32_epi8
 #undef _mm512_cvtepi32_ps
 #define _mm512_cvtepi32_ps emulated::cvtepi32_ps
 #undef _mm512_cvtepi8_epi32
@@ -224,6 +239,8 @@ inline __m512 shuffle_f32x4(__m512 a, __m512 b, int order) {
 #define _mm512_cvtps_epi32 emulated::cvtps_epi32
 #undef _mm512_cvtps_ph
 #define _mm512_cvtps_ph emulated::cvtps_ph
+#undef _mm512_cvtsepi32_epi8
+#define _mm512_cvtsepi32_epi8 emulated::cvtsepi32_epi8
 #undef _mm512_div_ps
 #define _mm512_div_ps emulated::div_ps
 #undef _mm512_dpbusd_epi32
@@ -250,6 +267,10 @@ inline __m512 shuffle_f32x4(__m512 a, __m512 b, int order) {
 #define _mm512_or_si512 emulated::or_si512
 #undef _mm512_permute_ps
 #define _mm512_permute_ps emulated::permute_ps
+#undef _mm512_reduce_max_ps
+#define _mm512_reduce_max_ps emulated::reduce_max_ps
+#undef _mm512_reduce_min_ps
+#define _mm512_reduce_min_ps emulated::reduce_min_ps
 #undef _mm512_set1_epi32
 #define _mm512_set1_epi32 emulated::set1_epi32
 #undef _mm512_set1_ps
@@ -270,7 +291,3 @@ inline __m512 shuffle_f32x4(__m512 a, __m512 b, int order) {
 #define _mm512_sub_ps emulated::sub_ps
 #undef _mm512_xor_si512
 #define _mm512_xor_si512 emulated::xor_si512
-#undef _mm256_dpbusd_epi32
-#define _mm256_dpbusd_epi32 emulated::dpbusd
-#undef _mm256_dpbusd_avx_epi32
-#define _mm256_dpbusd_avx_epi32 emulated::dpbusd

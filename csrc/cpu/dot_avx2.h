@@ -31,6 +31,8 @@ struct BitsOf {
 };
 constexpr BitsOf kBitsOf;
 
+alignas(32) constexpr int16_t kOnes[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+
 struct Dot {
   // 2 x 4: 8 accumulators + 4 w + 1 a + 1 product + 2 constants of 16 registers. No more rows: the fewer there are, the
   // more of their groups take the cheap products. One row is bound by the reading of the weight.
@@ -47,16 +49,52 @@ struct Dot {
 
   // ---- products of a group ----
 
+  // w + 128 as unsigned bytes, or w again.
+  static V::I flip(V::I w) { return _mm256_xor_si256(w, _mm256_set1_epi8(-128)); }
+
   template <bool kSigned>
   struct Pairs {
     static constexpr int kOperandAt = 0;
 
-    static V::I weight(V::I w) { return kSigned ? _mm256_xor_si256(w, _mm256_set1_epi8(-128)) : w; }
+    static V::I weight(V::I w) { return kSigned ? flip(w) : w; }
+    static V::I weight_of_flipped(V::I w) { return kSigned ? w : flip(w); }
 
     static V::I multiply_add(V::I acc, V::I a, V::I w) { return add_words(acc, words(a, w)); }
 
-    static V::I multiply_add(V::I acc, V::I a0, V::I w0, V::I a1, V::I w1) {
-      return add_words(acc, _mm256_add_epi16(words(a0, w0), words(a1, w1)));
+    // Of a group and the next one.
+    static void multiply_add_two(V::I& acc, const V::I (&a)[2], V::I w0, V::I w1) {
+      acc = add_words(acc, _mm256_add_epi16(words(a[0], w0), words(a[1], w1)));
+    }
+
+    // For two rows, as one piece: GCC 12 would spill accumulators to have more products at a time.
+    static void multiply_add_two(V::I& acc0, V::I& acc1, const V::I (&a0)[2], const V::I (&a1)[2], V::I w0,
+                                 V::I w1) {
+      V::I sum0 = acc0, sum1 = acc1, first, second;  // locals, or GCC keeps the accumulators in memory
+#define DYNQUANT_SIGNED(a, w, to) "vpmaddubsw %[" a "], %[" w "], %[" to "]\n\t"
+#define DYNQUANT_UNSIGNED(a, w, to) "vpmaddubsw %[" w "], %[" a "], %[" to "]\n\t"
+#define DYNQUANT_ADD_TWO(WORDS)                                                                   \
+  __asm__ volatile(                                                                               \
+      WORDS("a00", "w0", "first") WORDS("a01", "w1", "second") /* row 0 */                        \
+      WORDS("a10", "w0", "w0") WORDS("a11", "w1", "w1")        /* row 1 */                        \
+      "vpaddw %[second], %[first], %[first]\n\t"                                                  \
+      "vpaddw %[w1], %[w0], %[w0]\n\t"                                                            \
+      "vpmaddwd %[ones], %[first], %[first]\n\t"                                                  \
+      "vpmaddwd %[ones], %[w0], %[w0]\n\t"                                                        \
+      "vpaddd %[first], %[acc0], %[acc0]\n\t"                                                     \
+      "vpaddd %[w0], %[acc1], %[acc1]"                                                            \
+      : [acc0] "+x"(sum0), [acc1] "+x"(sum1), [w0] "+x"(w0), [w1] "+x"(w1), [first] "=&x"(first), \
+        [second] "=&x"(second)                                                                    \
+      : [a00] "x"(a0[0]), [a01] "x"(a0[1]), [a10] "x"(a1[0]), [a11] "x"(a1[1]), [ones] "m"(kOnes))
+      if constexpr (kSigned) {
+        DYNQUANT_ADD_TWO(DYNQUANT_SIGNED);
+      } else {
+        DYNQUANT_ADD_TWO(DYNQUANT_UNSIGNED);
+      }
+#undef DYNQUANT_ADD_TWO
+#undef DYNQUANT_UNSIGNED
+#undef DYNQUANT_SIGNED
+      acc0 = sum0;
+      acc1 = sum1;
     }
 
    private:
@@ -70,6 +108,7 @@ struct Dot {
     static constexpr int kOperandAt = 0;
 
     static V::I weight(V::I w) { return w; }
+    static V::I weight_of_flipped(V::I w) { return flip(w); }
 
     static V::I multiply_add(V::I acc, V::I a, V::I w) {
       return add_words(acc, _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(w, a)));
@@ -82,6 +121,7 @@ struct Dot {
     static constexpr int kOperandAt = 0;
 
     static V::I weight(V::I w) { return _mm256_srai_epi16(kOdd ? w : _mm256_slli_epi16(w, 8), 8); }
+    static V::I weight_of_flipped(V::I w) { return weight(flip(w)); }
 
     static V::I multiply_add(V::I acc, V::I a, V::I w) {
       const V::I words = kOdd ? _mm256_srli_epi16(a, 8) : _mm256_and_si256(a, _mm256_set1_epi16(0xff));
@@ -125,6 +165,8 @@ struct Dot {
     List<kPartGroups / 2> quads;  // the first group of each two
     List<kPartGroups> pairs, rest;
   };
+
+  static bool takes_flipped(const Plan& plan) { return plan.offset == 0; }
 
   static int64_t groups_of_part(int64_t groups) {
     const int64_t parts = (groups + kPartGroups - 1) / kPartGroups;

@@ -22,6 +22,8 @@
 // Where a tile's weight vectors come from: one after the other in a panel that is as wide as the tile ...
 template <int kVectors>
 struct WidePanel {
+  static constexpr bool kFlipped = false;
+
   const int8_t* b;  // vector 0, group 0
   int64_t group_stride, groups, ahead;
 
@@ -67,6 +69,8 @@ struct PanelPart : WidePanel<kVectors> {
 // ... or from several narrower ones, which lie apart.
 template <int kVectors>
 struct NarrowPanels {
+  static constexpr bool kFlipped = false;
+
   const int8_t* b;
   int64_t group_stride, groups;
   int64_t offset[kVectors];  // of vector j from vector 0
@@ -90,8 +94,10 @@ struct NarrowPanels {
 };
 
 // ... or from a copy in which a tile has its cache lines side by side: those of a wider panel would share L1's sets.
-template <int kVectors>
+// Flipped: of w + 128 as unsigned bytes.
+template <int kVectors, bool kFlip>
 struct GatheredTile {
+  static constexpr bool kFlipped = kFlip;
   static constexpr int64_t group_stride = kVectors * W * 4;
 
   const int8_t* b;
@@ -152,18 +158,21 @@ struct Accumulators {
   // Adds the products of a group and the one behind it, by a step that takes two.
   template <typename Step, typename Tile>
   DYNQUANT_INLINE void add_two_groups(const uint8_t* a, int64_t a_stride, const Tile& w, const int8_t* b) {
-    I b0[kVectors], b1[kVectors];
-    DYNQUANT_UNROLL
-    for (int j = 0; j < kVectors; ++j) {
-      b0[j] = Step::weight(w.load(b, j));
-      b1[j] = Step::weight(w.load(b + w.group_stride, j));
-    }
+    I operands[kRows][2];
     DYNQUANT_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      const I a0 = broadcast_operand(a + i * a_stride);
-      const I a1 = broadcast_operand(a + i * a_stride + Dot::kGroupBytes);
-      DYNQUANT_UNROLL
-      for (int j = 0; j < kVectors; ++j) acc[i][j] = Step::multiply_add(acc[i][j], a0, b0[j], a1, b1[j]);
+      operands[i][0] = broadcast_operand(a + i * a_stride);
+      operands[i][1] = broadcast_operand(a + i * a_stride + Dot::kGroupBytes);
+    }
+    DYNQUANT_UNROLL
+    for (int j = 0; j < kVectors; ++j) {
+      const I w0 = weight<Step>(w, b, j), w1 = weight<Step>(w, b + w.group_stride, j);
+      if constexpr (kRows == 1) {
+        Step::multiply_add_two(acc[0][j], operands[0], w0, w1);
+      } else {
+        static_assert(kRows == 2);
+        Step::multiply_add_two(acc[0][j], acc[1][j], operands[0], operands[1], w0, w1);
+      }
     }
   }
 
@@ -180,6 +189,15 @@ struct Accumulators {
   }
 
  private:
+  template <typename Step, typename Tile>
+  DYNQUANT_INLINE static I weight(const Tile& w, const int8_t* b, int j) {
+    if constexpr (Tile::kFlipped) {
+      return Step::weight_of_flipped(w.load(b, j));
+    } else {
+      return Step::weight(w.load(b, j));
+    }
+  }
+
   DYNQUANT_INLINE static I broadcast_operand(const uint8_t* a) {
     int32_t bytes;
     __builtin_memcpy(&bytes, a, sizeof(bytes));
@@ -190,7 +208,7 @@ struct Accumulators {
   DYNQUANT_INLINE void add_step(const uint8_t* a, int64_t a_stride, const Tile& w, const int8_t* b) {
     I bv[kVectors];
     DYNQUANT_UNROLL
-    for (int j = 0; j < kVectors; ++j) bv[j] = Step::weight(w.load(b, j));
+    for (int j = 0; j < kVectors; ++j) bv[j] = weight<Step>(w, b, j);
     DYNQUANT_UNROLL
     for (int i = 0; i < kRows; ++i) {
       const I av = broadcast_operand(a + i * a_stride + Step::kOperandAt);
@@ -513,9 +531,9 @@ struct FetchEvenly {
   }
 };
 
-template <typename Sink, typename D>
+template <typename Sink, typename D, bool kFlip>
 struct GatheredBody {
-  using Gathered = GatheredTile<kWideVectors>;
+  using Gathered = GatheredTile<kWideVectors, kFlip>;
   static constexpr int64_t kTiles = kBlock / kWidth;
 
   const Sink& sink;
@@ -537,7 +555,10 @@ struct GatheredBody {
       for (int i = 0; i < kTiles; ++i) {
         int32_t* to = reinterpret_cast<int32_t*>(gathered(i) + g * Gathered::group_stride);
         DYNQUANT_UNROLL
-        for (int j = 0; j < kWideVectors; ++j) V::store(to + j * W, from.load(b, i * kWideVectors + j));
+        for (int j = 0; j < kWideVectors; ++j) {
+          const I w = from.load(b, i * kWideVectors + j);
+          V::store(to + j * W, kFlip ? D::flip(w) : w);
+        }
       }
       b += from.group_stride;
     }
@@ -572,10 +593,10 @@ struct GatheredBody {
   }
 };
 
-template <typename Sink, typename D = Dot>
+template <bool kFlip, typename Sink, typename D = Dot>
 void gemm_gathered(const Sink& sink, int8_t* scratch, RowTiles tiles, int64_t block) {
   if constexpr (D::kPlans) {
-    using Body = GatheredBody<Sink, D>;
+    using Body = GatheredBody<Sink, D, kFlip>;
     const TileRows cut(tiles.m);
     const int64_t groups = (sink.w.k + 3) / 4, part = D::groups_of_part(groups);
     const int64_t first_row = cut.first(tiles.begin), rows = cut.first(tiles.end) - first_row;
@@ -650,8 +671,15 @@ void gemm_parts(const Sink& sink, int8_t* scratch, RowTiles tiles, int64_t block
 
 template <typename D = Dot>
 int64_t gemm_scratch(int64_t m, int64_t k, int64_t rows) {
-  if constexpr (D::kPlans) return m > kFewRows ? GatheredBody<LinearSink, D>::scratch_bytes(rows) : 0;
+  if constexpr (D::kPlans) return m > kFewRows ? GatheredBody<LinearSink, D, false>::scratch_bytes(rows) : 0;
   return takes_parts(m, k) ? rows * kBlock * 4 : 0;
+}
+
+// Whether the first tile's products take w + 128: most of the others' do then.
+template <typename D = Dot>
+bool takes_flipped(Operand a, RowTiles tiles) {
+  if constexpr (D::kPlans) return tiles.begin < tiles.end && D::takes_flipped(plan_of<D>(a, tiles.begin));
+  return false;
 }
 
 // A tile's weights stay in L1, or in L2 where K is large, while all rows go by.
@@ -659,11 +687,12 @@ template <typename Sink>
 void gemm(const Sink& sink, int8_t* scratch, RowTiles tiles, int64_t block0, int64_t block1) {
   const int64_t end = least(block1 * kBlock, sink.w.n);
   const bool gathers = sink.a.plan_stride > 0 && sink.w.panel == kBlock;
+  const bool flips = gathers && takes_flipped(sink.a, tiles);
   const bool parts = takes_parts(tiles.m, sink.w.k) && sink.w.panel == kBlock;
   const int64_t width = gathers || parts ? kBlock : tiles.m == 1 ? Dot::kVectors<1> * W : kWidth;
   for (int64_t c = block0 * kBlock; c < end; c += width) {
     if (gathers) {
-      gemm_gathered(sink, scratch, tiles, c);
+      flips ? gemm_gathered<true>(sink, scratch, tiles, c) : gemm_gathered<false>(sink, scratch, tiles, c);
     } else if (parts) {
       gemm_parts(sink, scratch, tiles, c);
     } else {

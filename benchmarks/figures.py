@@ -112,6 +112,7 @@ def judge(results: Results) -> list[Figure]:
     _small_m_figures(judge, rows)
     _rival_figures(judge, rows)
     _avx2_figure(judge, results.get("avx2", []))
+    _addition_figures(judge, results.get("additions", []))
     _weight_figures(judge, results)
     _encoder_figures(judge, results.get("encoder", {}))
     _busy_figures(judge, results.get("busy", {}))
@@ -240,6 +241,34 @@ def _weight_figures(judge: _Judge, results: Results) -> None:
         "<= 1.10",
         f"{most:.3f}" if most else "-",
         most <= 1.1 if most else None,
+    )
+
+
+def _addition_figures(judge: _Judge, rows: Sequence[Results]) -> None:
+    for what, measured, target in (
+        ("M >= 16, N >= 768", [row for row in rows if row["M"] >= 16 and row["N"] >= 768], 0.05),
+        ("M = 1", [row for row in rows if row["M"] == 1], 0.15),
+    ):
+        shares = [(row["rotation_us"] / row["plain_us"], _name(row)) for row in measured]
+        worst = max(shares, default=None)
+        judge.add(
+            "8",
+            f"rotation, {what}, share of the whole call",
+            f"<= {target}",
+            f"highest {worst[0]:.3f} ({worst[1]})" if worst else "-",
+            worst[0] <= target if worst else None,
+        )
+    gelus = [
+        (row["epilogues"]["gelu"]["us"] / row["epilogues"]["gelu"]["torch_us"], _name(row)) for row in rows
+    ]
+    slowest = max(gelus, default=None)
+    judge.add(
+        "8",
+        "gelu epilogue, time of torch's gelu",
+        "<= 1/6",
+        f"highest {slowest[0]:.2f} ({slowest[1]})" if slowest else "-",
+        slowest[0] <= 1 / 6 if slowest else None,
+        for_vnni=True,
     )
 
 

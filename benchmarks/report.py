@@ -46,6 +46,8 @@ def markdown(results: Results, figures: Sequence[Figure]) -> str:
     if results.get("avx2"):
         parts.append("## Forced to AVX2\n")
         parts += [_linear(results["avx2"], threads) for threads in _threads(results["avx2"])]
+    if results.get("additions"):
+        parts.append(_additions(results["additions"]))
     if results.get("kernels"):
         parts.append(_kernels(results["kernels"]))
     if results.get("memory"):
@@ -135,6 +137,29 @@ def _errors(rows: Sequence[Results]) -> str:
                 errors.setdefault(name, []).append(entry["error"])
     body = [[name, f"{100 * min(values):.2f} - {100 * max(values):.2f} %"] for name, values in errors.items()]
     return "Relative error of the output against float64, normal data:\n\n" + _table(("", "error"), body)
+
+
+def _additions(rows: Sequence[Results]) -> str:
+    body = [
+        [
+            f"{row['M']}, {row['K']}, {row['N']}",
+            _us(row["plain_us"]),
+            f"{row['rotation_us']:.1f} ({_percent(row['rotation_us'] / row['plain_us'])})",
+            *(f"{added['us']:.1f} ({added['torch_us']:.1f})" for added in row["epilogues"].values()),
+        ]
+        for row in rows
+    ]
+    heads = (
+        "M, K, N",
+        "per_token µs",
+        "rotation adds µs",
+        *(f"{name} adds µs" for name in rows[0]["epilogues"]),
+    )
+    note = (
+        "1 thread, differences of medians of interleaved calls; in brackets the rotation's share of the call "
+        "and the time of torch's own function on the same output.\n\n"
+    )
+    return "## What options add\n\n" + note + _table(heads, body)
 
 
 def _kernels(kernels: Sequence[Results]) -> str:

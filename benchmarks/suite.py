@@ -20,9 +20,22 @@ import torch
 import dynquant
 from dynquant import _extension
 
-from . import busy, encoder, figures, kernels, linear, machine, memory, plot, report, rivals, roofline
+from . import (
+    additions,
+    busy,
+    encoder,
+    figures,
+    kernels,
+    linear,
+    machine,
+    memory,
+    plot,
+    report,
+    rivals,
+    roofline,
+)
 
-SECTIONS = ("linear", "avx2", "kernels", "memory", "encoder", "busy")
+SECTIONS = ("linear", "avx2", "additions", "kernels", "memory", "encoder", "busy")
 QUICK_LIMIT = 1 << 28  # multiply-accumulates
 
 
@@ -185,6 +198,9 @@ def _section(section: str, options: Options) -> Any:
         )
     if section == "avx2":
         return _avx2(options)
+    if section == "additions":
+        rows = [row for row in additions.ROWS if not options.quick or math.prod(row) < QUICK_LIMIT]
+        return additions.run(rows, rounds=rounds, seconds=seconds, tell=tell)
     if section == "kernels":
         largest = 1 << 20 if options.quick else None
         return kernels.run(

@@ -14,7 +14,20 @@ import pytest
 import torch
 
 import dynquant
-from benchmarks import busy, figures, kernels, linear, machine, memory, plot, report, rivals, roofline, suite
+from benchmarks import (
+    additions,
+    busy,
+    figures,
+    kernels,
+    linear,
+    machine,
+    memory,
+    plot,
+    report,
+    rivals,
+    roofline,
+    suite,
+)
 from dynquant import _extension, timing
 
 EXTENSION = _extension.extension
@@ -166,6 +179,13 @@ def test_kernels_are_checked_and_reported() -> None:
         f"{op} {scheme}" for op in ("min_max", "quantize") for scheme in ("per_token", "per_tensor")
     }
     assert all(entry["us"] > 0 and entry["rate"] >= 0 for entry in results)
+
+
+def test_additions_are_checked_and_reported() -> None:
+    (row,) = additions.run([(2, 8, 16)], rounds=1, seconds=0.0001, tell=lambda line: None)
+    assert (row["M"], row["K"], row["N"], row["threads"]) == (2, 8, 16, 1)
+    assert row["plain_us"] > 0
+    assert set(row["epilogues"]) == {"relu", "gelu", "gelu_tanh", "silu"}
 
 
 def test_spinning_processes_spin_and_end() -> None:
@@ -326,10 +346,20 @@ def test_report_of_every_section(tmp_path: Path) -> None:
         "unit": "GB/s",
         "limit": None,
     }
+    addition = {
+        "M": 16,
+        "K": 8,
+        "N": 768,
+        "threads": 1,
+        "plain_us": 50.0,
+        "rotation_us": 2.0,
+        "epilogues": {"gelu": {"us": 3.0, "torch_us": 6.0}},
+    }
     results = _results(["avx2"]) | {
         "machine": machine.describe(),
         "command": "python -m dynquant bench",
         "peaks": {"1": {"int8 avx2 GOPS": 200.0}},
+        "additions": [addition],
         "kernels": [op],
         "memory": {"layers": [{"K": 1, "N": 2, "bytes_a_weight": 1.0}], "process_growth_4096x4096": 1.01},
         "encoder": {"sentences": 38, "threads": {"1": [version, other]}},
@@ -338,6 +368,9 @@ def test_report_of_every_section(tmp_path: Path) -> None:
     text = report.markdown(results, figures.judge(results))
     assert "10.0 (0.50 x, 1.00 x)" in text
     assert "1.010 bytes a weight" in text
+    assert "| 16, 8, 768 | 50.0 | 2.0 (4 %) | 3.0 (6.0) |" in text
+    assert "highest 0.040 (16x8x768) | met" in text
+    assert "highest 0.50 (16x8x768) | not measurable" in text
     assert "| 1, 3, 3 | 5.0 → 6.0 (7.0) |" in text
     plot.plot(results, tmp_path / "picture.svg")
     assert "<svg" in (tmp_path / "picture.svg").read_text()

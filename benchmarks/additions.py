@@ -1,0 +1,74 @@
+"""What options add to a call: the rotation, and an epilogue beside torch's own function after the layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import dynquant
+from dynquant.timing import compare
+
+from .linear import Row, layer_and_input
+
+ROWS: tuple[Row, ...] = (
+    (1, 768, 768),
+    (1, 768, 3072),
+    (16, 768, 768),
+    (16, 768, 3072),
+    (128, 384, 1536),
+    (128, 768, 3072),
+)
+EPILOGUES: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def _row(row: Row, threads: int, rounds: int, seconds: float) -> dict[str, Any]:
+    """Medians in microseconds: the plain layer, what each option adds, torch's functions alone."""
+    m, k, n = row
+    linear, x = layer_and_input(m, k, n)
+    plain = dynquant.QLinear.from_float(linear)
+    calls: dict[str, Callable[[], object]] = {
+        "plain": partial(plain, x),
+        "rotation": partial(dynquant.QLinear.from_float(linear, rotation="hadamard"), x),
+    }
+    with torch.inference_mode():
+        y = plain(x)
+        for name, function in EPILOGUES.items():
+            fused = dynquant.QLinear.from_float(linear, epilogue=name)
+            if not torch.allclose(fused(x), function(y), rtol=1e-5, atol=1e-6):
+                raise AssertionError(f"epilogue {name} is wrong at M = {m}, K = {k}, N = {n}")
+            calls[name] = partial(fused, x)
+            calls[f"torch {name}"] = partial(function, y)
+    times = compare(calls, threads=threads, rounds=rounds, seconds=seconds)
+    us = {name: timing.median_us for name, timing in times.items()}
+    return {
+        "M": m,
+        "K": k,
+        "N": n,
+        "threads": threads,
+        "plain_us": us["plain"],
+        "rotation_us": us["rotation"] - us["plain"],
+        "epilogues": {
+            name: {"us": us[name] - us["plain"], "torch_us": us[f"torch {name}"]} for name in EPILOGUES
+        },
+    }
+
+
+def run(
+    rows: Sequence[Row], *, rounds: int, seconds: float, tell: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """One entry a row, 1 thread."""
+    results = []
+    for row in rows:
+        results.append(_row(row, 1, rounds, seconds))
+        tell(f"{'x'.join(map(str, row))} options done")
+    return results

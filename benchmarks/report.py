@@ -156,7 +156,7 @@ def _additions(rows: Sequence[Results]) -> str:
         *(f"{name} adds µs" for name in rows[0]["epilogues"]),
     )
     note = (
-        "1 thread, differences of medians of interleaved calls; in brackets the rotation's share of the call "
+        "1 thread, medians of the differences between calls in turns; in brackets the rotation's share of the call "
         "and the time of torch's own function on the same output.\n\n"
     )
     return "## What options add\n\n" + note + _table(heads, body)

@@ -156,8 +156,8 @@ def _additions(rows: Sequence[Results]) -> str:
         *(f"{name} adds µs" for name in rows[0]["epilogues"]),
     )
     note = (
-        "1 thread, medians of the differences between calls in turns; in brackets the rotation's share of the call "
-        "and the time of torch's own function on the same output.\n\n"
+        "1 thread, medians of the differences between calls in turns; in brackets the rotation's share of "
+        "the call and the time of torch's own function on the same output.\n\n"
     )
     return "## What options add\n\n" + note + _table(heads, body)
 

@@ -102,7 +102,8 @@ QParams choose_qparams(Range range) {
   const float width = range.hi / 255.0f - range.lo / 255.0f;
   const float scale = width < 0x1p-126f ? 0x1p-126f : width;
   const float inv_scale = 1.0f / scale;
-  const long zero_point = std::lrint(-128.0f - range.lo * inv_scale);  // of no more than 256
+  const long zero_point =
+      std::lrint(-128.0f - range.lo * inv_scale);  // x86 rounds it to nearest even in one instruction
   return QParams{scale, static_cast<int32_t>(std::clamp(zero_point, -128l, 127l))};
 }
 

@@ -431,6 +431,7 @@ struct Int8MmSink {
   }
 };
 
+// What a plan's steps fetch meanwhile: here nothing, over gathered weights FetchEvenly.
 struct FetchNothing {
   DYNQUANT_INLINE void over(int64_t) {}
   DYNQUANT_INLINE void step() {}

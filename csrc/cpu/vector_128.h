@@ -88,7 +88,7 @@ struct V {
     return F{x[0] + x[2], x[1] + x[3], x[0] - x[2], x[1] - x[3]};
   }
 
-  // 16 values in [-128, 127] to bytes, in order.
+  // 16 values to bytes, saturated, in order.
   static void store_bytes(int8_t* p, I q0, I q1, I q2, I q3) {
     for (int i = 0; i < kLanes; ++i) {
       p[i] = to_byte(q0[i]);

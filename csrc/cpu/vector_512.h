@@ -84,7 +84,7 @@ struct V {
     }
   }
 
-  // 64 values in [-128, 127] to bytes, in order.
+  // 64 values to bytes, saturated, in order.
   static void store_bytes(int8_t* p, I q0, I q1, I q2, I q3) {
     const I quads[4] = {q0, q1, q2, q3};
     for (int i = 0; i < 4; ++i) {

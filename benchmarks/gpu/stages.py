@@ -15,6 +15,7 @@ from typing import Any
 
 TAIL = 4000  # characters of a stage's output that a failure quotes
 GRACE_S = 3.0  # from SIGTERM to SIGKILL
+KILL_S = 10.0  # from SIGKILL to the end, which a driver can hold up
 LEAST_S = 2.0  # with less than this left a stage is not started
 
 
@@ -124,12 +125,26 @@ def _run_one(stage: Stage, limit_s: float, folder: Path, environment: dict[str, 
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the process and everything of its session that still runs."""
-    for sign, patience in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, None)):
+    """End the process and everything of its group that still runs; the next stage has the card to itself."""
+    for sign, patience in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, KILL_S)):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, sign)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(patience)
+    end = time.monotonic() + KILL_S
+    while _runs(process.pid) and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def _runs(group: int) -> bool:
+    """Whether a process of a group still runs; one that has ended may wait to be reaped by another."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            # After the name, which may hold anything: state, parent, group.
+            state, _, its_group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state not in "ZX":
+                return True
+    return False
 
 
 def _tail(log: Path) -> str:

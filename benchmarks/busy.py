@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dynquant.timing import Timing, settle
+from dynquant.timing import Timing, compare, settle
 
 from . import rivals
 from .linear import Row, layer_and_input
@@ -61,19 +62,22 @@ def _samples(call: Callable[[], object], seconds: float) -> tuple[list[float], f
 def _measure(
     calls: dict[str, Callable[[], object]], rounds: int, seconds: float
 ) -> dict[str, dict[str, float]]:
+    """In turns: whether two threads get two cores at a time changes within a second, and must meet all."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
     cores: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
+    names = list(calls)
+    for turn in range(rounds):
+        start = turn % len(names)
+        for name in names[start:] + names[:start]:
             settle()
-            taken, used = _samples(call, seconds)
+            taken, used = _samples(calls[name], seconds)
             samples[name] += taken
             cores[name].append(used)
     return {
         name: {
             "us": Timing(tuple(taken)).median_us,
             "p90_us": Timing(tuple(taken)).quantile_us(0.9),
-            "cores": max(cores[name]),
+            "cores": statistics.median(cores[name]),
         }
         for name, taken in samples.items()
     }
@@ -92,12 +96,12 @@ def run(
 
     Returns:
         {"threads", "spinning", "rows": [{"M", "K", "N", "quiet": {name: {"us", "p90_us", "cores"}},
-        "busy": as quiet, "left_out": {name: why}}]}
+        "busy": as quiet, "one_thread_us": {name of ours: alone, on one thread}, "left_out": {name: why}}]}
     """
-    torch.set_num_threads(threads)
     spinning = len(os.sched_getaffinity(0))
     results = []
     for row in rows:
+        torch.set_num_threads(threads)
         linear, x = layer_and_input(*row)
         expected = linear.double()(x.double())
         linear.float()
@@ -108,11 +112,22 @@ def run(
                 calls[name], _ = rivals.prepare(name, linear, x, expected, threads)
             except rivals.Unavailable as reason:
                 left_out[name] = str(reason)
+        ours = {name: call for name, call in calls.items() if name in rivals.OURS}
+        one_thread = compare(ours, threads=1, rounds=5, seconds=seconds)
+        torch.set_num_threads(threads)
         quiet = _measure(calls, rounds, seconds)
         with spinning_processes(spinning):
             busy = _measure(calls, rounds, seconds)
         results.append(
-            {"M": row[0], "K": row[1], "N": row[2], "quiet": quiet, "busy": busy, "left_out": left_out}
+            {
+                "M": row[0],
+                "K": row[1],
+                "N": row[2],
+                "quiet": quiet,
+                "busy": busy,
+                "one_thread_us": {name: timing.median_us for name, timing in one_thread.items()},
+                "left_out": left_out,
+            }
         )
         columns = (f"{name} {busy[name]['us']:.0f}/{busy[name]['p90_us']:.0f}" for name in calls)
         tell(f"busy  {row[0]}x{row[1]}x{row[2]}  median/p90 µs: {', '.join(columns)}")

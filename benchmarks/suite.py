@@ -212,9 +212,9 @@ def _section(section: str, options: Options) -> Any:
         longer = 0.01 if options.quick else 0.3
         return encoder.run(options.threads, rounds=rounds, seconds=longer, quick=options.quick, tell=tell)
     names = [name for name in busy.CONTENDERS if name in options.names]
-    longer = 0.05 if options.quick else 1.0
+    turns = 3 if options.quick else 40
     return busy.run(
-        options.rows or busy.ROWS, names, threads=max(options.threads), rounds=3, seconds=longer, tell=tell
+        options.rows or busy.ROWS, names, threads=max(options.threads), rounds=turns, seconds=0.05, tell=tell
     )
 
 

@@ -1,6 +1,5 @@
 // The CPU ops: check, allocate, decide how many threads the work is worth, run the kernels.
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
@@ -13,6 +12,7 @@
 #include "../checks.h"
 #include "kernels.h"
 #include "pack.h"
+#include "threads.h"
 
 namespace dynquant::cpu {
 namespace {
@@ -63,33 +63,7 @@ class Scratch {
   uint8_t* at_;
 };
 
-// ---- threads ----------------------------------------------------------------------------------------------
-
-// A parallel region costs microseconds at best, and milliseconds on a busy machine: a call that is done in
-// kAlone on one thread stays there, and a longer one gets a thread for each kShare.
-constexpr double kAloneMicroseconds = 50.0, kShareMicroseconds = 25.0;
-
-int64_t threads_for(double microseconds) {
-  if (microseconds < kAloneMicroseconds || at::in_parallel_region()) return 1;
-  return std::min<int64_t>(at::get_num_threads(), static_cast<int64_t>(microseconds / kShareMicroseconds));
-}
-
-template <typename Task>
-void run(int64_t tasks, const Task& task) {
-  if (tasks == 1) {
-    const FloatEnvironment environment;
-    return task(0);
-  }
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    const FloatEnvironment environment;
-    for (int64_t t = begin; t < end; ++t) task(t);
-  });
-}
-
-// Share t of `parts` nearly equal shares of [0, total).
-std::pair<int64_t, int64_t> share(int64_t total, int64_t parts, int64_t t) {
-  return {total * t / parts, total * (t + 1) / parts};
-}
+// ---- how the work is cut ------------------------------------------------------------------------------------
 
 constexpr double kBytesPerMicrosecond = 20e3;  // what one core reads from memory
 constexpr double kFloatsPerMicrosecond = 4e3;  // what one core finds the range of, or quantizes

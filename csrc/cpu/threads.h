@@ -1,0 +1,38 @@
+// Threads: how many a call's work is worth, and its tasks on them.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+
+#include "kernels.h"
+
+namespace dynquant::cpu {
+
+// A parallel region costs microseconds at best, and milliseconds on a busy machine: a call that is done in kAlone on
+// one thread stays there, and a longer one gets a thread for each kShare.
+constexpr double kAloneMicroseconds = 50.0, kShareMicroseconds = 25.0;
+
+inline int64_t threads_for(double microseconds) {
+  if (microseconds < kAloneMicroseconds || at::in_parallel_region()) return 1;
+  return std::min<int64_t>(at::get_num_threads(), static_cast<int64_t>(microseconds / kShareMicroseconds));
+}
+
+// Calls task(t) for each t in [0, tasks), each on a thread of its own where torch has as many.
+template <typename Task>
+void run(int64_t tasks, const Task& task) {
+  const auto run_some = [&](int64_t begin, int64_t end) {
+    const FloatEnvironment environment;
+    for (int64_t t = begin; t < end; ++t) task(t);
+  };
+  tasks == 1 ? run_some(0, 1) : at::parallel_for(0, tasks, 1, run_some);
+}
+
+// Share t of `parts` nearly equal shares of [0, total).
+inline std::pair<int64_t, int64_t> share(int64_t total, int64_t parts, int64_t t) {
+  return {total * t / parts, total * (t + 1) / parts};
+}
+
+}  // namespace dynquant::cpu

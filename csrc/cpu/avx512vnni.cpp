@@ -13,6 +13,9 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
+#define DYNQUANT_DPBUSD _mm512_dpbusd_epi32
+#define DYNQUANT_DPBUSD_ASM "vpdpbusd"
+#define DYNQUANT_DPBUSD_REGISTERS "v"
 DYNQUANT_TARGET_BEGIN("avx2,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 
 namespace dynquant::cpu {
@@ -21,33 +24,13 @@ namespace {
 #include "vector_512.h"
 #include "body_begin.h"
 
-// vpdpbusd multiplies unsigned by signed bytes: the operand is q + 128, and 128 * weight_sum is taken off
-// again.
-struct Dot {
-  static constexpr int kMaxRows = 6;
+#include "dot_vnni.h"
+
+struct Dot : VnniDot {
   template <int kRows>
   static constexpr int kVectors = kRows == 1 ? 8 : 4;
 
-  static constexpr int kGroupBytes = 4;    // of an operand row, for 4 elements
-  static constexpr int32_t kOffset = 128;  // stored operand = q + kOffset
-  static constexpr bool kPlans = false;
   static constexpr int64_t kPartGroups = 0;  // K in one go
-
-  struct Dpbusd {
-    static constexpr int kOperandAt = 0;
-
-    static V::I weight(V::I w) { return w; }
-
-    static V::I multiply_add(V::I acc, V::I a, V::I b) {
-#if defined(DYNQUANT_EMULATED)
-      return _mm512_dpbusd_epi32(acc, a, b);
-#else  // the intrinsic makes GCC 12 copy the accumulator around
-      __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
-      return acc;
-#endif
-    }
-  };
-  using Exact = Products<Dpbusd>;
 
   static void store_operand(uint8_t* p, V::I q0, V::I q1, V::I q2, V::I q3) {
     const V::I quads[4] = {q0, q1, q2, q3};

@@ -1,38 +1,13 @@
-// The dot product of VNNI on ymm registers, one instruction in two encodings: DYNQUANT_DPBUSD is the intrinsic of
-// the one at hand, DYNQUANT_DPBUSD_ASM its name, DYNQUANT_DPBUSD_REGISTERS the registers it can use. Included inside
-// an instruction set's namespace and target region, after vector_256.h.
+// The dot product of VNNI on ymm registers: see dot_vnni.h.
+#include "dot_vnni.h"
 
-// vpdpbusd multiplies unsigned by signed bytes: the operand is q + 128, and 128 * weight_sum is taken off
-// again.
-struct Dot {
-  static constexpr int kMaxRows = 6;
+struct Dot : VnniDot {
   template <int kRows>
   static constexpr int kVectors = kRows == 1   ? 8
                                   : kRows == 2 ? 4
                                                : 2;
 
-  static constexpr int kGroupBytes = 4;    // of an operand row, for 4 elements
-  static constexpr int32_t kOffset = 128;  // stored operand = q + kOffset
-  static constexpr bool kPlans = false;
   static constexpr int64_t kPartGroups = 96;  // 24 KB
-
-  struct Dpbusd {
-    static constexpr int kOperandAt = 0;
-
-    static V::I weight(V::I w) { return w; }
-
-    static V::I multiply_add(V::I acc, V::I a, V::I b) {
-#if defined(DYNQUANT_EMULATED)
-      return DYNQUANT_DPBUSD(acc, a, b);
-#else  // the intrinsic makes GCC 12 copy the accumulator around
-      __asm__(DYNQUANT_DPBUSD_ASM " %2, %1, %0"
-              : "+" DYNQUANT_DPBUSD_REGISTERS(acc)
-              : DYNQUANT_DPBUSD_REGISTERS(a), DYNQUANT_DPBUSD_REGISTERS(b));
-      return acc;
-#endif
-    }
-  };
-  using Exact = Products<Dpbusd>;
 
   static void store_operand(uint8_t* p, V::I q0, V::I q1, V::I q2, V::I q3) {
     const V::I offset = _mm256_set1_epi32(kOffset);

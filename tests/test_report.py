@@ -1,26 +1,22 @@
-"""The conversion report and the guard: what is measured, what is said, that models are left as they were."""
+"""The conversion report: what is measured, what is said, that models are left as they were."""
 
 from __future__ import annotations
 
 import copy
 import gc
 import importlib
-import io
-import json
 import math
-import sys
 import warnings
 import weakref
 from collections import UserDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from rich.console import Console
+from reporting import X, decibels, names, reasons, reported
 from same_bits import assert_same_bits
 from test_convert import Net, assert_unchanged, converted, net, state
 from torch import Tensor, nn
@@ -28,66 +24,12 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 import dynquant
-from dynquant import Config, QLinear, Report, quantize_dynamic
-from dynquant.fuse import RULES, Rule
-from dynquant.nn.shared_input import SharingLinear
+from dynquant import Config, QLinear, quantize_dynamic
 from dynquant.sample import Sample
-from dynquant.timing import Timing
 
 measure = importlib.import_module("dynquant.measure")
 
-X = torch.linspace(-2, 3, 60).reshape(5, 12)
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real times of short samples: how long anything takes is asserted nowhere."""
-    for name in ("LAYER_SECONDS", "MODEL_SECONDS"):
-        monkeypatch.setattr(measure, name, 1e-5)
-    for name in ("LAYER_ROUNDS", "SLOW_LAYER_ROUNDS", "MODEL_ROUNDS"):
-        monkeypatch.setattr(measure, name, 1)
-    monkeypatch.setattr("dynquant.timing.settle", lambda: None)
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int, int], float]], list[tuple[int, int]]]:
-    """Sets what an int8 layer takes where the float one takes 100 µs, by the (M, N) of its output."""
-
-    def set_clock(us_int8: Callable[[int, int], float]) -> list[tuple[int, int]]:
-        timed: list[tuple[int, int]] = []
-
-        def compare(calls: Mapping[str, Callable[[], object]], **options: Any) -> dict[str, Timing]:
-            y = calls["float"]()
-            if not isinstance(y, Tensor):  # the whole model
-                return {name: Timing((1000.0,)) for name in calls}
-            shape = (y.numel() // y.shape[-1], y.shape[-1])
-            timed.append(shape)
-            times = {"float": 100.0, "int8": us_int8(*shape)}
-            return {name: Timing((times[name],)) for name in calls}
-
-        monkeypatch.setattr(measure, "compare", compare)
-        return timed
-
-    return set_clock
-
-
-def reported(model: nn.Module, sample: Any = X, **options: Any) -> tuple[nn.Module, Report]:
-    quantized, report = quantize_dynamic(model, sample=sample, report=True, **options)
-    assert isinstance(report, Report)
-    return quantized, report
-
-
-def names(report: Report) -> list[str]:
-    return [layer.name for layer in report.layers]
-
-
-def reasons(report: Report) -> dict[str, str]:
-    return {layer.name: layer.reason for layer in report.skipped}
-
-
-def decibels(expected: Tensor, actual: Tensor) -> float:
-    expected, actual = expected.detach().double(), actual.detach().double()
-    return 10 * math.log10(expected.square().sum() / (expected - actual).square().sum())
+pytestmark = pytest.mark.usefixtures("quick_measuring")
 
 
 # ---- what a report holds
@@ -249,25 +191,6 @@ def test_fused_epilogues_are_held_to_the_layer_and_its_activation() -> None:
         assert layer.sqnr_db == pytest.approx(decibels(expected, quantized[index](x)), abs=1e-6)
         x = expected
     assert min(layer.sqnr_db for layer in report.layers) > 25
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.q, self.k, self.v = nn.Linear(12, 64), nn.Linear(12, 64), nn.Linear(12, 128)
-
-    def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
-        memory = x if memory is None else memory
-        return torch.cat([self.q(x).mean(0), self.k(memory).mean(0), self.v(memory).mean(0)])
-
-
-@pytest.fixture
-def shared_attention() -> Iterator[Attention]:
-    name = f"{Attention.__module__}.{Attention.__qualname__}"
-    RULES[name] = Rule(same_input=(("q", "k", "v"),))
-    yield Attention()
-    del RULES[name]
 
 
 def test_layers_that_share_their_input_are_measured_each_alone(shared_attention, clock) -> None:
@@ -713,161 +636,6 @@ def test_an_interruption_while_a_layer_is_measured(monkeypatch) -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-# ---- the guard
-
-
-def test_layers_that_would_be_slower_stay_float(clock) -> None:
-    clock(lambda m, n: 200.0 if n == 4 else 50.0)
-    model = net()
-    quantized, report = reported(model, min_speedup=1.0)
-    assert converted(quantized) == ["fc1", "block.0", "block.2"]
-    assert type(quantized.head) is nn.Linear
-    assert not quantized.training
-    assert reasons(report) == {
-        "head": "in int8 it takes 200.0 µs a call, in float 100.0 µs: 0.50 times as fast, below min_speedup=1"
-    }
-    assert names(report) == ["fc1", "block.0", "block.2"]
-    assert all(layer.speedup == 2.0 for layer in report.layers)
-    assert_same_bits(quantized(X), quantize_dynamic(model, {"fc1", "block"})(X))
-    assert converted(quantize_dynamic(model, sample=X, min_speedup=2.5)) == []
-    assert converted(quantize_dynamic(model, sample=X, min_speedup=0.5)) == converted(quantize_dynamic(model))
-
-
-def test_a_layer_that_looks_slow_once_is_timed_again(clock) -> None:
-    timed = clock(lambda m, n: 200.0 if n == 4 and timed.count((5, 4)) == 1 else 50.0)
-    quantized, report = reported(net(), min_speedup=1.0)
-    assert timed == [(5, 16), (5, 16), (5, 16), (5, 4), (5, 4)]
-    assert len(converted(quantized)) == 4
-    assert report.layers[3].us_int8 == 50.0
-
-
-def test_no_time_is_taken_where_none_is_asked_for(clock) -> None:
-    timed = clock(lambda m, n: 200.0)
-    quantize_dynamic(net(), sample=X, min_sqnr=1.0)
-    assert timed == []
-
-
-def test_layers_that_would_be_inexact_stay_float() -> None:
-    model = net()
-    with torch.no_grad():
-        model.block[0].weight[:, 0] *= 1e4  # one column outweighs all others, which then vanish ...
-        model.norm.weight[0] = 0  # ... and its own input is 0
-        model.norm.bias[0] = 0
-    quantized, report = reported(model, min_sqnr=20.0)
-    assert converted(quantized) == ["fc1", "block.2", "head"]
-    assert reasons(report)["block.0"].startswith("its int8 output has an SQNR of ")
-    assert reasons(report)["block.0"].endswith(" dB, below min_sqnr=20")
-    assert min(layer.sqnr_db for layer in report.layers) >= 20
-    unguarded = reported(model)[1]
-    assert unguarded.layers[1].sqnr_db < 20
-
-
-@pytest.mark.parametrize("options", [{}, {"min_speedup": 0, "min_sqnr": -1000}])
-def test_in_place(options: dict[str, float]) -> None:
-    model, sample = net(), X
-    untouched = copy.deepcopy(model)
-    norm = model.norm
-    result, report = reported(model, sample, inplace=True, fuse=True, **options)
-    assert result is model
-    assert model.norm is norm
-    assert not model.training
-    assert model.block[0].config.epilogue == "relu"
-    assert_same_bits(model(X), quantize_dynamic(untouched, fuse=True)(X))
-    after = dynquant.report(untouched, model, X)
-    assert [layer.sqnr_db for layer in after.layers] == [layer.sqnr_db for layer in report.layers]
-    assert after.model.sqnr_db == report.model.sqnr_db
-    assert after.model.bytes_float == report.model.bytes_float
-    assert after.model.bytes_int8 == report.model.bytes_int8
-
-
-def test_in_place_with_layers_kept_float(clock) -> None:
-    clock(lambda m, n: 200.0 if n == 4 else 50.0)
-    model = net()
-    head = model.head
-    assert quantize_dynamic(model, sample=X, min_speedup=1.0, inplace=True) is model
-    assert model.head is head
-    assert converted(model) == ["fc1", "block.0", "block.2"]
-
-
-def test_a_fused_layer_that_stays_float_keeps_its_activation(clock) -> None:
-    clock(lambda m, n: 200.0 if n == 24 else 50.0)
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 6), nn.ReLU()).eval()
-    quantized, report = reported(model, fuse=True, min_speedup=1.0)
-    assert [type(module) for module in quantized] == [nn.Linear, nn.ReLU, QLinear, nn.Identity]
-    assert report.layers[0].epilogue == "relu"
-    assert_same_bits(quantized[1](quantized[0](X)), model[:2](X))
-
-
-def test_a_layer_that_stays_float_parts_those_that_shared_its_input(shared_attention, clock) -> None:
-    clock(lambda m, n: 200.0 if n == 128 else 50.0)
-    quantized, report = reported(shared_attention, fuse=True, min_speedup=1.0)
-    assert [type(layer) for layer in quantized.children()] == [QLinear, QLinear, nn.Linear]
-    assert [layer.shares_input for layer in report.layers] == [1, 1]
-    assert_same_bits(quantized(X), quantize_dynamic(shared_attention, {"q", "k"})(X))
-    quantized = quantize_dynamic(shared_attention, fuse=True, sample=X, min_speedup=0.5)
-    assert all(type(layer) is SharingLinear for layer in quantized.children())
-
-
-def test_tied_modules_and_subclasses_under_the_guard(clock) -> None:
-    class Subclass(nn.Linear):
-        pass
-
-    shared = nn.Linear(12, 12)
-    model = nn.Sequential(
-        shared, Subclass(12, 12), nn.ReLU(), shared, nn.Sequential(shared, nn.Linear(12, 5))
-    )
-    clock(lambda m, n: 50.0 if n == 5 else 200.0)
-    for inplace in (False, True):
-        quantized = quantize_dynamic(copy.deepcopy(model), sample=X, min_speedup=1.0, inplace=inplace)
-        assert converted(quantized) == ["4.1"]
-        assert quantized[0] is quantized[3] is quantized[4][0]
-        assert type(quantized[1]) is Subclass
-    clock(lambda m, n: 200.0 if n == 5 else 50.0)
-    quantized = quantize_dynamic(model, sample=X, min_speedup=1.0)
-    assert converted(quantized) == ["0", "1", "3", "4.0"]
-    assert quantized[0] is quantized[3] is quantized[4][0]
-
-
-def test_a_spec_under_the_guard(clock) -> None:
-    clock(lambda m, n: 200.0)
-    spec = {"block": Config("per_tensor"), "block.2": None}
-    quantized, report = reported(net(), qconfig_spec=spec, min_speedup=0.5)
-    assert quantized.block[0].config.activations == "per_tensor"
-    assert converted(quantized) == ["block.0"]
-    quantized, report = reported(net(), qconfig_spec=spec, min_speedup=0.6)
-    assert converted(quantized) == []
-    assert reasons(report)["block.2"] == "the spec leaves it float"
-    assert "below min_speedup=0.6" in reasons(report)["block.0"]
-
-
-def test_real_times_decide_where_the_bound_is_out_of_reach() -> None:
-    assert converted(quantize_dynamic(net(), sample=X, min_speedup=1e9)) == []
-    assert converted(quantize_dynamic(net(), sample=X, min_speedup=0)) == converted(quantize_dynamic(net()))
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "sentence"),
-    [
-        ({"min_speedup": 1.0}, ValueError, "min_speedup=1.0 takes measuring, and there is no sample"),
-        ({"min_sqnr": 20}, ValueError, "min_sqnr=20 takes measuring, and there is no sample to measure on"),
-        ({"report": True}, ValueError, "report=True takes measuring, and there is no sample to measure on"),
-        ({"report": True, "min_sqnr": 3}, ValueError, "report=True, min_sqnr=3 takes measuring"),
-        ({"sample": X}, ValueError, "a sample serves report=True, min_speedup= and min_sqnr=, and none"),
-        ({"sample": X, "min_speedup": "1"}, TypeError, "expected min_speedup to be a number, got '1'"),
-        ({"sample": X, "min_sqnr": True}, TypeError, "expected min_sqnr to be a number, got True"),
-        ({"sample": X, "min_sqnr": math.nan}, ValueError, "expected min_sqnr to be a number, got nan"),
-    ],
-)
-def test_arguments_that_do_not_fit(options: dict[str, Any], error: type, sentence: str) -> None:
-    model = net()
-    before = state(model)
-    with pytest.raises(error) as caught:
-        quantize_dynamic(model, inplace=True, **options)
-    assert sentence in str(caught.value)
-    assert_unchanged(model, before)
-
-
 # ---- agreement
 
 
@@ -899,131 +667,3 @@ def test_agreement_over_chunks_is_that_of_the_whole(monkeypatch) -> None:
     agreement = measure.Agreement()
     agreement.add(expected, actual)
     assert agreement.sqnr_db == pytest.approx(decibels(expected, actual))
-
-
-# ---- how it is shown
-
-
-def test_the_table_shows_every_figure_at_any_width() -> None:
-    model = net()
-    _, report = reported(model, qconfig_spec={nn.Linear: Config(), "head": None, "fc1": Config("per_tensor")})
-    text = str(report)
-    for layer in report.layers:
-        assert layer.name in text
-        assert f"{layer.sqnr_db:.1f}" in text
-        assert f"{layer.n} x {layer.k}" in text
-        assert f"{layer.speedup:.2f}x" in text
-    assert report.summary() in text
-    assert report.conditions() in text
-    assert "per_tensor" in text
-    assert "all layers: per_channel" in text
-    assert "the spec leaves it float" in text
-    assert "…" not in text
-    assert repr(report) == "<Report of Net: 3 layers int8, 1 float>"
-    console = Console(width=80, record=True, file=io.StringIO())
-    console.print(report)
-    assert "block" in console.export_text()
-    assert report.table().row_count == 3
-    assert report.skipped_table().row_count == 1
-
-
-def test_names_that_look_like_markup_are_shown_as_they_are() -> None:
-    model = nn.ModuleDict({"[red]": nn.Linear(12, 12)})
-    model.forward = lambda x: model["[red]"](x)
-    quantized = nn.ModuleDict({"[red]": QLinear.from_float(model["[red]"])})
-    quantized.forward = lambda x: quantized["[red]"](x)
-    assert "[red]" in str(dynquant.report(model, quantized, X))
-
-
-def test_dict_json_and_pandas() -> None:
-    import pandas
-
-    _, report = reported(net(), qconfig_spec={nn.Linear: Config(), "head": None})
-    parts = report.to_dict()
-    assert set(parts) == {"model", "layers", "skipped", "sample", "threads", "isa"}
-    assert parts["layers"][0]["name"] == "fc1"
-    assert parts["layers"][0]["speedup"] == report.layers[0].speedup
-    assert parts["skipped"] == [
-        {"name": "head", "type": "Linear", "bytes": 4 * (4 * 16 + 4), "reason": "the spec leaves it float"}
-    ]
-    assert json.loads(report.to_json()) == parts
-    frame = report.to_pandas()
-    assert isinstance(frame, pandas.DataFrame)
-    assert list(frame["name"]) == ["fc1", "block.0", "block.2", "head"]
-    assert frame["sqnr_db"][:3].tolist() == [layer.sqnr_db for layer in report.layers]
-    assert frame["reason"][3] == "the spec leaves it float"
-    assert frame["bytes_float"][3] == 4 * (4 * 16 + 4)
-    assert frame["rotation_block"].dtype == "Int64"
-    assert frame["bytes_int8"].isna().tolist() == [False, False, False, True]
-
-
-def test_infinities_in_json() -> None:
-    model = nn.Sequential(nn.Linear(12, 3, bias=False))
-    _, report = reported(model, torch.zeros(2, 12))
-    assert report.layers[0].sqnr_db == math.inf
-    parts = json.loads(report.to_json(indent=None), parse_constant=lambda word: pytest.fail(word))
-    assert parts["layers"][0]["sqnr_db"] is None
-    assert parts["layers"][0]["cosine"] == 1.0
-
-
-@pytest.mark.parametrize("kind", ["plain", "nothing", "unreached", "exact"])
-def test_picture(tmp_path: Path, kind: str) -> None:
-    from matplotlib.image import imread
-
-    if kind == "unreached":
-        model = nn.ModuleDict({"a": nn.Linear(12, 3), "b": nn.Linear(12, 3)})
-        model.forward = lambda x: x
-        quantized = quantize_dynamic(model)
-        report = dynquant.report(model, quantized, X)
-    else:
-        spec = {} if kind == "nothing" else None
-        report = reported(net(), torch.zeros(2, 12) if kind == "exact" else X, qconfig_spec=spec)[1]
-    path = tmp_path / "report.png"
-    report.save_png(path)
-    picture = imread(path)
-    assert picture.shape[0] > 200
-    assert picture.shape[1] > 1000
-    assert picture[..., :3].std() > 0.01
-    report.save_png(str(tmp_path / "no_suffix"))
-    assert (tmp_path / "no_suffix").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize(
-    ("package", "method", "sentence"),
-    [
-        (
-            "pandas",
-            lambda report, path: report.to_pandas(),
-            "Report.to_pandas needs the package pandas, which is",
-        ),
-        (
-            "matplotlib",
-            lambda report, path: report.save_png(path),
-            "Report.save_png needs the package matplotlib, which is not installed",
-        ),
-    ],
-)
-def test_optional_packages_that_are_missing(monkeypatch, tmp_path, package, method, sentence) -> None:
-    _, report = reported(net())
-    monkeypatch.delitem(sys.modules, "dynquant.report_plot", raising=False)
-    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ModuleNotFoundError) as caught:
-        method(report, tmp_path / "report.png")
-    assert sentence in str(caught.value)
-    assert caught.value.name == package
-
-
-def test_a_bar_is_shown_where_measuring_takes_long(capsys, monkeypatch) -> None:
-    reported(net())
-    assert "measuring" not in capsys.readouterr().err
-    times = iter(range(10_000))
-    monkeypatch.setattr("tqdm.std.time", lambda: float(next(times)))
-    reported(net())
-    assert "measuring: 100%" in capsys.readouterr().err
-
-
-def test_public_names() -> None:
-    assert dynquant.report is importlib.import_module("dynquant.report").report
-    assert dynquant.Report is Report

@@ -75,6 +75,8 @@ struct Cut {
   int64_t tasks() const { return row_parts * channel_parts; }
 };
 
+int64_t blocks_of(int64_t n) { return (n + kBlock - 1) / kBlock; }
+
 Cut cut_gemm(const Kernels& kernel, int64_t m, int64_t n, int64_t k) {
   constexpr int64_t kLeastRows = 24;
   const double weight = static_cast<double>(n) * static_cast<double>(k);
@@ -82,21 +84,20 @@ Cut cut_gemm(const Kernels& kernel, int64_t m, int64_t n, int64_t k) {
       std::max(2.0 * static_cast<double>(m) * weight / (kernel.gops * 1e3), weight / kBytesPerMicrosecond);
   const int64_t threads = threads_for(microseconds);
   const int64_t row_parts = std::clamp<int64_t>(m / kLeastRows, 1, threads);
-  const int64_t blocks = (n + kBlock - 1) / kBlock;
-  return Cut{row_parts, std::clamp<int64_t>(threads / row_parts, 1, blocks)};
+  return Cut{row_parts, std::clamp<int64_t>(threads / row_parts, 1, blocks_of(n))};
 }
+
+int64_t row_tiles_of(const Kernels& kernel, int64_t m) { return (m + kernel.max_rows - 1) / kernel.max_rows; }
 
 // Share t of `parts` of the tiles of m rows.
 RowTiles share_of_tiles(const Kernels& kernel, int64_t m, int64_t parts, int64_t t) {
-  const int64_t count = (m + kernel.max_rows - 1) / kernel.max_rows;
-  const auto [begin, end] = share(count, parts, t);
+  const auto [begin, end] = share(row_tiles_of(kernel, m), parts, t);
   return {m, begin, end};
 }
 
 // The operand of m rows of k elements, in a call's scratch.
 int64_t operand_bytes(const Kernels& kernel, int64_t m, int64_t k) {
-  const int64_t tiles = (m + kernel.max_rows - 1) / kernel.max_rows;
-  return m * kernel.operand_stride(k) + tiles * kernel.plan_bytes(m, k);
+  return m * kernel.operand_stride(k) + row_tiles_of(kernel, m) * kernel.plan_bytes(m, k);
 }
 
 Operand operand_at(const Kernels& kernel, uint8_t* at, int64_t m, int64_t k) {
@@ -362,7 +363,7 @@ Tensor int8_mm(const Tensor& q, const Tensor& packed_weight, const Tensor& weigh
   int32_t* data = out.mutable_data_ptr<int32_t>();
   run(cut.tasks(), [&](int64_t t) {
     const RowTiles tiles = share_of_tiles(kernel, m, cut.row_parts, t / cut.channel_parts);
-    const auto [b0, b1] = share((n + kBlock - 1) / kBlock, cut.channel_parts, t % cut.channel_parts);
+    const auto [b0, b1] = share(blocks_of(n), cut.channel_parts, t % cut.channel_parts);
     kernel.int8_mm(a, w, data, gemm_data + t * gemm_bytes, tiles, b0, b1);
   });
   return out;
@@ -429,7 +430,7 @@ Tensor linear(const char* op, const Tensor& x, const Tensor& packed_weight, cons
       kernel.quantize_per_token(rows, tiles, a, qparams, row_data + t * row);
     }
   };
-  const int64_t blocks = (n + kBlock - 1) / kBlock;
+  const int64_t blocks = blocks_of(n);
   if (cut.channel_parts == 1) {
     run(cut.row_parts, [&](int64_t t) {
       const RowTiles tiles = share_of_tiles(kernel, m, cut.row_parts, t);

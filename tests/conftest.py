@@ -5,4 +5,4 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-pytest_plugins = ["reporting"]
+pytest_plugins = ["isas", "reporting"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from cuda_on_host import SOURCES, CudaOnHost, HostError, build
 from same_bits import assert_same_bits
 from torch import Tensor
 
+from benchmarks.gpu.correctness import awkward_rows
 from dynquant import reference
 from dynquant.config import EPILOGUES, Config
 from dynquant.config import rotation_block as largest_block
@@ -53,27 +53,6 @@ def random_int8(*shape: int) -> Tensor:
 
 def exact_product(q: Tensor, weight: Tensor) -> Tensor:
     return (q.to(torch.float64) @ weight.to(torch.float64).t()).to(torch.int32)
-
-
-def awkward_rows(m: int, k: int, dtype: torch.dtype) -> Tensor:
-    """Rows that each have something about them: one sign, constants, largest, smallest, NaN, inf."""
-    x = torch.randn(m, k)
-    largest, smallest = torch.finfo(dtype).max, torch.finfo(dtype).tiny
-    makers: list[Callable[[Tensor], Tensor]] = [
-        lambda row: row.abs(),
-        lambda row: -row.abs(),
-        lambda row: torch.zeros_like(row),
-        lambda row: torch.full_like(row, -3.25),
-        lambda row: row.sign() * largest,
-        lambda row: row * smallest * 2**-3,
-        lambda row: row.index_fill(0, torch.tensor([k // 2]), float("nan")),
-        lambda row: row.index_fill(0, torch.tensor([k - 1]), float("inf")),
-        lambda row: row.index_fill(0, torch.tensor([0]), -float("inf")),
-        lambda row: -torch.zeros_like(row),
-    ]
-    for i in range(m):
-        x[i] = makers[i % len(makers)](x[i])
-    return x.to(dtype)
 
 
 # ---- single steps ----

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from same_bits import assert_same_bits
 from torch import Tensor
 
-import dynquant
 from dynquant import reference, reference_epilogue
 from dynquant.config import EPILOGUES, Config
-
-ISAS = dynquant.available_isas() or ["reference"]
 
 
 def exact_gelu(x: Tensor) -> Tensor:
@@ -48,19 +45,6 @@ def dense_inputs() -> Tensor:
     patterns = torch.randint(-(2**31), 2**31, (1 << 16,), generator=generator).int().view(torch.float32)
     bends = (torch.rand(3, 1 << 16, generator=generator) - 0.5) * torch.tensor([28.0, 8.0, 1.0])[:, None]
     return torch.cat([every_bf16, patterns, bends.flatten()])
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    if dynquant.isa() == request.param == "reference":
-        yield "reference"
-        return
-    from dynquant import _C
-
-    before = dynquant.isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
 
 
 @pytest.mark.parametrize("name", EXACT)

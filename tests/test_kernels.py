@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from isas import ISAS, forced
 from same_bits import assert_same_bits
 
 import dynquant
@@ -16,7 +17,6 @@ from dynquant import reference
 from dynquant.config import EPILOGUES, Config, rotation_block
 
 ops = torch.ops.dynquant
-ISAS = dynquant.available_isas() or ["reference"]
 
 # (M, K, N) by purpose.
 SHAPES = {
@@ -48,20 +48,6 @@ CONFIGS = [
         ("per_token", "per_tensor"), ("per_channel", "per_tensor"), (0, 1)
     )
 ]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Forces one instruction set for the length of a test."""
-    if dynquant.isa() == request.param == "reference":
-        yield "reference"
-        return
-    from dynquant import _C
-
-    before = dynquant.isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
 
 
 @pytest.fixture(params=[1, 2, 3, 4])
@@ -445,16 +431,10 @@ def test_drawn_cases(
     seed: int,
     magnitude: float,
 ) -> None:
-    before = dynquant.isa()
-    if before != "reference":
-        dynquant._C.set_isa(isa_name)
-    try:
+    with forced(isa_name):
         config = Config(activations, weights, rotation_block(k) if rotate else 0)
         layer = Layer(k, n, config, bias, seed)
         layer.check((random_x(m, k, seed=seed + 1) * magnitude).to(dtype))
-    finally:
-        if before != "reference":
-            dynquant._C.set_isa(before)
 
 
 def opcheck_cases() -> dict[str, tuple[object, ...]]:

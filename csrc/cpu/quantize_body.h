@@ -88,6 +88,9 @@ Range merge(Range a, Range b) {
   return Range{b.lo < a.lo ? b.lo : a.lo, b.hi > a.hi ? b.hi : a.hi};
 }
 
+// Bytes; x comes from L3 or from memory where it is large, and the hardware does not look beyond a page.
+constexpr int64_t kFetchAhead = 2048;
+
 // minps and maxps drop a NaN, so NaNs are looked for, in two vectors at a time.
 template <typename T>
 Range span_range(const T* x, int64_t k) {
@@ -97,6 +100,9 @@ Range span_range(const T* x, int64_t k) {
   typename V::Mask nan = V::unordered(lo[0], lo[0]);
   int64_t i = 0;
   for (; i + kChains * W <= k; i += kChains * W) {
+    for (int j = 0; j < kChains * W; j += 64 / static_cast<int>(sizeof(T))) {
+      __builtin_prefetch(reinterpret_cast<const char*>(x + i + j) + kFetchAhead, 0, 3);
+    }
     F v[kChains];
     DYNQUANT_UNROLL
     for (int j = 0; j < kChains; ++j) {

@@ -77,7 +77,7 @@ struct Output {
 };
 
 // Up to so many rows, but for one alone, may have kernels of their own.
-constexpr int64_t kFewRows = 11;
+constexpr int64_t kFewRows = 7;
 
 struct Kernels {
   const char* name;

@@ -65,7 +65,7 @@ class Scratch {
 
 // ---- how the work is cut ------------------------------------------------------------------------------------
 
-constexpr double kBytesPerMicrosecond = 20e3;  // what one core reads from memory
+constexpr double kBytesPerMicrosecond = 50e3;  // what one core reads from L3
 constexpr double kFloatsPerMicrosecond = 4e3;  // what one core finds the range of, or quantizes
 
 // How a GEMM is cut: into rows first (each thread quantizes its own), into channels where there are too few.

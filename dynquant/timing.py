@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.utils.benchmark import Timer
@@ -30,18 +33,31 @@ class Timing:
         return ordered[min(int(fraction * len(ordered)), len(ordered) - 1)]
 
 
-def settle(limit_seconds: float = 0.1) -> None:
-    """Wait until no thread of this process spins any more.
+def settle(limit_seconds: float = 0.2) -> None:
+    """Wait until no other thread of this process runs any more.
 
-    A thread pool (OpenMP's, ONNX Runtime's) spins for milliseconds after a parallel call, and would take a
-    core from whatever is timed next.
+    A thread pool spins for milliseconds (OpenMP's) or tens of them (ONNX Runtime's) after a parallel call,
+    and would take a core from whatever is timed next. Where the system does not tell (no ``/proc``), nothing
+    is waited for.
     """
     deadline = time.monotonic() + limit_seconds
-    while time.monotonic() < deadline:
-        before = time.process_time_ns()
+    while _others_run() and time.monotonic() < deadline:
         time.sleep(0.001)
-        if time.process_time_ns() - before < 300_000:
-            return
+
+
+def _others_run() -> bool:
+    """Whether a thread of this process besides the calling one is running.
+
+    Their state tells at once; the processor time of other threads is only brought up to date some
+    milliseconds apart.
+    """
+    own = str(threading.get_native_id())
+    for folder in Path("/proc/self/task").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it may end meanwhile
+            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+            if state == "R" and folder.name != own:
+                return True
+    return False
 
 
 def take_turns(samplers: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -118,6 +120,22 @@ def test_slow_calls_are_not_repeated(
     before = len(calls)
     assert sample() >= 2000
     assert len(calls) - before == calls_a_sample
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="the state of threads is read from /proc")
+def test_what_is_timed_waits_for_threads_that_run() -> None:
+    # About a second without the interpreter's lock.
+    thread = threading.Thread(target=hashlib.pbkdf2_hmac, args=("sha256", b"", b"", 3_000_000))
+    thread.start()
+    end = time.monotonic() + 10
+    while not timing._others_run():
+        assert time.monotonic() < end
+    start = time.monotonic()
+    timing.settle(0.1)
+    assert time.monotonic() - start >= 0.1, "it gave up at its limit, not before"
+    thread.join()
+    timing.settle(10.0)
+    assert not timing._others_run()
 
 
 def test_timing_quantiles() -> None:

@@ -33,7 +33,7 @@ class Timing:
         return ordered[min(int(fraction * len(ordered)), len(ordered) - 1)]
 
 
-def settle(limit_seconds: float = 0.2) -> None:
+def settle(limit_seconds: float = 0.1) -> None:
     """Wait until no other thread of this process runs any more.
 
     A thread pool spins for milliseconds (OpenMP's) or tens of them (ONNX Runtime's) after a parallel call,

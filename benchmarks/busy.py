@@ -9,11 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from dynquant.timing import Timing, compare, settle
+from dynquant.timing import Timing, compare, take_turns
 
 from . import rivals
 from .linear import Row, layer_and_input
@@ -63,24 +64,16 @@ def _measure(
     calls: dict[str, Callable[[], object]], rounds: int, seconds: float
 ) -> dict[str, dict[str, float]]:
     """In turns: whether two threads get two cores at a time changes within a second, and must meet all."""
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    cores: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    for turn in range(rounds):
-        start = turn % len(names)
-        for name in names[start:] + names[:start]:
-            settle()
-            taken, used = _samples(calls[name], seconds)
-            samples[name] += taken
-            cores[name].append(used)
-    return {
-        name: {
-            "us": Timing(tuple(taken)).median_us,
-            "p90_us": Timing(tuple(taken)).quantile_us(0.9),
-            "cores": statistics.median(cores[name]),
+    samplers = {name: partial(_samples, call, seconds) for name, call in calls.items()}
+    results = {}
+    for name, turns in take_turns(samplers, rounds).items():
+        timing = Timing(tuple(us for taken, _ in turns for us in taken))
+        results[name] = {
+            "us": timing.median_us,
+            "p90_us": timing.quantile_us(0.9),
+            "cores": statistics.median(used for _, used in turns),
         }
-        for name, taken in samples.items()
-    }
+    return results
 
 
 def run(

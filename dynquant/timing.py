@@ -9,9 +9,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch.utils.benchmark import Timer
+
+T = TypeVar("T")
 
 LONG_SECONDS = 0.2
 SLOW_SECONDS = 4.0
@@ -60,13 +63,13 @@ def _others_run() -> bool:
     return False
 
 
-def take_turns(samplers: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def take_turns(samplers: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
     """``rounds`` samples of each sampler, one round after the other, each round from another starting place.
 
     What changes slowly (clock frequency, neighbours on the machine) so meets all of them alike.
     """
     names = list(samplers)
-    samples: dict[str, list[float]] = {name: [] for name in names}
+    samples: dict[str, list[T]] = {name: [] for name in names}
     for turn in range(rounds):
         start = turn % max(len(names), 1)
         for name in names[start:] + names[:start]:

@@ -37,6 +37,7 @@ SHAPES = {
     "channels in parallel": (8, 1024, 2048),
     "parts of K, two rows": (2, 1025, 200),
     "parts of K, few rows": (7, 2309, 129),
+    "parts of K, more rows": (11, 2309, 129),
     "no inputs": (4, 0, 9),
     "no inputs, many rows": (13, 0, 70),
     "no rows": (0, 16, 8),

@@ -23,7 +23,6 @@ namespace {
 #include "bfloat16.h"
 #include "vector_512.h"
 #include "body_begin.h"
-
 #include "dot_vnni.h"
 
 struct Dot : VnniDot {

@@ -63,7 +63,7 @@ class Scratch {
   uint8_t* at_;
 };
 
-// ---- how the work is cut ------------------------------------------------------------------------------------
+// ---- how the work is cut ----------------------------------------------------------------------------------
 
 constexpr double kBytesPerMicrosecond = 50e3;  // what one core reads from L3
 constexpr double kFloatsPerMicrosecond = 4e3;  // what one core finds the range of, or quantizes

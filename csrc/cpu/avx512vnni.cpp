@@ -27,16 +27,12 @@ namespace {
 
 struct Dot : VnniDot {
   template <int kRows>
-  static constexpr int kVectors = kRows == 1 ? 8 : 4;
+  static constexpr int kVectors = kRows == 1 ? 16 : 4;
 
   static constexpr int64_t kPartGroups = 0;  // K in one go
 
   static void store_operand(uint8_t* p, V::I q0, V::I q1, V::I q2, V::I q3) {
-    const V::I quads[4] = {q0, q1, q2, q3};
-    for (int i = 0; i < 4; ++i) {
-      const __m128i bytes = _mm512_cvtsepi32_epi8(quads[i]);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 16 * i), _mm_xor_si128(bytes, _mm_set1_epi8(-128)));
-    }
+    _mm512_storeu_si512(p, _mm512_xor_si512(V::bytes(q0, q1, q2, q3), _mm512_set1_epi8(-128)));
   }
 };
 

@@ -65,7 +65,6 @@ class Scratch {
 
 // ---- how the work is cut ----------------------------------------------------------------------------------
 
-constexpr double kBytesPerMicrosecond = 50e3;  // what one core reads from L3
 constexpr double kFloatsPerMicrosecond = 4e3;  // what one core finds the range of, or quantizes
 
 // How a GEMM is cut: into rows first (each thread quantizes its own), into channels where there are too few.
@@ -81,23 +80,27 @@ Cut cut_gemm(const Kernels& kernel, int64_t m, int64_t n, int64_t k) {
   constexpr int64_t kLeastRows = 24;
   const double weight = static_cast<double>(n) * static_cast<double>(k);
   const double microseconds =
-      std::max(2.0 * static_cast<double>(m) * weight / (kernel.gops * 1e3), weight / kBytesPerMicrosecond);
+      std::max(2.0 * static_cast<double>(m) * weight / (kernel.gops * 1e3), microseconds_to_read(weight));
   const int64_t threads = threads_for(microseconds);
   const int64_t row_parts = std::clamp<int64_t>(m / kLeastRows, 1, threads);
   return Cut{row_parts, std::clamp<int64_t>(threads / row_parts, 1, blocks_of(n))};
 }
 
-int64_t row_tiles_of(const Kernels& kernel, int64_t m) { return (m + kernel.max_rows - 1) / kernel.max_rows; }
-
-// Share t of `parts` of the tiles of m rows.
-RowTiles share_of_tiles(const Kernels& kernel, int64_t m, int64_t parts, int64_t t) {
-  const auto [begin, end] = share(row_tiles_of(kernel, m), parts, t);
-  return {m, begin, end};
+// All tiles of m rows, as many for each of `parts` threads.
+RowTiles row_tiles(const Kernels& kernel, int64_t m, int64_t parts) {
+  const int64_t of_part = (m + kernel.max_rows * parts - 1) / (kernel.max_rows * parts);
+  return {m, of_part * parts, 0, of_part * parts};
 }
 
-// The operand of m rows of k elements, in a call's scratch.
-int64_t operand_bytes(const Kernels& kernel, int64_t m, int64_t k) {
-  return m * kernel.operand_stride(k) + row_tiles_of(kernel, m) * kernel.plan_bytes(m, k);
+// Share t of `parts` of all tiles.
+RowTiles share_of(RowTiles all, int64_t parts, int64_t t) {
+  const auto [begin, end] = share(all.count, parts, t);
+  return {all.m, all.count, begin, end};
+}
+
+// The operand of rows of k elements, in a call's scratch.
+int64_t operand_bytes(const Kernels& kernel, RowTiles all, int64_t k) {
+  return all.m * kernel.operand_stride(k) + all.count * kernel.plan_bytes(all.m, k);
 }
 
 Operand operand_at(const Kernels& kernel, uint8_t* at, int64_t m, int64_t k) {
@@ -121,8 +124,7 @@ int64_t threads_over_rows(const Rows& x, int64_t m) {
   return std::min(m, threads_for(floats / kFloatsPerMicrosecond));
 }
 
-Range range_of_all(const Kernels& kernel, const Rows& x, int64_t m) {
-  const int64_t threads = std::max<int64_t>(1, threads_over_rows(x, m));
+Range range_of_all(const Kernels& kernel, const Rows& x, int64_t m, int64_t threads) {
   const int64_t row = row_scratch(x);
   Scratch scratch(Scratch::bytes_of<float>(threads * row) + Scratch::bytes_of<Range>(threads));
   float* rows = scratch.take<float>(threads * row);
@@ -151,7 +153,7 @@ std::tuple<Tensor, Tensor> min_max(const Tensor& x, bool per_token) {
   float* lo_data = lo.mutable_data_ptr<float>();
   float* hi_data = hi.mutable_data_ptr<float>();
   if (!per_token) {
-    const Range range = range_of_all(kernel, rows, m);
+    const Range range = range_of_all(kernel, rows, m, std::max<int64_t>(1, threads_over_rows(rows, m)));
     *lo_data = range.lo;
     *hi_data = range.hi;
     return {lo, hi};
@@ -353,16 +355,17 @@ Tensor int8_mm(const Tensor& q, const Tensor& packed_weight, const Tensor& weigh
   const Kernels& kernel = kernels_of_rows(m);
   const Tensor rows = q.contiguous();
   const Cut cut = cut_gemm(kernel, m, n, k);
-  const int64_t bytes = operand_bytes(kernel, m, k), gemm_bytes = gemm_scratch(kernel, cut, m, k);
+  const RowTiles all = row_tiles(kernel, m, cut.row_parts);
+  const int64_t bytes = operand_bytes(kernel, all, k), gemm_bytes = gemm_scratch(kernel, cut, m, k);
   Scratch scratch(Scratch::bytes_of<uint8_t>(bytes) + Scratch::bytes_of<int8_t>(cut.tasks() * gemm_bytes));
   const Operand a = operand_at(kernel, scratch.take<uint8_t>(bytes), m, k);
   int8_t* gemm_data = scratch.take<int8_t>(cut.tasks() * gemm_bytes);
-  kernel.operand_from_int8(rows.const_data_ptr<int8_t>(), k, share_of_tiles(kernel, m, 1, 0), a);
+  kernel.operand_from_int8(rows.const_data_ptr<int8_t>(), k, all, a);
   const Weight w{packed_weight.const_data_ptr<int8_t>(), n,       k,      shape[2],
                  weight_sum.const_data_ptr<int32_t>(),   nullptr, nullptr};
   int32_t* data = out.mutable_data_ptr<int32_t>();
   run(cut.tasks(), [&](int64_t t) {
-    const RowTiles tiles = share_of_tiles(kernel, m, cut.row_parts, t / cut.channel_parts);
+    const RowTiles tiles = share_of(all, cut.row_parts, t / cut.channel_parts);
     const auto [b0, b1] = share(blocks_of(n), cut.channel_parts, t % cut.channel_parts);
     kernel.int8_mm(a, w, data, gemm_data + t * gemm_bytes, tiles, b0, b1);
   });
@@ -405,7 +408,8 @@ Tensor linear(const char* op, const Tensor& x, const Tensor& packed_weight, cons
                   config.epilogue};
 
   const Cut cut = cut_gemm(kernel, m, n, k);
-  const int64_t bytes = operand_bytes(kernel, m, k), row = row_scratch(rows);
+  const RowTiles all = row_tiles(kernel, m, cut.row_parts);
+  const int64_t bytes = operand_bytes(kernel, all, k), row = row_scratch(rows);
   const int64_t row_count = std::max(cut.row_parts, threads_over_rows(rows, m)) * row;
   const int64_t gemm_bytes = gemm_scratch(kernel, cut, m, k);
   Scratch scratch(Scratch::bytes_of<uint8_t>(bytes) + Scratch::bytes_of<QParams>(m) +
@@ -421,7 +425,8 @@ Tensor linear(const char* op, const Tensor& x, const Tensor& packed_weight, cons
     shared = *given;
   } else if (config.per_tensor) {
     const FloatEnvironment environment;
-    shared = choose_qparams(range_of_all(kernel, rows, m));
+    // Threads that will have rows of their own look at them before: these then lie in their caches.
+    shared = choose_qparams(range_of_all(kernel, rows, m, std::max(cut.row_parts, threads_over_rows(rows, m))));
   }
   const auto quantize_rows = [&](int64_t t, RowTiles tiles) {
     if (per_tensor) {
@@ -433,16 +438,16 @@ Tensor linear(const char* op, const Tensor& x, const Tensor& packed_weight, cons
   const int64_t blocks = blocks_of(n);
   if (cut.channel_parts == 1) {
     run(cut.row_parts, [&](int64_t t) {
-      const RowTiles tiles = share_of_tiles(kernel, m, cut.row_parts, t);
+      const RowTiles tiles = share_of(all, cut.row_parts, t);
       quantize_rows(t, tiles);
       kernel.linear(a, qparams, w, to, gemm_data + t * gemm_bytes, tiles, 0, blocks);
     });
   } else {
     const int64_t threads = threads_over_rows(rows, m);
-    run(threads, [&](int64_t t) { quantize_rows(t, share_of_tiles(kernel, m, threads, t)); });
+    run(threads, [&](int64_t t) { quantize_rows(t, share_of(all, threads, t)); });
     run(cut.tasks(), [&](int64_t t) {
       const auto [b0, b1] = share(blocks, cut.channel_parts, t % cut.channel_parts);
-      const RowTiles tiles = share_of_tiles(kernel, m, cut.row_parts, t / cut.channel_parts);
+      const RowTiles tiles = share_of(all, cut.row_parts, t / cut.channel_parts);
       kernel.linear(a, qparams, w, to, gemm_data + t * gemm_bytes, tiles, b0, b1);
     });
   }

@@ -33,7 +33,7 @@ void gemm(const Sink& sink, int8_t* scratch, RowTiles tiles, int64_t block0, int
     } else if (parts) {
       gemm_parts(sink, scratch, tiles, c);
     } else {
-      for_row_tiles(tiles, PackedBody<Sink>{sink, c, least(c + width, end)});
+      for_row_tiles(tiles, PackedBody<Sink>{sink, tiles, c, least(c + width, end)});
     }
   }
 }

@@ -104,7 +104,7 @@ template <bool kFlip, typename Sink, typename D = Dot>
 void gemm_gathered(const Sink& sink, int8_t* scratch, RowTiles tiles, int64_t block) {
   if constexpr (D::kPlans) {
     using Body = GatheredBody<Sink, D, kFlip>;
-    const TileRows cut(tiles.m);
+    const TileRows cut(tiles);
     const int64_t groups = (sink.w.k + 3) / 4, part = D::groups_of_part(groups);
     const int64_t first_row = cut.first(tiles.begin), rows = cut.first(tiles.end) - first_row;
     for (int64_t g = 0; g < groups; g += part) {

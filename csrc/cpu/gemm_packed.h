@@ -6,6 +6,34 @@ struct FetchNothing {
   DYNQUANT_INLINE void step() {}
 };
 
+// A panel that several row tiles pass over while the next one comes to L2, a share with each: the first tile would have
+// to wait for L3, and the others leave it idle. Each share in two streams: the hardware then runs ahead in both.
+template <int kVectors>
+struct SweptPanel : WidePanel<kVectors> {
+  const int8_t* next;
+  int64_t half, step;
+
+  DYNQUANT_INLINE SweptPanel(const Weight& w, int64_t channel, RowTiles tiles, int64_t t)
+      : WidePanel<kVectors>(w, channel) {
+    const int64_t bytes = this->groups * this->group_stride, count = tiles.end - tiles.begin;
+    next = this->b + bytes + bytes / count * (t - tiles.begin);  // the next panel follows
+    half = bytes / count / 2;
+    step = this->group_stride / count / 2;
+  }
+
+  // A smaller weight stays in L2 between calls, and one tile alone is followed by the hardware.
+  static bool pays(const Weight& w, RowTiles tiles) {
+    return w.panel == kVectors * W && w.n * w.k > (1 << 20) && tiles.end - tiles.begin > 1;
+  }
+
+  template <int kRows>
+  DYNQUANT_INLINE void fetch_ahead(const int8_t*) {
+    __builtin_prefetch(next, 0, 2);
+    __builtin_prefetch(next + half, 0, 2);
+    next += step;
+  }
+};
+
 template <int kRows, int kVectors, typename Tile, typename Sink, typename D = Dot>
 DYNQUANT_INLINE void gemm_tile(const Sink& sink, const Tile& weight, int64_t t, int64_t m, int64_t channel) {
   const uint8_t* a = sink.a.data + m * sink.a.stride;
@@ -27,14 +55,19 @@ DYNQUANT_INLINE void gemm_tile(const Sink& sink, const Tile& weight, int64_t t, 
   sink.finish(m, channel, acc, Dot::kOffset);
 }
 
-// Rows [m, m + kRows) of row tile t and channels [c0, c1), in tiles of kVectors vectors and, where fewer are left, of
-// half as many.
+// Rows [m, m + kRows) of row tile t of `tiles` and channels [c0, c1), in tiles of kVectors vectors and, where fewer are
+// left, of half as many.
 template <int kRows, int kVectors, typename Sink>
-void gemm_tiles(const Sink& sink, int64_t t, int64_t m, int64_t c0, int64_t c1) {
+void gemm_tiles(const Sink& sink, RowTiles tiles, int64_t t, int64_t m, int64_t c0, int64_t c1) {
+  constexpr bool kSweeps = kRows > 2 && kVectors * W == kBlock && Dot::kPartGroups == 0;
   int64_t c = c0;
   for (; c + (kVectors - 1) * W < c1; c += kVectors * W) {
     if (sink.w.k > kMaxInt32K) {
       sink.template deep<kRows, kVectors>(m, c, NarrowPanels<kVectors>(sink.w, c));
+    } else if (kSweeps && SweptPanel<kVectors>::pays(sink.w, tiles)) {
+      if constexpr (kSweeps) {
+        gemm_tile<kRows, kVectors>(sink, SweptPanel<kVectors>(sink.w, c, tiles, t), t, m, c);
+      }
     } else if (sink.w.panel >= kVectors * W) {
       gemm_tile<kRows, kVectors>(sink, WidePanel<kVectors>(sink.w, c), t, m, c);
     } else {
@@ -42,7 +75,7 @@ void gemm_tiles(const Sink& sink, int64_t t, int64_t m, int64_t c0, int64_t c1) 
     }
   }
   if constexpr (kVectors > 1) {
-    if (c < c1) gemm_tiles<kRows, kVectors / 2>(sink, t, m, c, c1);
+    if (c < c1) gemm_tiles<kRows, kVectors / 2>(sink, tiles, t, m, c, c1);
   }
 }
 
@@ -57,7 +90,7 @@ void call_with_rows(const Body& body, int64_t t, int64_t m, int64_t rows) {
 
 template <typename Body>
 void for_row_tiles(RowTiles tiles, const Body& body) {
-  const TileRows cut(tiles.m);
+  const TileRows cut(tiles);
   for (int64_t t = tiles.begin, m = cut.first(t); t < tiles.end; ++t) {
     const int64_t next = cut.first(t + 1);
     call_with_rows<Dot::kMaxRows>(body, t, m, next - m);
@@ -68,11 +101,12 @@ void for_row_tiles(RowTiles tiles, const Body& body) {
 template <typename Sink>
 struct PackedBody {
   const Sink& sink;
+  RowTiles tiles;
   int64_t c0, c1;
 
   template <int kRows>
   void call(int64_t t, int64_t m) const {
-    gemm_tiles<kRows, Dot::kVectors<kRows>>(sink, t, m, c0, c1);
+    gemm_tiles<kRows, Dot::kVectors<kRows>>(sink, tiles, t, m, c0, c1);
   }
 };
 

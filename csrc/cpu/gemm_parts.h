@@ -60,7 +60,7 @@ void gemm_parts(const Sink& sink, int8_t* scratch, RowTiles tiles, int64_t block
   const int64_t groups = (sink.w.k + 3) / 4;
   PartBody<Sink> body{sink,
                       reinterpret_cast<int32_t*>(scratch),
-                      TileRows(tiles.m).first(tiles.begin),
+                      TileRows(tiles).first(tiles.begin),
                       block,
                       least(block + kBlock, sink.w.n),
                       0,

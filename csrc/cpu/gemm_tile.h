@@ -142,8 +142,7 @@ struct Accumulators {
 
   // Adds `groups` groups from a and b on, whatever they hold.
   template <typename Tile>
-  DYNQUANT_INLINE void add(const uint8_t* a, int64_t a_stride, const Tile& w, const int8_t* b,
-                           int64_t groups) {
+  DYNQUANT_INLINE void add(const uint8_t* a, int64_t a_stride, Tile w, const int8_t* b, int64_t groups) {
     for (int64_t g = 0; g < groups; ++g) {
       w.template fetch_ahead<kRows>(b);
       add_group(typename Dot::Exact(), a, a_stride, w, b);

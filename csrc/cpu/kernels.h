@@ -45,10 +45,10 @@ struct Rows {
   int rotation_block;  // 0: none
 };
 
-// Tiles [begin, end) of those that the m rows of an operand are cut into, in the same way whoever works on them: at most
-// Kernels::max_rows rows each.
+// Tiles [begin, end) of the `count` that the m rows of an operand are cut into, in the same way whoever works on them: at
+// most Kernels::max_rows rows each.
 struct RowTiles {
-  int64_t m, begin, end;
+  int64_t m, count, begin, end;
 };
 
 // Where the activations of a GEMM lie after quantization: row m at data + m * stride bytes (operand_stride()), in the
@@ -148,6 +148,9 @@ QParams choose_qparams(Range range);
 // The kernels of the instruction set in use, and those for a GEMM of m rows; dispatch.cpp.
 const Kernels& kernels();
 const Kernels& kernels_of_rows(int64_t m);
+
+// What one core takes to read a weight that was read before, about: how many threads a call is worth.
+double microseconds_to_read(double bytes);
 
 // Sets MXCSR for its lifetime: torch.set_flush_denormal is per thread, and would change bits.
 class FloatEnvironment {

@@ -106,7 +106,7 @@ Range span_range(const T* x, int64_t k) {
     F v[kChains];
     DYNQUANT_UNROLL
     for (int j = 0; j < kChains; ++j) {
-      v[j] = V::load(x + i + j * W);
+      v[j] = V::in_register(V::load(x + i + j * W));
       lo[j] = V::min(lo[j], v[j]);
       hi[j] = V::max(hi[j], v[j]);
       if (j % 2 == 1) nan = V::either(nan, V::unordered(v[j - 1], v[j]));
@@ -244,11 +244,8 @@ int64_t plan_bytes(int64_t m, int64_t k) {
 struct TileRows {
   int64_t height, taller;
 
-  explicit TileRows(int64_t m) {
-    const int64_t count = (m + Dot::kMaxRows - 1) / Dot::kMaxRows;
-    height = count > 0 ? m / count : 0;
-    taller = m - height * count;
-  }
+  explicit TileRows(RowTiles tiles)
+      : height(tiles.count > 0 ? tiles.m / tiles.count : 0), taller(tiles.m - height * tiles.count) {}
 
   int64_t first(int64_t t) const { return t * height + least(t, taller); }
 };
@@ -261,7 +258,7 @@ typename D::Plan& plan_of(Operand a, int64_t t) {
 // Lets put(m) fill the operand's rows tile by tile, and makes the tile's plan while they are in L1.
 template <typename Put, typename D = Dot>
 void fill_operand(Operand a, int64_t k, RowTiles tiles, const Put& put) {
-  const TileRows cut(tiles.m);
+  const TileRows cut(tiles);
   for (int64_t t = tiles.begin; t < tiles.end; ++t) {
     const int64_t m0 = cut.first(t), m1 = cut.first(t + 1);
     for (int64_t m = m0; m < m1; ++m) put(m);
@@ -283,12 +280,12 @@ void quantize_per_token(const Rows& x, RowTiles tiles, Operand a, QParams* qpara
     });
   }
   // The next row's range is found before a row is quantized: qparams are a chain of divisions, which takes its time.
-  const int64_t end = TileRows(tiles.m).first(tiles.end);
+  const int64_t end = TileRows(tiles).first(tiles.end);
   Range next{0.0f, 0.0f};
   const auto find_range = [&](int64_t m) {
     if (m < end) with_row(x, m, row, [&](const auto* data) { next = span_range(data, x.k); });
   };
-  find_range(TileRows(tiles.m).first(tiles.begin));
+  find_range(TileRows(tiles).first(tiles.begin));
   fill_operand(a, x.k, tiles, [&](int64_t m) {
     qparams[m] = choose_qparams(next);
     find_range(m + 1);

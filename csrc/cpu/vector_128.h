@@ -30,6 +30,8 @@ struct V {
     return x;
   }
 
+  static F in_register(F x) { return x; }
+
   static void store(float* p, F x) { __builtin_memcpy(p, &x, sizeof(x)); }
   static void store(int32_t* p, I x) { __builtin_memcpy(p, &x, sizeof(x)); }
   static void store(BFloat16* p, F x) {

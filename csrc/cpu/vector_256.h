@@ -20,6 +20,12 @@ struct V {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
 
+  // For a load that several instructions use: GCC 12 would have each of them load again.
+  static F in_register(F x) {
+    __asm__("" : "+x"(x));
+    return x;
+  }
+
   static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
   static void store(int32_t* p, I x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
   static void store(BFloat16* p, F x) {

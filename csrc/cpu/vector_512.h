@@ -20,6 +20,14 @@ struct V {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
 
+  // For a load that several instructions use: GCC 12 would have each of them load again.
+  static F in_register(F x) {
+#if !defined(DYNQUANT_EMULATED)
+    __asm__("" : "+v"(x));
+#endif
+    return x;
+  }
+
   static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
   static void store(int32_t* p, I x) { _mm512_storeu_si512(p, x); }
   static void store(BFloat16* p, F x) {
@@ -65,31 +73,27 @@ struct V {
   static float lowest_lane(F x) { return _mm512_reduce_min_ps(x); }
   static float highest_lane(F x) { return _mm512_reduce_max_ps(x); }
 
-  // (a, b) -> (a + b, a - b) for elements `stride` apart: b - a of the swapped pair is masked in.
+  // (a, b) -> (a + b, a - b) for elements `stride` apart: the swapped pair and 1 or -1 times x, an exact product.
   template <int stride>
   static F butterfly(F x) {
     static_assert(stride == 1 || stride == 2 || stride == 4 || stride == 8);
-    if constexpr (stride == 1) {
-      const F swapped = _mm512_permute_ps(x, 0xB1);
-      return _mm512_mask_sub_ps(_mm512_add_ps(swapped, x), 0xAAAA, swapped, x);
-    } else if constexpr (stride == 2) {
-      const F swapped = _mm512_permute_ps(x, 0x4E);
-      return _mm512_mask_sub_ps(_mm512_add_ps(swapped, x), 0xCCCC, swapped, x);
-    } else if constexpr (stride == 4) {
-      const F swapped = _mm512_shuffle_f32x4(x, x, 0xB1);
-      return _mm512_mask_sub_ps(_mm512_add_ps(swapped, x), 0xF0F0, swapped, x);
+    constexpr __mmask16 kSecond = stride == 1 ? 0xAAAA : stride == 2 ? 0xCCCC : stride == 4 ? 0xF0F0 : 0xFF00;
+    const F sign = _mm512_mask_blend_ps(kSecond, broadcast(1.0f), broadcast(-1.0f));
+    if constexpr (stride <= 2) {
+      return _mm512_fmadd_ps(x, sign, _mm512_permute_ps(x, stride == 1 ? 0xB1 : 0x4E));
     } else {
-      const F swapped = _mm512_shuffle_f32x4(x, x, 0x4E);
-      return _mm512_mask_sub_ps(_mm512_add_ps(swapped, x), 0xFF00, swapped, x);
+      return _mm512_fmadd_ps(x, sign, _mm512_shuffle_f32x4(x, x, stride == 4 ? 0xB1 : 0x4E));
     }
   }
 
   // 64 values to bytes, saturated, in order.
+  static I bytes(I q0, I q1, I q2, I q3) {
+    const I lanes = _mm512_packs_epi16(_mm512_packs_epi32(q0, q1), _mm512_packs_epi32(q2, q3));
+    const I order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm512_permutexvar_epi32(order, lanes);
+  }
   static void store_bytes(int8_t* p, I q0, I q1, I q2, I q3) {
-    const I quads[4] = {q0, q1, q2, q3};
-    for (int i = 0; i < 4; ++i) {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 16 * i), _mm512_cvtsepi32_epi8(quads[i]));
-    }
+    _mm512_storeu_si512(p, bytes(q0, q1, q2, q3));
   }
   static I load_bytes(const int8_t* p) {
     return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

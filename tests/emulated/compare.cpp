@@ -91,7 +91,8 @@ enum class Activations { kPerToken, kPerTensor, kStatic };
 Result gemm(const Kernels& kernel, const Rows& x, int64_t m, const Weight& w, Dtype out_dtype,
             Epilogue epilogue, Activations activations, const std::vector<int8_t>& q) {
   const int64_t stride = kernel.operand_stride(w.k), plan = kernel.plan_bytes(m, w.k);
-  const RowTiles tiles{m, 0, (m + kernel.max_rows - 1) / kernel.max_rows};
+  const int64_t count = (m + kernel.max_rows - 1) / kernel.max_rows;
+  const RowTiles tiles{m, count, 0, count};
   std::vector<uint8_t> operand(static_cast<size_t>(m * stride + tiles.end * plan) + 64);
   std::vector<int8_t> scratch(static_cast<size_t>(kernel.gemm_scratch(m, w.k, m)) + 64);
   std::vector<float> row(static_cast<size_t>(row_floats(w.k)) + 64);

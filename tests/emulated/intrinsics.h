@@ -7,6 +7,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
+#include <type_traits>
 
 #define DYNQUANT_EMULATED
 
@@ -78,6 +80,25 @@ inline Half half(const Whole& x, int which) {
     Half half[2];
   } both = bits<decltype(both)>(x);
   return both.half[which];
+}
+
+template <typename Wide, typename Narrow>
+inline __m512i halves_of_lanes(__m512i a, __m512i b) {
+  constexpr int kLane = 16 / sizeof(Wide), kCount = 64 / sizeof(Narrow);
+  struct {
+    Wide at[kCount / 2];
+  } from[2] = {bits<std::remove_reference_t<decltype(from[0])>>(a),
+               bits<std::remove_reference_t<decltype(from[0])>>(b)};
+  struct {
+    Narrow at[kCount];
+  } to;
+  for (int i = 0; i < kCount; ++i) {
+    const int lane = i / (2 * kLane), in_lane = i % (2 * kLane);
+    const int32_t value = from[in_lane / kLane].at[lane * kLane + in_lane % kLane];
+    constexpr int32_t kMost = std::numeric_limits<Narrow>::max();
+    to.at[i] = static_cast<Narrow>(value < -kMost - 1 ? -kMost - 1 : value > kMost ? kMost : value);
+  }
+  return bits<__m512i>(to);
 }
 
 }  // namespace emulated
@@ -160,13 +181,20 @@ inline __m256i cvtepi32_epi16(__m512i x) {  // truncates
   for (int i = 0; i < 16; ++i) lanes[i] = static_cast<uint16_t>(at(x, i));
   return bits<__m256i>(lanes);
 }
-inline __m128i cvtsepi32_epi8(__m512i x) {  // saturates
-  int8_t bytes[16];
-  for (int i = 0; i < 16; ++i) {
-    const int32_t lane = signed_at(x, i);
-    bytes[i] = static_cast<int8_t>(lane < -128 ? -128 : lane > 127 ? 127 : lane);
-  }
-  return bits<__m128i>(bytes);
+// Each 128-bit lane takes the lane of a, then that of b, saturated to half as many bits.
+inline __m512i packs_epi32(__m512i a, __m512i b) {
+  return halves_of_lanes<int32_t, int16_t>(a, b);
+}
+inline __m512i packs_epi16(__m512i a, __m512i b) {
+  return halves_of_lanes<int16_t, int8_t>(a, b);
+}
+inline __m512i setr_epi32(int a, int b, int c, int d, int e, int f, int g, int h, int i, int j, int k, int l, int m,
+                          int n, int o, int p) {
+  return bits<__m512i>(Ints{{a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p}});
+}
+inline __m512i set1_epi8(int8_t x) { return set1_epi32(0x01010101 * static_cast<uint8_t>(x)); }
+inline __m512i permutexvar_epi32(__m512i order, __m512i x) {
+  return ints([&](int i) { return at(x, static_cast<int>(at(order, i) & 15)); });
 }
 inline float reduce_min_ps(__m512 x) {
   float least = at(x, 0);
@@ -198,8 +226,8 @@ inline __mmask16 cmp_ps_mask(__m512 a, __m512 b, int predicate) {
 inline __m512 mask_blend_ps(__mmask16 mask, __m512 no, __m512 yes) {
   return floats([&](int i) { return (mask >> i & 1) != 0 ? at(yes, i) : at(no, i); });
 }
-inline __m512 mask_sub_ps(__m512 otherwise, int mask, __m512 a, __m512 b) {
-  return floats([&](int i) { return (mask >> i & 1) != 0 ? at(a, i) - at(b, i) : at(otherwise, i); });
+inline __m512 fmadd_ps(__m512 a, __m512 b, __m512 c) {
+  return floats([&](int i) { return std::fma(at(a, i), at(b, i), at(c, i)); });
 }
 inline __m512 permute_ps(__m512 x, int order) {
   return floats([&](int i) { return at(x, i / 4 * 4 + (order >> i % 4 * 2 & 3)); });
@@ -239,8 +267,6 @@ inline __m512 shuffle_f32x4(__m512 a, __m512 b, int order) {
 #define _mm512_cvtps_epi32 emulated::cvtps_epi32
 #undef _mm512_cvtps_ph
 #define _mm512_cvtps_ph emulated::cvtps_ph
-#undef _mm512_cvtsepi32_epi8
-#define _mm512_cvtsepi32_epi8 emulated::cvtsepi32_epi8
 #undef _mm512_div_ps
 #define _mm512_div_ps emulated::div_ps
 #undef _mm512_dpbusd_epi32
@@ -251,8 +277,6 @@ inline __m512 shuffle_f32x4(__m512 a, __m512 b, int order) {
 #define _mm512_loadu_si512 emulated::loadu_si512
 #undef _mm512_mask_blend_ps
 #define _mm512_mask_blend_ps emulated::mask_blend_ps
-#undef _mm512_mask_sub_ps
-#define _mm512_mask_sub_ps emulated::mask_sub_ps
 #undef _mm512_max_epi32
 #define _mm512_max_epi32 emulated::max_epi32
 #undef _mm512_max_ps
@@ -265,6 +289,18 @@ inline __m512 shuffle_f32x4(__m512 a, __m512 b, int order) {
 #define _mm512_mullo_epi32 emulated::mullo_epi32
 #undef _mm512_or_si512
 #define _mm512_or_si512 emulated::or_si512
+#undef _mm512_fmadd_ps
+#define _mm512_fmadd_ps emulated::fmadd_ps
+#undef _mm512_packs_epi16
+#define _mm512_packs_epi16 emulated::packs_epi16
+#undef _mm512_packs_epi32
+#define _mm512_packs_epi32 emulated::packs_epi32
+#undef _mm512_permutexvar_epi32
+#define _mm512_permutexvar_epi32 emulated::permutexvar_epi32
+#undef _mm512_set1_epi8
+#define _mm512_set1_epi8 emulated::set1_epi8
+#undef _mm512_setr_epi32
+#define _mm512_setr_epi32 emulated::setr_epi32
 #undef _mm512_permute_ps
 #define _mm512_permute_ps emulated::permute_ps
 #undef _mm512_reduce_max_ps

@@ -365,7 +365,7 @@ def linear_static(
     """As :func:`linear_dynamic`, with activation qparams that were calibrated before.
 
     Args:
-        scale, zero_point: fp32 and int32 [1].
+        scale, zero_point: fp32 and int32 [1], zero_point in [-128, 127] (a CPU tensor is checked for it).
 
     Returns:
         [..., N]; a row of x with a NaN or an infinity gives NaN.
@@ -374,6 +374,9 @@ def linear_static(
     check_qparams("linear_static", 1, scale, zero_point)
     check_device("linear_static", "x", x, "scale", scale)
     check_device("linear_static", "x", x, "zero_point", zero_point)
+    if zero_point.device.type == "cpu":
+        value = int(zero_point.item())
+        check(-128 <= value <= 127, f"linear_static: expected zero_point in [-128, 127], got {value}")
     cfg = Config.decode(config)
     rows = _rotated_rows("linear_static", x, cfg)
     finite = rows.isfinite().all(1)

@@ -135,6 +135,16 @@ def test_rotation_that_does_not_fit(op: str) -> None:
     )
 
 
+@pytest.mark.parametrize("zero_point", [-129, 128, 2**31 - 1])
+def test_zero_point_that_no_int8_has(zero_point: int) -> None:
+    """acc - zero_point * weight_sum would wrap."""
+    operands = good() | {"zero_point": torch.tensor([zero_point], dtype=torch.int32)}
+    arguments = [*(operands[name] for name in OPERANDS["linear_static"]), 0]
+    words = rf"^linear_static: expected zero_point in \[-128, 127\], got {zero_point}"
+    for function in (torch.ops.dynquant.linear_static, reference.linear_static):
+        _message(function, arguments, words)
+
+
 @pytest.mark.parametrize("op", ["linear_dynamic", "linear_static"])
 @pytest.mark.parametrize("config", [-1, 1 << 12, 9 << 2, 7 << 6])
 def test_config_that_no_version_knows(op: str, config: int) -> None:

@@ -466,6 +466,8 @@ Tensor linear_static(const Tensor& x, const Tensor& packed_weight, const Tensor&
   check_device("linear_static", x, "scale", scale);
   check_device("linear_static", x, "zero_point", zero_point);
   const QParams given{*scale.const_data_ptr<float>(), *zero_point.const_data_ptr<int32_t>()};
+  TORCH_CHECK(-128 <= given.zero_point && given.zero_point <= 127,
+              "linear_static: expected zero_point in [-128, 127], got ", given.zero_point);
   return linear("linear_static", x, packed_weight, weight_sum, weight_scale, bias, &given, config);
 }
 

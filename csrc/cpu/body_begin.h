@@ -13,6 +13,15 @@ constexpr int kChunk = 4 * W;  // elements that the quantizers handle at a time
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t round_up(int64_t a, int64_t unit) { return (a + unit - 1) / unit * unit; }
 
+// How offset * sum is taken off an accumulator: Dot::TakenOff. This one suits all, for as many K as an int32 holds.
+struct TakenOffByProduct {
+  static constexpr int64_t kMaxK = kMaxInt32K;
+
+  static I of_sums(I sum) { return sum; }
+  static I of_offset(int32_t offset) { return V::broadcast(offset); }
+  static I from(I acc, I offset, I sum) { return V::sub(acc, V::mul(offset, sum)); }
+};
+
 // How a group of 4 along K becomes products: in one or more steps, each a type with
 //   kOperandAt                           where in a row's group its operand lies: 4 bytes
 //   weight(bytes of W channels)          what of them the step multiplies

@@ -42,6 +42,7 @@ struct Dot {
 
   static constexpr int kGroupBytes = 4;  // of an operand row, for 4 elements
   static constexpr int32_t kOffset = 0;  // stored operand = q + kOffset
+  using TakenOff = TakenOffByProduct;
 
   static void store_operand(uint8_t* p, V::I q0, V::I q1, V::I q2, V::I q3) {
     V::store_bytes(reinterpret_cast<int8_t*>(p), q0, q1, q2, q3);

@@ -13,6 +13,7 @@ struct Dot {
 
   static constexpr int kGroupBytes = 8;  // of an operand row: q0 q2 q1 q3 as int16
   static constexpr int32_t kOffset = 0;  // stored operand = q + kOffset
+  using TakenOff = TakenOffByProduct;
   static constexpr bool kPlans = false;
   static constexpr int64_t kPartGroups = 96;  // 24 KB
 

@@ -1,6 +1,6 @@
 // The dot product of VNNI, one instruction in several encodings: DYNQUANT_DPBUSD is the intrinsic of the one at hand,
-// DYNQUANT_DPBUSD_ASM its name, DYNQUANT_DPBUSD_REGISTERS the registers it can use. Included inside an instruction
-// set's namespace and target region, after its vector_*.h.
+// DYNQUANT_DPBUSD_ASM its name, DYNQUANT_DPBUSD_REGISTERS the registers it can use, DYNQUANT_DPWSSD the intrinsic for
+// words. Included inside an instruction set's namespace and target region, after its vector_*.h.
 
 // vpdpbusd multiplies unsigned by signed bytes: the operand is q + 128, and 128 * weight_sum is taken off
 // again.
@@ -28,4 +28,21 @@ struct VnniDot {
     }
   };
   using Exact = Products<Dpbusd>;
+
+  // acc - offset * sum in one instruction: a sum is 128 * high + low, a word each, and so is -offset with -128 * offset.
+  struct TakenOff {
+    static constexpr int64_t kMaxK = (int64_t{1} << 22) / 127;  // high is a word
+
+    static V::I of_sums(V::I sum) {
+      const V::I high = V::bit_and(V::shift_left<9>(sum), V::broadcast(~0xffff));
+      return V::bit_or(high, V::bit_and(sum, V::broadcast(127)));
+    }
+
+    static V::I of_offset(int32_t offset) {  // in [0, 255]
+      const uint32_t low = static_cast<uint32_t>(-offset) & 0xffff, high = static_cast<uint32_t>(-offset) << 23;
+      return V::broadcast(static_cast<int32_t>(high | low));
+    }
+
+    static V::I from(V::I acc, V::I offset, V::I sum) { return DYNQUANT_DPWSSD(acc, offset, sum); }
+  };
 };

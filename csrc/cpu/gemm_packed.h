@@ -62,7 +62,7 @@ void gemm_tiles(const Sink& sink, RowTiles tiles, int64_t t, int64_t m, int64_t 
   constexpr bool kSweeps = kRows > 2 && kVectors * W == kBlock && Dot::kPartGroups == 0;
   int64_t c = c0;
   for (; c + (kVectors - 1) * W < c1; c += kVectors * W) {
-    if (sink.w.k > kMaxInt32K) {
+    if (sink.w.k > Dot::TakenOff::kMaxK) {
       sink.template deep<kRows, kVectors>(m, c, NarrowPanels<kVectors>(sink.w, c));
     } else if (kSweeps && SweptPanel<kVectors>::pays(sink.w, tiles)) {
       if constexpr (kSweeps) {

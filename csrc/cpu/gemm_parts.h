@@ -7,7 +7,7 @@
 
 // Up to K = 1024 a block's weights come from L2 as fast.
 constexpr bool takes_parts(int64_t m, int64_t k) {
-  return Dot::kPartGroups > 0 && 1 < m && m <= 4 * Dot::kMaxRows && 1024 < k && k <= kMaxInt32K;
+  return Dot::kPartGroups > 0 && 1 < m && m <= 4 * Dot::kMaxRows && 1024 < k && k <= Dot::TakenOff::kMaxK;
 }
 
 // A panel of which a part of K is worked on, while the same lines of the next part come to L2.

@@ -7,15 +7,17 @@ template <int kRows, int kVectors>
 DYNQUANT_INLINE void dequantize(const Accumulators<kRows, kVectors>& tile, const QParams* qparams,
                                 int32_t operand_offset, const int32_t* sum, const float* scale,
                                 const float* bias, float* out, int64_t stride) {
+  I sums[kVectors];
   DYNQUANT_UNROLL
-  for (int j = 0; j < kVectors; ++j) {
-    const I sums = V::load(sum + j * W);
-    const F scales = V::load(scale + j * W);
+  for (int j = 0; j < kVectors; ++j) sums[j] = Dot::TakenOff::of_sums(V::load(sum + j * W));
+  DYNQUANT_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    const I offset = Dot::TakenOff::of_offset(qparams[i].zero_point + operand_offset);
+    const F row_scale = V::broadcast(qparams[i].scale);
     DYNQUANT_UNROLL
-    for (int i = 0; i < kRows; ++i) {
-      const I offset = V::broadcast(qparams[i].zero_point + operand_offset);
-      const F acc = V::convert(V::sub(tile.acc[i][j], V::mul(offset, sums)));
-      F y = V::mul(V::mul(acc, V::broadcast(qparams[i].scale)), scales);
+    for (int j = 0; j < kVectors; ++j) {
+      const F acc = V::convert(Dot::TakenOff::from(tile.acc[i][j], offset, sums[j]));
+      F y = V::mul(V::mul(acc, row_scale), V::load(scale + j * W));
       if (bias != nullptr) y = V::add(y, V::load(bias + j * W));
       V::store(out + i * stride + j * W, y);
     }

@@ -16,6 +16,7 @@ struct Dot {
 
   static constexpr int kGroupBytes = 4;  // of an operand row, for 4 elements
   static constexpr int32_t kOffset = 0;  // stored operand = q + kOffset
+  using TakenOff = TakenOffByProduct;
   static constexpr bool kPlans = false;
   static constexpr int64_t kPartGroups = 0;  // K in one go
 

@@ -67,6 +67,24 @@ inline Vector dpbusd(Vector acc, Vector a, Vector b) {
   return bits<Vector>(sums);
 }
 
+// vpdpwssd: adds two products of words to each int32, without saturation.
+template <typename Vector>
+inline Vector dpwssd(Vector acc, Vector a, Vector b) {
+  constexpr int kLanes = sizeof(Vector) / 4;
+  struct {
+    int32_t lane[kLanes];
+  } sums = bits<decltype(sums)>(acc);
+  struct Words {
+    int16_t word[kLanes * 2];
+  };
+  const Words left = bits<Words>(a), right = bits<Words>(b);
+  for (int i = 0; i < kLanes * 2; ++i) {
+    sums.lane[i / 2] = static_cast<int32_t>(static_cast<uint32_t>(sums.lane[i / 2]) +
+                                            static_cast<uint32_t>(left.word[i] * right.word[i]));
+  }
+  return bits<Vector>(sums);
+}
+
 inline __m512 halves(__m256 low, __m256 high) {
   struct {
     __m256 half[2];
@@ -237,6 +255,12 @@ inline __m512 shuffle_f32x4(__m512 a, __m512 b, int order) {
 }
 }  // namespace emulated
 
+#undef _mm256_dpwssd_avx_epi32
+#define _mm256_dpwssd_avx_epi32 emulated::dpwssd
+#undef _mm256_dpwssd_epi32
+#define _mm256_dpwssd_epi32 emulated::dpwssd
+#undef _mm512_dpwssd_epi32
+#define _mm512_dpwssd_epi32 emulated::dpwssd
 #undef _mm256_dpbusd_avx_epi32
 #define _mm256_dpbusd_avx_epi32 emulated::dpbusd
 #undef _mm256_dpbusd_epi32

@@ -175,7 +175,7 @@ def test_output_casts_round_to_nearest_even(isa: str, small_outputs: float) -> N
             layer.check(random_x(5, 32) * scale)
 
 
-@pytest.mark.parametrize("k", [1, 4, 64, 1000, 66_311, 66_312, 70_001])
+@pytest.mark.parametrize("k", [1, 4, 64, 1000, 33_025, 33_026, 66_311, 66_312, 70_001])
 def test_all_extreme_operands(isa: str, k: int) -> None:
     """q = -128 or 127 against weights of +-127 everywhere: nothing saturates, nothing wraps."""
     signs = torch.tensor([[1.0], [-1.0], [1.0]])

@@ -438,9 +438,14 @@ Tensor linear(const char* op, const Tensor& x, const Tensor& packed_weight, cons
   const int64_t blocks = blocks_of(n);
   if (cut.channel_parts == 1) {
     run(cut.row_parts, [&](int64_t t) {
-      const RowTiles tiles = share_of(all, cut.row_parts, t);
-      quantize_rows(t, tiles);
-      kernel.linear(a, qparams, w, to, gemm_data + t * gemm_bytes, tiles, 0, blocks);
+      // Some rows after the other, so that what is quantized is multiplied from the caches next to the core.
+      const RowTiles mine = share_of(all, cut.row_parts, t);
+      const int64_t step = kernel.rows_at_once / kernel.max_rows;
+      for (int64_t begin = mine.begin; begin < mine.end; begin += step) {
+        const RowTiles tiles{m, all.count, begin, std::min(begin + step, mine.end)};
+        quantize_rows(t, tiles);
+        kernel.linear(a, qparams, w, to, gemm_data + t * gemm_bytes, tiles, 0, blocks);
+      }
     });
   } else {
     const int64_t threads = threads_over_rows(rows, m);

@@ -89,6 +89,8 @@ struct Kernels {
 
   int64_t max_rows;  // of a row tile
 
+  int64_t rows_at_once;  // so many are best quantized and multiplied before the next
+
   // Bytes of one operand row of k elements, a multiple of 64 that is odd in units of 64 (rows must not share
   // L1 sets).
   int64_t (*operand_stride)(int64_t k);

@@ -74,7 +74,9 @@ struct Cut {
   int64_t tasks() const { return row_parts * channel_parts; }
 };
 
-int64_t blocks_of(int64_t n) { return (n + kBlock - 1) / kBlock; }
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t blocks_of(int64_t n) { return divide_up(n, kBlock); }
 
 Cut cut_gemm(const Kernels& kernel, int64_t m, int64_t n, int64_t k) {
   constexpr int64_t kLeastRows = 24;
@@ -88,7 +90,7 @@ Cut cut_gemm(const Kernels& kernel, int64_t m, int64_t n, int64_t k) {
 
 // All tiles of m rows, as many for each of `parts` threads.
 RowTiles row_tiles(const Kernels& kernel, int64_t m, int64_t parts) {
-  const int64_t of_part = (m + kernel.max_rows * parts - 1) / (kernel.max_rows * parts);
+  const int64_t of_part = divide_up(m, kernel.max_rows * parts);
   return {m, of_part * parts, 0, of_part * parts};
 }
 
@@ -112,6 +114,57 @@ Operand operand_at(const Kernels& kernel, uint8_t* at, int64_t m, int64_t k) {
 int64_t gemm_scratch(const Kernels& kernel, const Cut& cut, int64_t m, int64_t k) {
   const int64_t rows = m / cut.row_parts + 2 * kernel.max_rows;  // tiles are shared out, and may be uneven
   return Scratch::bytes_of<int8_t>(kernel.gemm_scratch(m, k, rows));
+}
+
+// What rows are quantized into and multiplied from.
+struct Workspace {
+  Operand a;
+  QParams* qparams;
+  float* row;
+  int8_t* gemm;
+};
+
+// A workspace's layout in memory.
+class WorkspaceSize {
+ public:
+  // Of m rows, or one less, that are multiplied by themselves. row: floats of scratch for one.
+  WorkspaceSize(const Kernels& kernel, int64_t m, int64_t k, int64_t row)
+      : WorkspaceSize(kernel, m, k, row, row_tiles(kernel, m, 1),
+                      std::max(kernel.gemm_scratch(m, k, m), kernel.gemm_scratch(m - 1, k, m))) {}
+
+  WorkspaceSize(const Kernels& kernel, int64_t m, int64_t k, int64_t row, RowTiles tiles, int64_t gemm)
+      : kernel_(kernel),
+        m_(m),
+        k_(k),
+        operand_(Scratch::bytes_of<uint8_t>(operand_bytes(kernel, tiles, k))),
+        qparams_(Scratch::bytes_of<QParams>(m)),
+        row_(Scratch::bytes_of<float>(row)),
+        gemm_(Scratch::bytes_of<int8_t>(gemm)) {}
+
+  int64_t bytes() const { return operand_ + qparams_ + row_ + gemm_; }
+
+  Workspace at(uint8_t* memory) const {
+    uint8_t* qparams = memory + operand_;
+    uint8_t* row = qparams + qparams_;
+    return {operand_at(kernel_, memory, m_, k_), reinterpret_cast<QParams*>(qparams),
+            reinterpret_cast<float*>(row), reinterpret_cast<int8_t*>(row + row_)};
+  }
+
+ private:
+  const Kernels& kernel_;
+  int64_t m_, k_, operand_, qparams_, row_, gemm_;
+};
+
+Rows from_row(const Rows& x, int64_t m) {
+  Rows rest = x;
+  rest.data = static_cast<const uint8_t*>(x.data) + m * x.stride * element_size(x.dtype);
+  return rest;
+}
+
+Output from_row(const Output& out, int64_t m) {
+  Output rest = out;
+  rest.data = static_cast<uint8_t*>(out.data) + m * out.stride * element_size(out.dtype);
+  return rest;
 }
 
 // ---- quantize ---------------------------------------------------------------------------------------------
@@ -408,17 +461,6 @@ Tensor linear(const char* op, const Tensor& x, const Tensor& packed_weight, cons
                   config.epilogue};
 
   const Cut cut = cut_gemm(kernel, m, n, k);
-  const RowTiles all = row_tiles(kernel, m, cut.row_parts);
-  const int64_t bytes = operand_bytes(kernel, all, k), row = row_scratch(rows);
-  const int64_t row_count = std::max(cut.row_parts, threads_over_rows(rows, m)) * row;
-  const int64_t gemm_bytes = gemm_scratch(kernel, cut, m, k);
-  Scratch scratch(Scratch::bytes_of<uint8_t>(bytes) + Scratch::bytes_of<QParams>(m) +
-                  Scratch::bytes_of<float>(row_count) + Scratch::bytes_of<int8_t>(cut.tasks() * gemm_bytes));
-  const Operand a = operand_at(kernel, scratch.take<uint8_t>(bytes), m, k);
-  QParams* qparams = scratch.take<QParams>(m);
-  float* row_data = scratch.take<float>(row_count);
-  int8_t* gemm_data = scratch.take<int8_t>(cut.tasks() * gemm_bytes);
-
   const bool per_tensor = given != nullptr || config.per_tensor;
   QParams shared{};
   if (given != nullptr) {
@@ -426,34 +468,49 @@ Tensor linear(const char* op, const Tensor& x, const Tensor& packed_weight, cons
   } else if (config.per_tensor) {
     const FloatEnvironment environment;
     // Threads that will have rows of their own look at them before: these then lie in their caches.
-    shared = choose_qparams(range_of_all(kernel, rows, m, std::max(cut.row_parts, threads_over_rows(rows, m))));
+    shared =
+        choose_qparams(range_of_all(kernel, rows, m, std::max(cut.row_parts, threads_over_rows(rows, m))));
   }
-  const auto quantize_rows = [&](int64_t t, RowTiles tiles) {
+  const auto quantize_rows = [&](const Rows& part, RowTiles tiles, const Workspace& work) {
     if (per_tensor) {
-      kernel.quantize_per_tensor(rows, tiles, shared, given != nullptr, a, qparams, row_data + t * row);
+      kernel.quantize_per_tensor(part, tiles, shared, given != nullptr, work.a, work.qparams, work.row);
     } else {
-      kernel.quantize_per_token(rows, tiles, a, qparams, row_data + t * row);
+      kernel.quantize_per_token(part, tiles, work.a, work.qparams, work.row);
     }
   };
-  const int64_t blocks = blocks_of(n);
+  const int64_t blocks = blocks_of(n), row = row_scratch(rows);
   if (cut.channel_parts == 1) {
+    // Each thread quantizes and multiplies some rows after the other: their operand stays next to the core.
+    const int64_t pieces = cut.row_parts * divide_up(m, cut.row_parts * kernel.rows_at_once);
+    const WorkspaceSize size(kernel, divide_up(m, pieces), k, row);
+    Scratch scratch(cut.row_parts * size.bytes());
+    uint8_t* memory = scratch.take<uint8_t>(cut.row_parts * size.bytes());
     run(cut.row_parts, [&](int64_t t) {
-      // Some rows after the other, so that what is quantized is multiplied from the caches next to the core.
-      const RowTiles mine = share_of(all, cut.row_parts, t);
-      const int64_t step = kernel.rows_at_once / kernel.max_rows;
-      for (int64_t begin = mine.begin; begin < mine.end; begin += step) {
-        const RowTiles tiles{m, all.count, begin, std::min(begin + step, mine.end)};
-        quantize_rows(t, tiles);
-        kernel.linear(a, qparams, w, to, gemm_data + t * gemm_bytes, tiles, 0, blocks);
+      const Workspace work = size.at(memory + t * size.bytes());
+      const auto [p0, p1] = share(pieces, cut.row_parts, t);
+      for (int64_t p = p0; p < p1; ++p) {
+        const auto [m0, m1] = share(m, pieces, p);
+        const RowTiles tiles = row_tiles(kernel, m1 - m0, 1);
+        quantize_rows(from_row(rows, m0), tiles, work);
+        kernel.linear(work.a, work.qparams, w, from_row(to, m0), work.gemm, tiles, 0, blocks);
       }
     });
   } else {
-    const int64_t threads = threads_over_rows(rows, m);
-    run(threads, [&](int64_t t) { quantize_rows(t, share_of(all, threads, t)); });
+    const RowTiles all = row_tiles(kernel, m, cut.row_parts);
+    const int64_t threads = std::max<int64_t>(1, threads_over_rows(rows, m));
+    const int64_t gemm_bytes = gemm_scratch(kernel, cut, m, k);
+    const WorkspaceSize size(kernel, m, k, threads * row, all, cut.tasks() * gemm_bytes);
+    Scratch scratch(size.bytes());
+    const Workspace work = size.at(scratch.take<uint8_t>(size.bytes()));
+    run(threads, [&](int64_t t) {
+      Workspace mine = work;
+      mine.row += t * row;
+      quantize_rows(rows, share_of(all, threads, t), mine);
+    });
     run(cut.tasks(), [&](int64_t t) {
       const auto [b0, b1] = share(blocks, cut.channel_parts, t % cut.channel_parts);
       const RowTiles tiles = share_of(all, cut.row_parts, t / cut.channel_parts);
-      kernel.linear(a, qparams, w, to, gemm_data + t * gemm_bytes, tiles, b0, b1);
+      kernel.linear(work.a, work.qparams, w, to, work.gemm + t * gemm_bytes, tiles, b0, b1);
     });
   }
   return wanted == computed ? out : out.to(wanted);

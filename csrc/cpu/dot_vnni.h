@@ -39,7 +39,8 @@ struct VnniDot {
     }
 
     static V::I of_offset(int32_t offset) {  // in [0, 255]
-      const uint32_t low = static_cast<uint32_t>(-offset) & 0xffff, high = static_cast<uint32_t>(-offset) << 23;
+      const uint32_t low = static_cast<uint32_t>(-offset) & 0xffff, high = static_cast<uint32_t>(-offset)
+                                                                           << 23;
       return V::broadcast(static_cast<int32_t>(high | low));
     }
 

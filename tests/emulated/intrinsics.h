@@ -200,14 +200,10 @@ inline __m256i cvtepi32_epi16(__m512i x) {  // truncates
   return bits<__m256i>(lanes);
 }
 // Each 128-bit lane takes the lane of a, then that of b, saturated to half as many bits.
-inline __m512i packs_epi32(__m512i a, __m512i b) {
-  return halves_of_lanes<int32_t, int16_t>(a, b);
-}
-inline __m512i packs_epi16(__m512i a, __m512i b) {
-  return halves_of_lanes<int16_t, int8_t>(a, b);
-}
-inline __m512i setr_epi32(int a, int b, int c, int d, int e, int f, int g, int h, int i, int j, int k, int l, int m,
-                          int n, int o, int p) {
+inline __m512i packs_epi32(__m512i a, __m512i b) { return halves_of_lanes<int32_t, int16_t>(a, b); }
+inline __m512i packs_epi16(__m512i a, __m512i b) { return halves_of_lanes<int16_t, int8_t>(a, b); }
+inline __m512i setr_epi32(int a, int b, int c, int d, int e, int f, int g, int h, int i, int j, int k, int l,
+                          int m, int n, int o, int p) {
   return bits<__m512i>(Ints{{a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p}});
 }
 inline __m512i set1_epi8(int8_t x) { return set1_epi32(0x01010101 * static_cast<uint8_t>(x)); }

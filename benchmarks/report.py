@@ -75,6 +75,8 @@ def _head(results: Results) -> str:
     for threads, peaks in results.get("peaks", {}).items():
         numbers = ", ".join(f"{name} {value:.0f}" for name, value in peaks.items())
         lines.append(f"- limits at {threads} thread{'s' if threads != '1' else ''}: {numbers}")
+    if results.get("keeps_freed_memory"):
+        lines.append("- malloc keeps what is freed, as tcmalloc and jemalloc do: no fresh pages in a call")
     if results.get("quick"):
         lines.append("- **quick run: too few and too short samples to be a result**")
     return "\n".join(lines) + "\n"

@@ -19,6 +19,7 @@ import torch
 
 import dynquant
 from dynquant import _extension
+from dynquant.timing import keep_freed_memory
 
 from . import (
     additions,
@@ -170,6 +171,7 @@ def _run(options: Options) -> dict[str, Any]:
         "machine": machine.describe(),
         "command": shlex.join(["python", "-m", "dynquant", "bench", *sys.argv[2:]]),
         "quick": options.quick,
+        "keeps_freed_memory": keep_freed_memory(),
         "peaks": {str(count): roofline.peaks(count) for count in options.threads},
     }
     for section in options.sections:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from ..timing import keep_freed_memory
 from . import encoder, regression, show
 from .sentences import SENTENCES
 
@@ -21,6 +22,7 @@ def run(png: Path, *, threads: int | None = None, console: Console | None = None
         console = Console()
         if not console.is_terminal:  # a log: no window to fit the tables into
             console.width = 120
+    keep_freed_memory()
     show.show_regression(regression.run(), console)
     threads = threads or torch.get_num_threads()
     with console.status("Embedding and timing with all-MiniLM-L6-v2 (a minute or two) ..."):

@@ -59,6 +59,7 @@ DYNQUANT_INLINE void gemm_tile(const Sink& sink, const Tile& weight, int64_t t, 
 // left, of half as many.
 template <int kRows, int kVectors, typename Sink>
 void gemm_tiles(const Sink& sink, RowTiles tiles, int64_t t, int64_t m, int64_t c0, int64_t c1) {
+  constexpr bool kInPanel = kVectors * W <= kBlock;
   constexpr bool kSweeps = kRows > 2 && kVectors * W == kBlock && Dot::kPartGroups == 0;
   int64_t c = c0;
   for (; c + (kVectors - 1) * W < c1; c += kVectors * W) {
@@ -68,8 +69,8 @@ void gemm_tiles(const Sink& sink, RowTiles tiles, int64_t t, int64_t m, int64_t 
       if constexpr (kSweeps) {
         gemm_tile<kRows, kVectors>(sink, SweptPanel<kVectors>(sink.w, c, tiles, t), t, m, c);
       }
-    } else if (sink.w.panel >= kVectors * W) {
-      gemm_tile<kRows, kVectors>(sink, WidePanel<kVectors>(sink.w, c), t, m, c);
+    } else if (kInPanel && sink.w.panel >= kVectors * W) {
+      if constexpr (kInPanel) gemm_tile<kRows, kVectors>(sink, WidePanel<kVectors>(sink.w, c), t, m, c);
     } else {
       gemm_tile<kRows, kVectors>(sink, NarrowPanels<kVectors>(sink.w, c), t, m, c);
     }

@@ -102,7 +102,7 @@ def test_linear(isa: str, shape: tuple[int, int, int], config: Config) -> None:
     layer.check_static(random_x(m, k))
 
 
-@pytest.mark.parametrize("shape", [(96, 512, 640), (8, 1024, 2048), (50, 1030, 700)], ids=str)
+@pytest.mark.parametrize("shape", [(96, 512, 640), (8, 1024, 2048), (50, 1030, 700), (49, 1030, 700)], ids=str)
 @pytest.mark.parametrize("activations", ["per_token", "per_tensor"])
 def test_linear_threads(isa: str, threads: int, shape: tuple[int, int, int], activations: str) -> None:
     m, k, n = shape
@@ -110,7 +110,7 @@ def test_linear_threads(isa: str, threads: int, shape: tuple[int, int, int], act
     layer.check(random_x(m, k))
 
 
-@pytest.mark.parametrize("rows", range(1, 20))
+@pytest.mark.parametrize("rows", [*range(1, 20), 47, 48, 49, 95, 96, 97, 145, 193])
 def test_every_row_count(isa: str, rows: int) -> None:
     Layer(70, 100, Config(), bias=False).check(random_x(rows, 70))
 

@@ -39,9 +39,8 @@ struct VnniDot {
     }
 
     static V::I of_offset(int32_t offset) {  // in [0, 255]
-      const uint32_t low = static_cast<uint32_t>(-offset) & 0xffff, high = static_cast<uint32_t>(-offset)
-                                                                           << 23;
-      return V::broadcast(static_cast<int32_t>(high | low));
+      const uint32_t taken = static_cast<uint32_t>(-offset);
+      return V::broadcast(static_cast<int32_t>(taken << 23 | (taken & 0xffff)));
     }
 
     static V::I from(V::I acc, V::I offset, V::I sum) { return DYNQUANT_DPWSSD(acc, offset, sum); }

@@ -102,7 +102,9 @@ def test_linear(isa: str, shape: tuple[int, int, int], config: Config) -> None:
     layer.check_static(random_x(m, k))
 
 
-@pytest.mark.parametrize("shape", [(96, 512, 640), (8, 1024, 2048), (50, 1030, 700), (49, 1030, 700)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(96, 512, 640), (8, 1024, 2048), (49, 1030, 700), (50, 1030, 700)], ids=str
+)
 @pytest.mark.parametrize("activations", ["per_token", "per_tensor"])
 def test_linear_threads(isa: str, threads: int, shape: tuple[int, int, int], activations: str) -> None:
     m, k, n = shape

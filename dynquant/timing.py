@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -31,6 +32,8 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether this C library can be told (glibc).
     """
+    if not sys.platform.startswith("linux"):
+        return False
     keep_below, trim_above = -3, -1  # M_MMAP_THRESHOLD and its highest value, M_TRIM_THRESHOLD
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

@@ -27,6 +27,7 @@ namespace {
 #include "dot_vnni.h"
 
 struct Dot : VnniDot {
+  // One row reads four panels side by side: each is a stream of its own to the hardware.
   template <int kRows>
   static constexpr int kVectors = kRows == 1 ? 16 : 4;
 

@@ -124,15 +124,15 @@ struct Workspace {
   int8_t* gemm;
 };
 
-// A workspace's layout in memory.
-class WorkspaceSize {
+// How a workspace lies in memory.
+class WorkspaceLayout {
  public:
   // Of m rows, or one less, that are multiplied by themselves. row: floats of scratch for one.
-  WorkspaceSize(const Kernels& kernel, int64_t m, int64_t k, int64_t row)
-      : WorkspaceSize(kernel, m, k, row, row_tiles(kernel, m, 1),
-                      std::max(kernel.gemm_scratch(m, k, m), kernel.gemm_scratch(m - 1, k, m))) {}
+  WorkspaceLayout(const Kernels& kernel, int64_t m, int64_t k, int64_t row)
+      : WorkspaceLayout(kernel, m, k, row, row_tiles(kernel, m, 1),
+                        std::max(kernel.gemm_scratch(m, k, m), kernel.gemm_scratch(m - 1, k, m))) {}
 
-  WorkspaceSize(const Kernels& kernel, int64_t m, int64_t k, int64_t row, RowTiles tiles, int64_t gemm)
+  WorkspaceLayout(const Kernels& kernel, int64_t m, int64_t k, int64_t row, RowTiles tiles, int64_t gemm)
       : kernel_(kernel),
         m_(m),
         k_(k),
@@ -482,11 +482,11 @@ Tensor linear(const char* op, const Tensor& x, const Tensor& packed_weight, cons
   if (cut.channel_parts == 1) {
     // Each thread quantizes and multiplies some rows after the other: their operand stays next to the core.
     const int64_t pieces = cut.row_parts * divide_up(m, cut.row_parts * kernel.rows_at_once);
-    const WorkspaceSize size(kernel, divide_up(m, pieces), k, row);
-    Scratch scratch(cut.row_parts * size.bytes());
-    uint8_t* memory = scratch.take<uint8_t>(cut.row_parts * size.bytes());
+    const WorkspaceLayout layout(kernel, divide_up(m, pieces), k, row);
+    Scratch scratch(cut.row_parts * layout.bytes());
+    uint8_t* memory = scratch.take<uint8_t>(cut.row_parts * layout.bytes());
     run(cut.row_parts, [&](int64_t t) {
-      const Workspace work = size.at(memory + t * size.bytes());
+      const Workspace work = layout.at(memory + t * layout.bytes());
       const auto [p0, p1] = share(pieces, cut.row_parts, t);
       for (int64_t p = p0; p < p1; ++p) {
         const auto [m0, m1] = share(m, pieces, p);
@@ -499,9 +499,9 @@ Tensor linear(const char* op, const Tensor& x, const Tensor& packed_weight, cons
     const RowTiles all = row_tiles(kernel, m, cut.row_parts);
     const int64_t threads = std::max<int64_t>(1, threads_over_rows(rows, m));
     const int64_t gemm_bytes = gemm_scratch(kernel, cut, m, k);
-    const WorkspaceSize size(kernel, m, k, threads * row, all, cut.tasks() * gemm_bytes);
-    Scratch scratch(size.bytes());
-    const Workspace work = size.at(scratch.take<uint8_t>(size.bytes()));
+    const WorkspaceLayout layout(kernel, m, k, threads * row, all, cut.tasks() * gemm_bytes);
+    Scratch scratch(layout.bytes());
+    const Workspace work = layout.at(scratch.take<uint8_t>(layout.bytes()));
     run(threads, [&](int64_t t) {
       Workspace mine = work;
       mine.row += t * row;

@@ -13,9 +13,6 @@
 #include <cpuid.h>
 #include <xmmintrin.h>
 #endif
-#if defined(__unix__)
-#include <unistd.h>
-#endif
 
 namespace dynquant::cpu {
 
@@ -99,23 +96,6 @@ std::vector<std::string> available_isas() {
 std::string isa() { return kernels().name; }
 
 void set_isa(const std::string& name) { in_use().store(find(name), std::memory_order_relaxed); }
-
-double microseconds_to_read(double bytes) {
-  static const double l2_bytes = [] {
-#if defined(_SC_LEVEL2_CACHE_SIZE)
-    return static_cast<double>(sysconf(_SC_LEVEL2_CACHE_SIZE));
-#else
-    return 0.0;
-#endif
-  }();
-  constexpr double kFromL2 = 100e3, kFromL3 = 50e3, kFromIntelL3 = 30e3;  // of one core, measured
-#if defined(__x86_64__)
-  static const double from_l3 = __builtin_cpu_is("intel") ? kFromIntelL3 : kFromL3;
-#else
-  static const double from_l3 = kFromL3;
-#endif
-  return bytes / (bytes <= l2_bytes ? kFromL2 : from_l3);
-}
 
 QParams choose_qparams(Range range) {
   if (!std::isfinite(range.lo) || !std::isfinite(range.hi)) return QParams{std::nanf(""), 0};

@@ -151,9 +151,6 @@ QParams choose_qparams(Range range);
 const Kernels& kernels();
 const Kernels& kernels_of_rows(int64_t m);
 
-// What one core takes to read a weight that was read before, about: how many threads a call is worth.
-double microseconds_to_read(double bytes);
-
 // Sets MXCSR for its lifetime: torch.set_flush_denormal is per thread, and would change bits.
 class FloatEnvironment {
  public:

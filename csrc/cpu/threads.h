@@ -3,6 +3,10 @@
 
 #include <ATen/Parallel.h>
 
+#if defined(__unix__)
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <cstdint>
 #include <utility>
@@ -18,6 +22,22 @@ constexpr double kAloneMicroseconds = 50.0, kShareMicroseconds = 25.0;
 inline int64_t threads_for(double microseconds) {
   if (microseconds < kAloneMicroseconds || at::in_parallel_region()) return 1;
   return std::min<int64_t>(at::get_num_threads(), static_cast<int64_t>(microseconds / kShareMicroseconds));
+}
+
+// What one core takes, about, to read a weight that an earlier call has read.
+inline double microseconds_to_read(double bytes) {
+  constexpr double kFromL2 = 100e3, kFromL3 = 50e3, kFromIntelL3 = 30e3;  // bytes a microsecond, measured
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const double l2 = static_cast<double>(sysconf(_SC_LEVEL2_CACHE_SIZE));
+#else
+  static const double l2 = 0.0;
+#endif
+#if defined(__x86_64__)
+  static const double from_l3 = __builtin_cpu_is("intel") ? kFromIntelL3 : kFromL3;
+#else
+  static const double from_l3 = kFromL3;
+#endif
+  return bytes / (bytes <= l2 ? kFromL2 : from_l3);
 }
 
 // Calls task(t) for each t in [0, tasks), each on a thread of its own where torch has as many.

@@ -31,7 +31,7 @@ class SharedInput:
     one wider op on these very weights, without a copy. A layer that is called by itself computes for itself:
     an output computed ahead would have to be kept until the next layer is called, and finding out whether it
     still holds (the same x, not written to, the same bias, grad mode, autocast, thread) costs a call more
-    than one quantization saves.
+    than one quantization saves. In inference mode it cannot be found out: such tensors count no versions.
 
     Attributes:
         layers: in the order in which they are called.

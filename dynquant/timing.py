@@ -34,11 +34,13 @@ def keep_freed_memory() -> bool:
     """
     if not sys.platform.startswith("linux"):
         return False
-    keep_below, trim_above = -3, -1  # M_MMAP_THRESHOLD and its highest value, M_TRIM_THRESHOLD
+    mmap_threshold, trim_threshold = -3, -1  # malloc.h's M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    highest_mmap_threshold = 32 << 20
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    return bool(mallopt(keep_below, 32 << 20)) and bool(mallopt(trim_above, 2**31 - 1))
+    never = torch.iinfo(torch.int32).max
+    return bool(mallopt(mmap_threshold, highest_mmap_threshold) and mallopt(trim_threshold, never))
 
 
 @dataclass(frozen=True)

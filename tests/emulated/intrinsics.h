@@ -47,42 +47,34 @@ inline float at(const __m512& x, int i) { return bits<Floats>(x).lane[i]; }
 inline uint32_t at(const __m512i& x, int i) { return static_cast<uint32_t>(bits<Ints>(x).lane[i]); }
 inline int32_t signed_at(const __m512i& x, int i) { return bits<Ints>(x).lane[i]; }
 
-// vpdpbusd: adds four products of unsigned and signed bytes to each int32, without saturation.
-template <typename Vector>
-inline Vector dpbusd(Vector acc, Vector a, Vector b) {
-  constexpr int kLanes = sizeof(Vector) / 4;
+// Adds the products of a's and b's elements to the int32 that they lie in, without saturation.
+template <typename Left, typename Right, typename Vector>
+inline Vector add_products(Vector acc, Vector a, Vector b) {
+  constexpr int kLanes = sizeof(Vector) / 4, kInLane = 4 / sizeof(Left);
   struct {
     int32_t lane[kLanes];
   } sums = bits<decltype(sums)>(acc);
   struct {
-    uint8_t byte[kLanes * 4];
+    Left at[kLanes * kInLane];
   } left = bits<decltype(left)>(a);
   struct {
-    int8_t byte[kLanes * 4];
+    Right at[kLanes * kInLane];
   } right = bits<decltype(right)>(b);
-  for (int i = 0; i < kLanes * 4; ++i) {
-    sums.lane[i / 4] = static_cast<int32_t>(static_cast<uint32_t>(sums.lane[i / 4]) +
-                                            static_cast<uint32_t>(left.byte[i] * right.byte[i]));
+  for (int i = 0; i < kLanes * kInLane; ++i) {
+    sums.lane[i / kInLane] = static_cast<int32_t>(static_cast<uint32_t>(sums.lane[i / kInLane]) +
+                                                  static_cast<uint32_t>(left.at[i] * right.at[i]));
   }
   return bits<Vector>(sums);
 }
 
-// vpdpwssd: adds two products of words to each int32, without saturation.
+template <typename Vector>
+inline Vector dpbusd(Vector acc, Vector a, Vector b) {
+  return add_products<uint8_t, int8_t>(acc, a, b);
+}
+
 template <typename Vector>
 inline Vector dpwssd(Vector acc, Vector a, Vector b) {
-  constexpr int kLanes = sizeof(Vector) / 4;
-  struct {
-    int32_t lane[kLanes];
-  } sums = bits<decltype(sums)>(acc);
-  struct Words {
-    int16_t word[kLanes * 2];
-  };
-  const Words left = bits<Words>(a), right = bits<Words>(b);
-  for (int i = 0; i < kLanes * 2; ++i) {
-    sums.lane[i / 2] = static_cast<int32_t>(static_cast<uint32_t>(sums.lane[i / 2]) +
-                                            static_cast<uint32_t>(left.word[i] * right.word[i]));
-  }
-  return bits<Vector>(sums);
+  return add_products<int16_t, int16_t>(acc, a, b);
 }
 
 inline __m512 halves(__m256 low, __m256 high) {
@@ -251,16 +243,14 @@ inline __m512 shuffle_f32x4(__m512 a, __m512 b, int order) {
 }
 }  // namespace emulated
 
-#undef _mm256_dpwssd_avx_epi32
-#define _mm256_dpwssd_avx_epi32 emulated::dpwssd
-#undef _mm256_dpwssd_epi32
-#define _mm256_dpwssd_epi32 emulated::dpwssd
-#undef _mm512_dpwssd_epi32
-#define _mm512_dpwssd_epi32 emulated::dpwssd
 #undef _mm256_dpbusd_avx_epi32
 #define _mm256_dpbusd_avx_epi32 emulated::dpbusd
 #undef _mm256_dpbusd_epi32
 #define _mm256_dpbusd_epi32 emulated::dpbusd
+#undef _mm256_dpwssd_avx_epi32
+#define _mm256_dpwssd_avx_epi32 emulated::dpwssd
+#undef _mm256_dpwssd_epi32
+#define _mm256_dpwssd_epi32 emulated::dpwssd
 #undef _mm512_add_epi32
 #define _mm512_add_epi32 emulated::add_epi32
 #undef _mm512_add_ps
@@ -291,6 +281,10 @@ inline __m512 shuffle_f32x4(__m512 a, __m512 b, int order) {
 #define _mm512_div_ps emulated::div_ps
 #undef _mm512_dpbusd_epi32
 #define _mm512_dpbusd_epi32 emulated::dpbusd
+#undef _mm512_dpwssd_epi32
+#define _mm512_dpwssd_epi32 emulated::dpwssd
+#undef _mm512_fmadd_ps
+#define _mm512_fmadd_ps emulated::fmadd_ps
 #undef _mm512_loadu_ps
 #define _mm512_loadu_ps emulated::loadu_ps
 #undef _mm512_loadu_si512
@@ -309,28 +303,26 @@ inline __m512 shuffle_f32x4(__m512 a, __m512 b, int order) {
 #define _mm512_mullo_epi32 emulated::mullo_epi32
 #undef _mm512_or_si512
 #define _mm512_or_si512 emulated::or_si512
-#undef _mm512_fmadd_ps
-#define _mm512_fmadd_ps emulated::fmadd_ps
 #undef _mm512_packs_epi16
 #define _mm512_packs_epi16 emulated::packs_epi16
 #undef _mm512_packs_epi32
 #define _mm512_packs_epi32 emulated::packs_epi32
-#undef _mm512_permutexvar_epi32
-#define _mm512_permutexvar_epi32 emulated::permutexvar_epi32
-#undef _mm512_set1_epi8
-#define _mm512_set1_epi8 emulated::set1_epi8
-#undef _mm512_setr_epi32
-#define _mm512_setr_epi32 emulated::setr_epi32
 #undef _mm512_permute_ps
 #define _mm512_permute_ps emulated::permute_ps
+#undef _mm512_permutexvar_epi32
+#define _mm512_permutexvar_epi32 emulated::permutexvar_epi32
 #undef _mm512_reduce_max_ps
 #define _mm512_reduce_max_ps emulated::reduce_max_ps
 #undef _mm512_reduce_min_ps
 #define _mm512_reduce_min_ps emulated::reduce_min_ps
 #undef _mm512_set1_epi32
 #define _mm512_set1_epi32 emulated::set1_epi32
+#undef _mm512_set1_epi8
+#define _mm512_set1_epi8 emulated::set1_epi8
 #undef _mm512_set1_ps
 #define _mm512_set1_ps emulated::set1_ps
+#undef _mm512_setr_epi32
+#define _mm512_setr_epi32 emulated::setr_epi32
 #undef _mm512_shuffle_f32x4
 #define _mm512_shuffle_f32x4 emulated::shuffle_f32x4
 #undef _mm512_slli_epi32

@@ -17,6 +17,7 @@ from .reference_epilogue import gelu, gelu_tanh, relu, silu
 FLT_MIN = torch.finfo(torch.float32).tiny
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PANELS = (64, 32, 16)
+ROW_ALIGNMENT = 16
 _EPILOGUES = {"relu": relu, "gelu": gelu, "gelu_tanh": gelu_tanh, "silu": silu}
 MAX_K_INT8_MM = (2**31 - 1) // (128 * 127)
 
@@ -208,6 +209,11 @@ def panel_width(n: int) -> int:
     return next((p for p in PANELS if -n % p < 16), PANELS[-1])
 
 
+def packs_in_panels(device: torch.device) -> bool:
+    """Whether packed weights on ``device`` are panels of channels; elsewhere they are padded rows."""
+    return device.type == "cpu"
+
+
 def pack_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """The layout that the kernels read, and the sum of each row.
 
@@ -215,8 +221,9 @@ def pack_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
         weight: int8 [N, K], in [-127, 127].
 
     Returns:
-        packed_weight int8, on the CPU [ceil(N/P), ceil(K/4), P, 4] with P = :func:`panel_width` and zeros for
-        padding, elsewhere [N, K]; weight_sum int32 [N].
+        packed_weight int8, on the CPU [ceil(N/P), ceil(K/4), P, 4] with P = :func:`panel_width`, elsewhere
+        [N, 16 * ceil(K/16)], so that every row starts at a multiple of 16 bytes; zeros for padding.
+        weight_sum int32 [N].
     """
     check(
         weight.dtype == torch.int8 and weight.dim() == 2,
@@ -227,9 +234,11 @@ def pack_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
         place = (weight == -128).nonzero()[0].tolist()
         raise RuntimeError(f"pack_weight: expected weight in [-127, 127], got -128 at weight{place}")
     weight_sum = weight.sum(1, dtype=torch.int32)
-    if weight.device.type != "cpu":
-        return weight.clone(memory_format=torch.contiguous_format), weight_sum
     n, k = weight.shape
+    if not packs_in_panels(weight.device):
+        rows = weight.new_zeros(packed_shape(weight.device, n, k))
+        rows[:, :k] = weight
+        return rows, weight_sum
     p = panel_width(n)
     padded = torch.nn.functional.pad(weight, (0, -k % 4, 0, -n % p))
     panels = padded.reshape(padded.shape[0] // p, p, padded.shape[1] // 4, 4)
@@ -240,7 +249,7 @@ def unpack_weight(packed_weight: Tensor, n: int, k: int) -> Tensor:
     """The int8 [n, k] that :func:`pack_weight` was given."""
     check_packed("unpack_weight", packed_weight, n, k)
     if packed_weight.dim() == 2:
-        return packed_weight.clone()
+        return packed_weight[:, :k].clone(memory_format=torch.contiguous_format)
     panels, groups, p, _ = packed_weight.shape
     rows = packed_weight.permute(0, 2, 1, 3).reshape(panels * p, groups * 4)
     return rows[:n, :k].clone(memory_format=torch.contiguous_format)
@@ -248,8 +257,8 @@ def unpack_weight(packed_weight: Tensor, n: int, k: int) -> Tensor:
 
 def packed_shape(device: torch.device, n: int, k: int) -> list[int]:
     """Shape of the packed weight of an [n, k] weight on ``device``."""
-    if device.type != "cpu":
-        return [n, k]
+    if not packs_in_panels(device):
+        return [n, -(-k // ROW_ALIGNMENT) * ROW_ALIGNMENT]
     p = panel_width(n)
     return [-(-n // p), -(-k // 4), p, 4]
 

@@ -234,7 +234,7 @@ def test_moving_repacks():
     w = quantized()
     meta = w.to("meta")
     assert (meta.device.type, meta.shape, meta.dtype) == ("meta", w.shape, w.dtype)
-    assert meta.packed_weight.shape == (6, 8)
+    assert meta.packed_weight.shape == (6, 16)
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (6, 0), (0, 0), (1, 1), (17, 5)])

@@ -125,14 +125,29 @@ Tensor rotate_op(const Tensor& x, int64_t block) {
 
 // ---- products ----
 
+// Rows of a packed weight are padded with zeros to multiples of 16 bytes.
+void check_packed_rows(const char* op, const Tensor& packed_weight, int64_t n, int64_t k) {
+  check_packed(op, packed_weight, {n, (k + 15) / 16 * 16}, n, k);
+}
+
+// Where the kernels read a packed weight: rows at multiples of 16 bytes. Memory of torch's allocator starts at
+// such a multiple; a view into another storage may not, and is copied. `owner` keeps the copy alive.
+const int8_t* aligned_rows(const Tensor& packed_weight, Tensor& owner) {
+  const auto* rows = packed_weight.const_data_ptr<int8_t>();
+  if (reinterpret_cast<uintptr_t>(rows) % 16 == 0) return rows;
+  owner = packed_weight.clone();
+  return owner.const_data_ptr<int8_t>();
+}
+
 Tensor int8_mm_op(const Tensor& q, const Tensor& packed_weight, const Tensor& weight_sum) {
   check_int8_mm(q, packed_weight, weight_sum);
   const int64_t m = q.size(0), k = q.size(1), n = weight_sum.size(0);
-  check_packed("int8_mm", packed_weight, {n, k}, n, k);
+  check_packed_rows("int8_mm", packed_weight, n, k);
   const OnDevice on("int8_mm", q);
   const Tensor rows = q.contiguous();
+  Tensor weight_owner;
   Tensor out = at::empty({m, n}, q.options().dtype(at::kInt));
-  const Int8Mm args = {rows.const_data_ptr<int8_t>(),  packed_weight.const_data_ptr<int8_t>(), m, n, k,
+  const Int8Mm args = {rows.const_data_ptr<int8_t>(),  aligned_rows(packed_weight, weight_owner), m, n, k,
                        out.mutable_data_ptr<int32_t>()};
   const Tensor workspace = workspace_of(q, workspace_size(args, on.properties()));
   on.check(int8_mm(args, on.properties(), workspace.mutable_data_ptr(), on.stream()));
@@ -146,11 +161,11 @@ Tensor linear_op(const char* op, const Tensor& x, const Tensor& packed_weight, c
   check_linear(op, x, packed_weight, weight_sum, weight_scale, bias);
   const Config config = check_config(code);
   const int64_t n = weight_scale.size(0), k = x.size(-1);
-  check_packed(op, packed_weight, {n, k}, n, k);
+  check_packed_rows(op, packed_weight, n, k);
   if (config.rotation_block > 0) check_rotation(op, k, config.rotation_block);
 
   const OnDevice on(op, x);
-  Tensor owner;
+  Tensor owner, weight_owner;
   const Rows rows = rows_of(x, owner);
   // fp64 is computed through fp32.
   const at::ScalarType wanted = out_dtype(config, x);
@@ -161,7 +176,7 @@ Tensor linear_op(const char* op, const Tensor& x, const Tensor& packed_weight, c
 
   const Linear args = {rows,
                        n,
-                       packed_weight.const_data_ptr<int8_t>(),
+                       aligned_rows(packed_weight, weight_owner),
                        weight_sum.const_data_ptr<int32_t>(),
                        weight_scale.const_data_ptr<float>(),
                        bias.has_value() ? bias->const_data_ptr<float>() : nullptr,

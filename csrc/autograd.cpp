@@ -89,10 +89,9 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
     const Config config = check_config(args.config);
     Tensor grad = grads[0].reshape({-1, args.weight_scale.size(0)}).to(at::kFloat);
     if (config.epilogue != Epilogue::kNone) {
-      constexpr int64_t kOutFloat32 = static_cast<int64_t>(OutDtype::kFloat32) << kOutDtypeShift;
-      const int64_t plain = (args.config & 63) | kOutFloat32;  // no epilogue
       const at::NoGradGuard no_grad;
-      grad = epilogue_backward(config, grad, args.call(plain).reshape(grad.sizes()));
+      const Tensor y = args.call(plain_fp32(args.config));
+      grad = epilogue_backward(config, grad, y.reshape(grad.sizes()));
     }
     Tensor grad_x, grad_bias;
     if (ctx->needs_input_grad(0)) {

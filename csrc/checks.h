@@ -56,6 +56,13 @@ inline void check_packed(const char* op, const at::Tensor& packed, at::IntArrayR
               " and K = ", k, ", got ", dtype_name(packed.scalar_type()), " of shape ", packed.sizes());
 }
 
+// x is as long as the layer's inputs as far as config tells; check_packed tells the rest.
+inline void check_k(const char* op, int64_t k, int64_t code) {
+  const int64_t expected = k_modulo_16(code);
+  TORCH_CHECK(expected < 0 || k % kKModulus == expected, op, ": expected x.shape[-1] to be ", expected,
+              " modulo ", kKModulus, ", as config says, got ", k);
+}
+
 inline void check_qparams(const char* op, int64_t m, const at::Tensor& scale, const at::Tensor& zero_point) {
   TORCH_CHECK(scale.scalar_type() == at::kFloat && zero_point.scalar_type() == at::kInt, op,
               ": expected scale of dtype float32 and zero_point of dtype int32, got ",

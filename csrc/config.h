@@ -19,9 +19,21 @@ struct Config {
 
 constexpr int kOutDtypeShift = 9;
 
+constexpr int kKShift = 12;
+constexpr int64_t kKModulus = 16;
+
 constexpr bool is_valid_config(int64_t code) {
-  return code >= 0 && code < (1 << 12) && ((code >> 2) & 15) <= 8 && ((code >> 6) & 7) <= 4 &&
+  return code >= 0 && (code >> kKShift) <= kKModulus && ((code >> 2) & 15) <= 8 && ((code >> 6) & 7) <= 4 &&
          ((code >> kOutDtypeShift) & 7) <= 4;
+}
+
+// K mod 16 of the layer, -1 where the code does not say it. No part of the scheme: for the check of x alone.
+constexpr int64_t k_modulo_16(int64_t code) { return (code >> kKShift) - 1; }
+
+// Without epilogue, and with the output in fp32; it says the same of K.
+constexpr int64_t plain_fp32(int64_t code) {
+  constexpr int64_t kEpilogueAndOutDtype = 7 << 6 | 7 << kOutDtypeShift;
+  return (code & ~kEpilogueAndOutDtype) | static_cast<int64_t>(OutDtype::kFloat32) << kOutDtypeShift;
 }
 
 constexpr Config decode_config(int64_t code) {

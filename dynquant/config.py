@@ -8,13 +8,18 @@ Bits of the int, lowest first (``csrc/config.h`` is the same table on the other 
 2-5   rotation: 0 none, else 1 + log2(block), block = 1, 2, 4 ... 128
 6-8   epilogue: 0 none, 1 relu, 2 gelu, 3 gelu_tanh, 4 silu
 9-11  out dtype: 0 the input's, 1 float32, 2 bfloat16, 3 float16, 4 float64
+12-16 the layer's K: 0 not said, else 1 + K mod 16
 ====  ====================================================================
+
+The last row is for the ops alone, not a part of the scheme, and not in files: a packed weight tells K to the
+next multiple of 4 (16 on CUDA) only, so that a traced layer would take other inputs than its own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -23,7 +28,8 @@ WEIGHTS = ("per_channel", "per_tensor")
 EPILOGUES = ("none", "relu", "gelu", "gelu_tanh", "silu")
 OUT_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_ROTATION_BLOCK = 128
-_BITS = 12
+K_MODULUS = 16
+_K_SHIFT = 12
 
 
 def one_of(name: str, value: object, allowed: tuple[object, ...]) -> int:
@@ -83,22 +89,29 @@ class Config:
         one_of("out_dtype", self.out_dtype, OUT_DTYPES)
         one_of("rotation_block", self.rotation_block, (0, 1, 2, 4, 8, 16, 32, 64, 128))
 
-    def encode(self) -> int:
-        """The int that the ops take."""
+    def encode(self, in_features: int | None = None) -> int:
+        """The int that the ops take.
+
+        Args:
+            in_features: K of the layer, to which the ops then hold x; None in files, and where it is not
+                known.
+        """
         return (
             ACTIVATIONS.index(self.activations)
             | WEIGHTS.index(self.weights) << 1
             | self.rotation_block.bit_length() << 2
             | EPILOGUES.index(self.epilogue) << 6
             | OUT_DTYPES.index(self.out_dtype) << 9
+            | (0 if in_features is None else 1 + in_features % K_MODULUS) << _K_SHIFT
         )
 
     @staticmethod
     @cache
     def decode(code: int) -> Config:
-        """The inverse of :meth:`encode`; a ValueError for an int that no Config encodes to."""
+        """The inverse of :meth:`encode`, whatever the int says of K; a ValueError for one that no Config
+        encodes to."""
         rotation, epilogue, out_dtype = code >> 2 & 15, code >> 6 & 7, code >> 9 & 7
-        known = 0 <= code < 1 << _BITS and rotation <= 8
+        known = 0 <= code >> _K_SHIFT <= K_MODULUS and rotation <= 8
         if not known or epilogue >= len(EPILOGUES) or out_dtype >= len(OUT_DTYPES):
             raise ValueError(f"dynquant: config {code} has bits that this version does not know")
         return Config(
@@ -108,3 +121,13 @@ class Config:
             epilogue=EPILOGUES[epilogue],
             out_dtype=OUT_DTYPES[out_dtype],
         )
+
+
+def recode(code: int, **fields: Any) -> int:
+    """``code`` with some fields of its Config replaced; it says the same of K."""
+    return replace(Config.decode(code), **fields).encode() | code >> _K_SHIFT << _K_SHIFT
+
+
+def k_modulo_16(code: int) -> int | None:
+    """K mod 16 of the layer that ``code`` belongs to; None where the code does not say it."""
+    return (code >> _K_SHIFT) - 1 if code >> _K_SHIFT else None

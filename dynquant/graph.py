@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate, count
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from .config import Config
+from .config import Config, recode
 from .fuse import epilogue_of, has_hooks
 from .nn.linear import QLinear
 from .reference import packed_shape
@@ -113,7 +113,7 @@ def fold_activations(module: fx.GraphModule) -> None:
         dtypes = {value.dtype for value in map(_value, (source, node)) if isinstance(value, Tensor)}
         if len(dtypes) > 1 or any(kind_of(module, other) == "unknown" for other in _between(source, node)):
             continue
-        source.args = (*call.arguments[:-1], replace(call.config, epilogue=epilogue).encode())
+        source.args = (*call.arguments[:-1], recode(call.arguments[-1], epilogue=epilogue))
         source.kwargs = {}
         node.replace_all_uses_with(source)
         for part in reversed(parts):
@@ -242,7 +242,7 @@ def _groups(module: fx.GraphModule, value_of: Callable[[fx.Node], Tensor | None]
             continue
         layout = (packed_weight.device, packed_weight.shape[1:])
         qparams = tuple(_constant(part, value_of) for part in call.arguments[5:-1])
-        key = (node.target, call.x, qparams, call.config, call.bias is None, layout)
+        key = (node.target, call.x, qparams, call.arguments[-1], call.bias is None, layout)
         group = groups.setdefault(key, [])
         if all(call.weight[0].target != other.weight[0].target for other in group):
             group.append(call)

@@ -8,7 +8,6 @@ stand here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from . import reference
 from ._extension import extension
-from .config import Config
+from .config import Config, recode
 
 _SCHEMAS: dict[str, str] = {
     "min_max": "(Tensor x, bool per_token) -> (Tensor, Tensor)",
@@ -88,6 +87,12 @@ def _(q: Tensor, packed_weight: Tensor, weight_sum: Tensor) -> Tensor:
     return q.new_empty(q.shape[0], weight_sum.shape[0], dtype=torch.int32)
 
 
+def _fake_output(op: str, x: Tensor, weight_scale: Tensor, config: int) -> Tensor:
+    dtype = Config.decode(config).out_dtype or x.dtype
+    reference.check_k(op, x, config)
+    return x.new_empty(*x.shape[:-1], weight_scale.shape[0], dtype=dtype)
+
+
 @_fake("linear_dynamic")
 def _(
     x: Tensor,
@@ -97,8 +102,7 @@ def _(
     bias: Tensor | None,
     config: int,
 ) -> Tensor:
-    dtype = Config.decode(config).out_dtype or x.dtype
-    return x.new_empty(*x.shape[:-1], weight_scale.shape[0], dtype=dtype)
+    return _fake_output("linear_dynamic", x, weight_scale, config)
 
 
 @_fake("linear_static")
@@ -112,8 +116,7 @@ def _(
     zero_point: Tensor,
     config: int,
 ) -> Tensor:
-    dtype = Config.decode(config).out_dtype or x.dtype
-    return x.new_empty(*x.shape[:-1], weight_scale.shape[0], dtype=dtype)
+    return _fake_output("linear_static", x, weight_scale, config)
 
 
 def _autograd_in_python() -> None:
@@ -141,11 +144,12 @@ def _with_autocast_dtype(name: str, key: str) -> Callable[..., Any]:
     excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def kernel(x: Tensor, *args: Any) -> Any:
-        config = Config.decode(args[-1])
-        if config.out_dtype is None and x.dtype in reference.FLOAT_DTYPES and x.dtype != torch.float64:
-            config = replace(config, out_dtype=torch.get_autocast_dtype(device_type))
+        *tensors, config = args
+        own_dtype = Config.decode(config).out_dtype is None
+        if own_dtype and x.dtype in reference.FLOAT_DTYPES and x.dtype != torch.float64:
+            config = recode(config, out_dtype=torch.get_autocast_dtype(device_type))
         with torch._C._ExcludeDispatchKeyGuard(excluded):
-            return getattr(torch.ops.dynquant, name).default(x, *args[:-1], config.encode())
+            return getattr(torch.ops.dynquant, name).default(x, *tensors, config)
 
     return kernel
 
@@ -162,9 +166,9 @@ def _linear_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     config = Config.decode(ctx.config)
     grad = grad_out.reshape(-1, weight_scale.shape[0]).to(torch.float32)
     if config.epilogue != "none":
-        plain = replace(config, epilogue="none", out_dtype=torch.float32)
+        plain = recode(ctx.config, epilogue="none", out_dtype=torch.float32)
         linear = torch.ops.dynquant.linear_static if qparams else torch.ops.dynquant.linear_dynamic
-        y = linear(x, packed_weight, weight_sum, weight_scale, bias, *qparams, plain.encode())
+        y = linear(x, packed_weight, weight_sum, weight_scale, bias, *qparams, plain)
         grad = _epilogue_backward(config.epilogue, grad, y.reshape(grad.shape))
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:

@@ -244,13 +244,13 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         input, weight, bias = tree_map_only(QTensor, _dequantize, (input, weight, bias))
         return F.linear(input, weight, bias)
     if input.dim() and input.shape[-1] != weight.shape[1]:
-        # The packed weight knows K to the next multiple of 4 only.
         expected, got = weight.shape[1], input.shape[-1]
         raise RuntimeError(f"F.linear: expected input.shape[-1] == weight.shape[1] ({expected}), got {got}")
     if bias is not None:
         bias = bias.to(torch.float32)
+    config = weight.config.encode(weight.shape[1])
     out: Tensor = _ops.linear_dynamic(
-        input, weight.packed_weight, weight.weight_sum, weight.channel_scale, bias, weight.config.encode()
+        input, weight.packed_weight, weight.weight_sum, weight.channel_scale, bias, config
     )
     return out
 

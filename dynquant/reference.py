@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .config import Config
+from .config import K_MODULUS, Config, k_modulo_16
 from .reference_epilogue import gelu, gelu_tanh, relu, silu
 
 FLT_MIN = torch.finfo(torch.float32).tiny
@@ -334,6 +334,15 @@ def check_linear(
     check_packed(op, packed_weight, n, x.shape[-1])
 
 
+def check_k(op: str, x: Tensor, config: int) -> None:
+    """x is as long as the layer's inputs as far as ``config`` tells; check_packed tells the rest."""
+    expected, k = k_modulo_16(config), x.shape[-1]
+    torch._check(
+        expected is None or k % K_MODULUS == expected,
+        lambda: f"{op}: expected x.shape[-1] to be {expected} modulo {K_MODULUS}, as config says, got {k}",
+    )
+
+
 def linear_dynamic(
     x: Tensor,
     packed_weight: Tensor,
@@ -356,6 +365,7 @@ def linear_dynamic(
     """
     check_linear("linear_dynamic", x, packed_weight, weight_sum, weight_scale, bias)
     cfg = Config.decode(config)
+    check_k("linear_dynamic", x, config)
     rows = _rotated_rows("linear_dynamic", x, cfg)
     scale, zero_point = choose_qparams(*min_max(rows, cfg.activations == "per_token"))
     return _linear(x, rows, packed_weight, weight_sum, weight_scale, bias, scale, zero_point, cfg)
@@ -387,6 +397,7 @@ def linear_static(
         value = int(zero_point.item())
         check(-128 <= value <= 127, f"linear_static: expected zero_point in [-128, 127], got {value}")
     cfg = Config.decode(config)
+    check_k("linear_static", x, config)
     rows = _rotated_rows("linear_static", x, cfg)
     finite = rows.isfinite().all(1)
     nan = _constant(float("nan"), rows)

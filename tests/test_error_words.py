@@ -135,6 +135,20 @@ def test_rotation_that_does_not_fit(op: str) -> None:
     )
 
 
+@pytest.mark.parametrize("op", ["linear_dynamic", "linear_static"])
+def test_x_of_another_layer(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    operands = good()
+    config = Config().encode(in_features=K - 1)
+    arguments = [*(operands[name] for name in OPERANDS[op]), config]
+    words = rf"^{op}: expected x\.shape\[-1\] to be {K - 1} modulo 16, as config says, got {K}"
+    expected = _message(getattr(reference, op), arguments, words)
+    assert _message(_kernel(op, CPU), arguments, words) == expected
+    if extension is not None and read_record()["cuda"]["built"]:
+        monkeypatch.setattr(reference, "packs_in_panels", lambda device: False)
+        arguments[1] = reference.pack_weight(operands["weight"])[0]
+        assert _message(_kernel(op, CUDA), arguments, words) == expected
+
+
 @pytest.mark.parametrize("zero_point", [-129, 128, 2**31 - 1])
 def test_zero_point_that_no_int8_has(zero_point: int) -> None:
     """acc - zero_point * weight_sum would wrap."""
@@ -146,7 +160,7 @@ def test_zero_point_that_no_int8_has(zero_point: int) -> None:
 
 
 @pytest.mark.parametrize("op", ["linear_dynamic", "linear_static"])
-@pytest.mark.parametrize("config", [-1, 1 << 12, 9 << 2, 7 << 6])
+@pytest.mark.parametrize("config", [-1, 17 << 12, 1 << 17, 9 << 2, 7 << 6])
 def test_config_that_no_version_knows(op: str, config: int) -> None:
     operands = good()
     arguments = [*(operands[name] for name in OPERANDS[op]), config]

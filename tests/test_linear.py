@@ -633,6 +633,7 @@ def _altered(**changes) -> dict[str, Tensor]:
             _altered(format=torch.tensor([1, 1 << 20, 1, 0])),
             "config 1048576 has bits that this version does not know",
         ),
+        (_altered(format=torch.tensor([1, 1 << 12, 1, 0])), "config 4096 has bits that no file holds"),
         (_altered(format=torch.tensor([1, 1 << 6, 1, 0])), "expected epilogue 'none', got 'relu'"),
         (
             _altered(format=torch.tensor([1, 2, 1, 0])),

@@ -434,6 +434,7 @@ Tensor linear(const char* op, const Tensor& x, const Tensor& packed_weight, cons
   const int64_t m = leading_size(x), n = weight_scale.size(0), k = x.size(-1);
   const auto shape = packed_shape(n, k);
   check_packed(op, packed_weight, shape, n, k);
+  check_k(op, k, code);
   if (config.rotation_block > 0) check_rotation(op, k, config.rotation_block);
 
   // fp64 is computed through fp32.

@@ -162,6 +162,7 @@ Tensor linear_op(const char* op, const Tensor& x, const Tensor& packed_weight, c
   const Config config = check_config(code);
   const int64_t n = weight_scale.size(0), k = x.size(-1);
   check_packed_rows(op, packed_weight, n, k);
+  check_k(op, k, code);
   if (config.rotation_block > 0) check_rotation(op, k, config.rotation_block);
 
   const OnDevice on(op, x);

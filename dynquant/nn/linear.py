@@ -156,7 +156,7 @@ class QLinear(nn.Module):
             weight.weight_sum,
             weight.channel_scale,
             qparams,
-            config.encode(),
+            config.encode(self.in_features),
         )
 
     def set_activation_qparams(self, scale: Tensor | None, zero_point: Tensor | None) -> None:
@@ -192,18 +192,15 @@ class QLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         packed_weight, weight_sum, weight_scale, qparams, config = self._packed
         try:
-            # The packed weight knows K to the next multiple of 4 only; a tracer's proxy has no sizes at all.
-            if not isinstance(x, Tensor) or x.shape[-1] == self.in_features:
-                # bias is looked up where torch.func.functional_call and the like replace it.
-                bias = self._parameters["bias"]
-                if qparams is None:
-                    return _linear_dynamic(x, packed_weight, weight_sum, weight_scale, bias, config)
-                return _linear_static(x, packed_weight, weight_sum, weight_scale, bias, *qparams, config)
-        except (AttributeError, IndexError, RuntimeError) as error:
+            # bias is looked up where torch.func.functional_call and the like replace it.
+            bias = self._parameters["bias"]
+            if qparams is None:
+                return _linear_dynamic(x, packed_weight, weight_sum, weight_scale, bias, config)
+            return _linear_static(x, packed_weight, weight_sum, weight_scale, bias, *qparams, config)
+        except RuntimeError as error:
             raise self._explain(x, error) from None
-        raise self._explain(x, None)
 
-    def _explain(self, x: Tensor, error: Exception | None) -> Exception:
+    def _explain(self, x: Tensor, error: Exception) -> Exception:
         """The error of the op in the words of the layer, where x is at fault."""
         if not isinstance(x, Tensor):
             return TypeError(f"QLinear: expected input to be a tensor, got {type(x).__name__}")
@@ -215,9 +212,11 @@ class QLinear(nn.Module):
             return RuntimeError(
                 f"QLinear: expected input on {self.weight.device}, where the weight is, got it on {x.device}"
             )
-        return error or RuntimeError(
-            f"QLinear: expected input.shape[-1] == in_features ({self.in_features}), got {x.shape[-1]}"
-        )
+        if x.shape[-1] != self.in_features:
+            return RuntimeError(
+                f"QLinear: expected input.shape[-1] == in_features ({self.in_features}), got {x.shape[-1]}"
+            )
+        return error
 
     @property
     def config(self) -> Config:
@@ -281,7 +280,7 @@ class QLinear(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": self._packed[-1]}
+        return {**self.__dict__, "_packed": self.config.encode()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -370,6 +369,8 @@ class QLinear(nn.Module):
                 "a newer dynquant may have written it"
             )
         config = Config.decode(code)
+        if config.encode() != code:
+            raise ValueError(f"config {code} has bits that no file holds")
         if config.epilogue != self.config.epilogue:
             raise ValueError(f"expected epilogue {self.config.epilogue!r}, got {config.epilogue!r}")
         if bias is not None and bias.dtype != torch.float32:

@@ -17,8 +17,8 @@ from build_backend.torch_location import stop
 # Fixed by the arithmetic contract: no contraction, denormals kept, IEEE division and square root.
 ARITHMETIC_FLAGS = ("-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true")
 FLAGS = (*ARITHMETIC_FLAGS, "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden")
-DEFAULT_ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
-OLDEST = 75
+DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
+OLDEST = 80
 
 
 @dataclass(frozen=True)
@@ -80,31 +80,23 @@ def find_toolkit() -> Toolkit | None:
 
 def architectures(requested: str | None, supported: frozenset[int]) -> list[Architecture]:
     """The architectures of a TORCH_CUDA_ARCH_LIST such as "8.0;9.0a 12.0+PTX"; of the default list those that
-    nvcc supports. 9.0 means 9.0a, the only form that has wgmma. Older ones than 7.5 are left out."""
+    nvcc supports. 9.0 means 9.0a, the only form that has wgmma. Older ones than 8.0 are left out."""
     wanted = [_parse(word) for word in re.split(r"[;\s]+", requested or DEFAULT_ARCHITECTURES) if word]
     wanted = [architecture for architecture in wanted if architecture.number >= OLDEST]
     if requested:
         unknown = [str(architecture) for architecture in wanted if architecture.number not in supported]
         if unknown or not wanted:
             stop(
-                f"TORCH_CUDA_ARCH_LIST={requested!r}: expected architectures from 7.5 that nvcc supports "
+                f"TORCH_CUDA_ARCH_LIST={requested!r}: expected architectures from 8.0 that nvcc supports "
                 f"({sorted(supported)}), got {unknown or 'none'}."
             )
     return [architecture for architecture in wanted if architecture.number in supported]
 
 
 def architectures_of(source: Path, wanted: list[Architecture]) -> list[Architecture]:
-    """Of the wanted architectures those that a file is for: *_sm90.cu for 9.0a alone, *_sm80.cu for 8.0 and
-    newer. Where none is left, the one in its name, so that every symbol exists."""
-    suffix = re.search(r"_sm(\d+)$", source.stem)
-    if suffix is None:
-        return wanted
-    number = int(suffix[1])
-    if number == 90:
-        return [Architecture(90, "a")]
-    return [architecture for architecture in wanted if architecture.number >= number] or [
-        Architecture(number)
-    ]
+    """The architectures that a file is compiled for: *_sm90.cu for 9.0a, wanted or not, so that every symbol
+    exists; any other file for all of the wanted ones."""
+    return [Architecture(90, "a")] if source.stem.endswith("_sm90") else wanted
 
 
 def compile_objects(

@@ -9,6 +9,8 @@ import torch
 
 from . import _extension
 
+OLDEST_CUDA_CAPABILITY = (8, 0)
+
 
 @dataclass(frozen=True)
 class Info:
@@ -82,4 +84,17 @@ def _cuda_sentence(loaded: bool) -> str:
     if not built["built"]:
         return f"not built; {built['reason']}" if built["reason"] else "not built"
     text = f"built with nvcc {built['nvcc']} for {', '.join(built['architectures'])}"
-    return text if torch.cuda.is_available() else f"{text}; no CUDA device here"
+    if not torch.cuda.is_available():
+        return f"{text}; no CUDA device here"
+    devices = range(torch.cuda.device_count())
+    cards = {torch.cuda.get_device_name(i): torch.cuda.get_device_capability(i) for i in devices}
+    too_old = [
+        f"{name} ({major}.{minor})"
+        for name, (major, minor) in cards.items()
+        if (major, minor) < OLDEST_CUDA_CAPABILITY
+    ]
+    if not too_old:
+        return text
+    oldest = ".".join(map(str, OLDEST_CUDA_CAPABILITY))
+    on = ", ".join(too_old)
+    return f"{text}; they need compute capability {oldest} or newer: on {on} the reference runs"

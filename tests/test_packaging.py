@@ -330,17 +330,18 @@ def test_cuda_architectures() -> None:
     of_nvcc_13 = frozenset((75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121))
     of_nvcc_12_4 = frozenset((50, 70, 75, 80, 86, 87, 89, 90))
     default = nvcc.architectures(None, of_nvcc_13)
-    assert names(default) == ["7.5", "8.0", "8.6", "8.9", "9.0a", "10.0", "12.0+PTX"]
-    assert names(nvcc.architectures(None, of_nvcc_12_4)) == ["7.5", "8.0", "8.6", "8.9", "9.0a"]
-    assert names(nvcc.architectures("7.0;8.0 9.0+PTX", of_nvcc_13)) == ["8.0", "9.0a+PTX"]
+    assert names(default) == ["8.0", "8.6", "8.9", "9.0a", "10.0", "12.0+PTX"]
+    assert names(nvcc.architectures(None, of_nvcc_12_4)) == ["8.0", "8.6", "8.9", "9.0a"]
+    assert names(nvcc.architectures("7.5;8.0 9.0+PTX", of_nvcc_13)) == ["8.0", "9.0a+PTX"]
     assert nvcc.architectures("9.0+PTX", of_nvcc_13)[0].gencode() == [
         "-gencode=arch=compute_90a,code=sm_90a",
         "-gencode=arch=compute_90,code=compute_90",
     ]
     assert names(nvcc.architectures_of(Path("gemm_wgmma_sm90.cu"), default)) == ["9.0a"]
-    assert names(nvcc.architectures_of(Path("gemm_mma_sm80.cu"), default)) == names(default)[1:]
-    assert names(nvcc.architectures_of(Path("gemm_mma_sm80.cu"), default[:1])) == ["8.0"]
+    assert names(nvcc.architectures_of(Path("gemm_wgmma_sm90.cu"), default[:1])) == ["9.0a"]
     assert nvcc.architectures_of(Path("quantize.cu"), default) == default
+    with pytest.raises(SystemExit, match=r"'7\.5': expected architectures from 8\.0 that nvcc .* got none"):
+        nvcc.architectures("7.5", of_nvcc_13)
     with pytest.raises(SystemExit, match=r"got \['12\.0'\]"):
         nvcc.architectures("12.0", of_nvcc_12_4)
     with pytest.raises(SystemExit, match=r"expected entries such as 8\.0, 9\.0a or 12\.0\+PTX, got 'Hopper'"):
@@ -429,6 +430,26 @@ def test_cuda_objects_are_compiled_again_only_after_a_change(tmp_path: Path) -> 
     assert compiled("8.0") == ["a.o"]
     change("shared.cuh")
     assert compiled("8.0") == ["a.o", "b_sm90.o"]
+
+
+def test_info_names_cards_that_have_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    info = sys.modules["dynquant.info"]  # dynquant.info is the function
+    built = {"built": True, "reason": "", "architectures": ["8.0", "9.0a"], "nvcc": "13.0"}
+    cards = {"NVIDIA H100": (9, 0), "Tesla T4": (7, 5), "Tesla V100": (7, 0)}
+    monkeypatch.setattr(dynquant._extension, "read_record", lambda: {"cuda": built})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: list(cards)[i])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: list(cards.values())[i])
+    text = "built with nvcc 13.0 for 8.0, 9.0a"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert info._cuda_sentence(loaded=True) == f"{text}; no CUDA device here"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert info._cuda_sentence(loaded=True) == text
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert info._cuda_sentence(loaded=True) == (
+        f"{text}; they need compute capability 8.0 or newer: "
+        "on Tesla T4 (7.5), Tesla V100 (7.0) the reference runs"
+    )
 
 
 def test_public_names() -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from same_bits import assert_same_bits
 
-from dynquant import _extension
+from dynquant import _extension, reference
 
 OPS = ("min_max", "choose_qparams", "quantize", "rotate", "int8_mm", "linear_dynamic", "linear_static")
 
@@ -45,3 +47,18 @@ def test_loads_where_no_gpu_can_be_seen() -> None:
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "is loaded" in done.stdout
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_what_cards_below_8_0_run_is_the_reference(op: str) -> None:
+    """Their calls go to the kernel for no device in particular."""
+    table = torch._C._dispatch_dump_table(f"dynquant::{op}")
+    assert re.search(r"^Undefined: registered at \S*ops\.py:\d+ \[default backend kernel\]", table, re.M), (
+        table
+    )
+    if op == "linear_dynamic":
+        x, weight = torch.randn(3, 20), torch.randint(-127, 128, (5, 20), dtype=torch.int8)
+        arguments = (x, *reference.pack_weight(weight), torch.ones(5), None, 0)
+        nowhere = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
+        out = torch.ops.dynquant.linear_dynamic.default.redispatch(nowhere, *arguments)
+        assert_same_bits(out, reference.linear_dynamic(*arguments))

@@ -2,6 +2,7 @@
 // guard, so that this file compiles and links under a torch without CUDA too. What is not here (weights, which are
 // quantized and packed once) runs the reference, on the device.
 
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
@@ -51,6 +52,26 @@ class OnDevice {
   Device properties_ = {};
 };
 
+// Cards of a lower compute capability than the kernels are built for. Asked at every call, so the answer is kept.
+bool is_too_old(const Tensor& x) {
+  if (!x.is_cuda()) return false;  // the checks refuse it
+  thread_local int known_index = -1, major = 0;
+  const int index = x.device().index();
+  if (index != known_index) {
+    // Where CUDA does not answer, the kernels' own calls say why.
+    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index) != cudaSuccess) return false;
+    known_index = index;
+  }
+  return major < 8;
+}
+
+// The reference, on the device of its arguments: the kernel that the dispatcher has for no device in particular.
+template <typename Op, typename... Args>
+auto run_reference(const char* name, const Args&... args) {
+  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Op>();
+  return op.redispatch(c10::DispatchKeySet(), args...);
+}
+
 DType dtype_of(at::ScalarType type) {
   return type == at::kFloat ? DType::kFloat32 : type == at::kBFloat16 ? DType::kBFloat16 : DType::kFloat16;
 }
@@ -69,6 +90,7 @@ Tensor workspace_of(const Tensor& x, size_t bytes) {
 // ---- single steps ----
 
 std::tuple<Tensor, Tensor> min_max_op(const Tensor& x, bool per_token) {
+  if (is_too_old(x)) return run_reference<decltype(min_max_op)>("dynquant::min_max", x, per_token);
   check_float("min_max", "x", x);
   const OnDevice on("min_max", x);
   Tensor owner;
@@ -86,6 +108,7 @@ std::tuple<Tensor, Tensor> min_max_op(const Tensor& x, bool per_token) {
 }
 
 std::tuple<Tensor, Tensor> choose_qparams_op(const Tensor& lo, const Tensor& hi) {
+  if (is_too_old(lo)) return run_reference<decltype(choose_qparams_op)>("dynquant::choose_qparams", lo, hi);
   check_ranges("choose_qparams", lo, hi);
   const OnDevice on("choose_qparams", lo);
   const Tensor lows = lo.contiguous(), highs = hi.contiguous();
@@ -98,6 +121,7 @@ std::tuple<Tensor, Tensor> choose_qparams_op(const Tensor& lo, const Tensor& hi)
 }
 
 Tensor quantize_op(const Tensor& x, const Tensor& scale, const Tensor& zero_point) {
+  if (is_too_old(x)) return run_reference<decltype(quantize_op)>("dynquant::quantize", x, scale, zero_point);
   check_float("quantize", "x", x);
   check_qparams("quantize", leading_size(x), scale, zero_point);
   check_device("quantize", x, "scale", scale);
@@ -113,6 +137,7 @@ Tensor quantize_op(const Tensor& x, const Tensor& scale, const Tensor& zero_poin
 }
 
 Tensor rotate_op(const Tensor& x, int64_t block) {
+  if (is_too_old(x)) return run_reference<decltype(rotate_op)>("dynquant::rotate", x, block);
   check_float("rotate", "x", x);
   check_rotation("rotate", x.size(-1), block);
   const OnDevice on("rotate", x);
@@ -140,6 +165,8 @@ const int8_t* aligned_rows(const Tensor& packed_weight, Tensor& owner) {
 }
 
 Tensor int8_mm_op(const Tensor& q, const Tensor& packed_weight, const Tensor& weight_sum) {
+  if (is_too_old(q))
+    return run_reference<decltype(int8_mm_op)>("dynquant::int8_mm", q, packed_weight, weight_sum);
   check_int8_mm(q, packed_weight, weight_sum);
   const int64_t m = q.size(0), k = q.size(1), n = weight_sum.size(0);
   check_packed_rows("int8_mm", packed_weight, n, k);
@@ -193,6 +220,9 @@ Tensor linear_op(const char* op, const Tensor& x, const Tensor& packed_weight, c
 
 Tensor linear_dynamic_op(const Tensor& x, const Tensor& packed_weight, const Tensor& weight_sum,
                          const Tensor& weight_scale, const std::optional<Tensor>& bias, int64_t config) {
+  if (is_too_old(x))
+    return run_reference<decltype(linear_dynamic_op)>("dynquant::linear_dynamic", x, packed_weight,
+                                                      weight_sum, weight_scale, bias, config);
   return linear_op("linear_dynamic", x, packed_weight, weight_sum, weight_scale, bias, nullptr, nullptr,
                    config);
 }
@@ -200,6 +230,9 @@ Tensor linear_dynamic_op(const Tensor& x, const Tensor& packed_weight, const Ten
 Tensor linear_static_op(const Tensor& x, const Tensor& packed_weight, const Tensor& weight_sum,
                         const Tensor& weight_scale, const std::optional<Tensor>& bias, const Tensor& scale,
                         const Tensor& zero_point, int64_t config) {
+  if (is_too_old(x))
+    return run_reference<decltype(linear_static_op)>("dynquant::linear_static", x, packed_weight, weight_sum,
+                                                     weight_scale, bias, scale, zero_point, config);
   check_qparams("linear_static", 1, scale, zero_point);
   check_device("linear_static", x, "scale", scale);
   check_device("linear_static", x, "zero_point", zero_point);

@@ -15,12 +15,13 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dynquant.config import Config
+from dynquant.config import EPILOGUES, Config
 
 ROOT = Path(__file__).resolve().parent.parent
 HOST = Path(__file__).resolve().parent / "cuda_host"
@@ -111,12 +112,39 @@ class Memory:
             self._library.host_unmap(start, size)
 
 
+@dataclass(frozen=True)
+class Dequantization:
+    """What makes outputs of ``dtype`` from accumulators: scale and zero_point [M], the rest [N]."""
+
+    scale: Tensor
+    zero_point: Tensor
+    weight_sum: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+    epilogue: str
+    dtype: torch.dtype
+
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        return [self.scale, self.zero_point, self.weight_sum, self.weight_scale, self.bias]
+
+
+def _padded(rows: Tensor) -> Tensor:
+    """int8 [rows, K] with zeros up to a K that is a multiple of 16."""
+    return torch.nn.functional.pad(rows, (0, -rows.shape[1] % 16)).contiguous()
+
+
 def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 class CudaOnHost:
-    """The functions of csrc/cuda/kernels.h. ``seed`` draws the order of threads and the place of tensors."""
+    """The functions of csrc/cuda/kernels.h.
+
+    Attributes:
+        seed: draws the order of threads and the place of tensors.
+        alignment: of x and of outputs, in bytes; 1 for that of their elements alone.
+    """
 
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
@@ -126,6 +154,7 @@ class CudaOnHost:
         self._library.host_range_workspace.restype = ctypes.c_size_t
         self._library.host_descriptor_of_rows_of_128.restype = ctypes.c_uint64
         self.seed = 0
+        self.alignment = 1
         self.set_device(90, 4)
 
     def set_device(self, capability: int, multiprocessors: int, code: int | None = None) -> None:
@@ -203,10 +232,11 @@ class CudaOnHost:
         return result
 
     def int8_mm(self, q: Tensor, weight: Tensor) -> Tensor:
+        """``weight``: [N, K], padded here."""
         memory = self._memory()
         (m, k), n = q.shape, weight.shape[0]
         out = memory.place([m, n], torch.int32)
-        operands = _pointer(memory.copy(q)), _pointer(memory.copy(weight))
+        operands = _pointer(memory.copy(q)), _pointer(memory.copy(_padded(weight), 16))
         self._with_workspace(memory, "int8_mm", *operands, m, n, k, _pointer(out))
         result = out.clone()
         memory.free()
@@ -223,15 +253,16 @@ class CudaOnHost:
         scale: Tensor | None = None,
         zero_point: Tensor | None = None,
     ) -> Tensor:
-        """linear_dynamic, or with scale and zero_point linear_static."""
+        """linear_dynamic, or with scale and zero_point linear_static. ``weight``: [N, K], padded here."""
         memory = self._memory()
         n = weight.shape[0]
-        out = memory.place([*x.shape[:-1], n], config.out_dtype or x.dtype)
-        tensors = [memory.copy(t) for t in (weight, weight_sum, weight_scale, bias, scale, zero_point)]
+        out = memory.place([*x.shape[:-1], n], config.out_dtype or x.dtype, self.alignment)
+        tensors = [memory.copy(_padded(weight), 16)]
+        tensors += [memory.copy(t) for t in (weight_sum, weight_scale, bias, scale, zero_point)]
         self._with_workspace(
             memory,
             "linear",
-            *self._rows(memory.copy(x)),
+            *self._rows(memory.copy(x, self.alignment)),
             n,
             *map(_pointer, tensors),
             config.encode(),
@@ -242,26 +273,46 @@ class CudaOnHost:
         memory.free()
         return result
 
-    def gemm(self, kernel: str, tile: tuple[int, int], parts: int, q: Tensor, weight: Tensor) -> Tensor:
-        """The int32 accumulators by one kernel, with k in ``parts``."""
+    def gemm(
+        self,
+        kernel: str,
+        tile: tuple[int, int],
+        parts: int,
+        q: Tensor,
+        weight: Tensor,
+        dequantization: Dequantization | None = None,
+    ) -> Tensor:
+        """One kernel, with k in ``parts``: the int32 accumulators, or with ``dequantization`` the outputs."""
         memory = self._memory()
         (m, k), n = q.shape, weight.shape[0]
-        row_bytes = -(-k // 16) * 16
-        padded = memory.place([m, row_bytes], torch.int8, 16).zero_()
-        padded[:, :k] = q
-        out = memory.place([m, n], torch.int32)
+        out = memory.place([m, n], dequantization.dtype if dequantization else torch.int32, self.alignment)
         numbers = [ctypes.c_int(value) for value in (KERNELS.index(kernel), *tile, parts)]
-        operands = [_pointer(padded), row_bytes, _pointer(memory.copy(weight))]
-        self._with_workspace(memory, "gemm", *numbers, *operands, m, n, k, _pointer(out))
+        operands = [_pointer(memory.copy(_padded(q), 16)), -(-k // 16) * 16]
+        operands += [_pointer(memory.copy(_padded(weight), 16))]
+        tensors = dequantization.tensors if dequantization else [None] * 5
+        epilogue = EPILOGUES.index(dequantization.epilogue) if dequantization else 0
+        self._with_workspace(
+            memory,
+            "gemm",
+            *numbers,
+            *operands,
+            m,
+            n,
+            k,
+            *[_pointer(memory.copy(tensor)) for tensor in tensors],
+            ctypes.c_int(epilogue),
+            _pointer(out),
+            ctypes.c_int(DTYPES[out.dtype]),
+        )
         result = out.clone()
         memory.free()
         return result
 
-    def plan(self, m: int, n: int, k: int, weight_aligned: bool = True) -> tuple[str, int, int, int, int]:
+    def plan(self, m: int, n: int, k: int) -> tuple[str, int, int, int, int]:
         """kernel, tile_m, tile_n, parts of k, k of a part."""
         numbers = (ctypes.c_int64 * 5)()
         sizes = [ctypes.c_int64(value) for value in (m, n, k)]
-        self._library.host_plan(*sizes, ctypes.c_bool(weight_aligned), numbers)
+        self._library.host_plan(*sizes, numbers)
         return KERNELS[numbers[0]], numbers[1], numbers[2], numbers[3], numbers[4]
 
     def tile_at(self, index: int, tiles_m: int, tiles_n: int, band: int) -> tuple[int, int]:

@@ -20,13 +20,20 @@ namespace {
 
 using at::Tensor;
 
+// The current device of this module's own copy of the CUDA runtime. Asking costs less than setting.
+cudaError_t use_device(int index) {
+  int current = -1;
+  const cudaError_t error = cudaGetDevice(&current);
+  return error == cudaSuccess && current == index ? cudaSuccess : cudaSetDevice(index);
+}
+
 // Makes the device of a tensor the current one, for torch and for this module's own copy of the CUDA runtime.
 class OnDevice {
  public:
   OnDevice(const char* op, const Tensor& x) : op_(op), device_(x.device()), guard_(device_) {
     const c10::impl::VirtualGuardImpl torch(device_.type());
     stream_ = static_cast<cudaStream_t>(torch.getStreamNativeHandle(torch.getStream(device_)));
-    check(cudaSetDevice(device_.index()));
+    check(use_device(device_.index()));
     check(current_device(&properties_));
   }
 
@@ -82,9 +89,14 @@ Rows rows_of(const Tensor& x, Tensor& owner) {
   return Rows{owner.const_data_ptr(), dtype_of(owner.scalar_type()), leading_size(x), x.size(-1)};
 }
 
-// Scratch memory until the end of the call: the next user of the stream may have it afterwards.
+// Scratch memory until the end of the call: the next user of the stream may have it afterwards. Undefined for 0 bytes.
 Tensor workspace_of(const Tensor& x, size_t bytes) {
+  if (bytes == 0) return {};
   return at::empty({static_cast<int64_t>(bytes)}, x.options().dtype(at::kByte));
+}
+
+void* data_of(const Tensor& workspace) {
+  return workspace.defined() ? workspace.mutable_data_ptr() : nullptr;
 }
 
 // ---- single steps ----
@@ -176,8 +188,9 @@ Tensor int8_mm_op(const Tensor& q, const Tensor& packed_weight, const Tensor& we
   Tensor out = at::empty({m, n}, q.options().dtype(at::kInt));
   const Int8Mm args = {rows.const_data_ptr<int8_t>(),  aligned_rows(packed_weight, weight_owner), m, n, k,
                        out.mutable_data_ptr<int32_t>()};
-  const Tensor workspace = workspace_of(q, workspace_size(args, on.properties()));
-  on.check(int8_mm(args, on.properties(), workspace.mutable_data_ptr(), on.stream()));
+  const Int8MmPlan plan = plan_int8_mm(args, on.properties());
+  const Tensor workspace = workspace_of(q, plan.workspace_bytes);
+  on.check(int8_mm(args, plan, on.properties(), data_of(workspace), on.stream()));
   return out;
 }
 
@@ -213,8 +226,9 @@ Tensor linear_op(const char* op, const Tensor& x, const Tensor& packed_weight, c
                        config,
                        out.mutable_data_ptr(),
                        dtype_of(computed)};
-  const Tensor workspace = workspace_of(x, workspace_size(args, on.properties()));
-  on.check(linear(args, on.properties(), workspace.mutable_data_ptr(), on.stream()));
+  const LinearPlan plan = plan_linear(args, on.properties());
+  const Tensor workspace = workspace_of(x, plan.workspace_bytes);
+  on.check(linear(args, plan, on.properties(), data_of(workspace), on.stream()));
   return wanted == computed ? out : out.to(wanted);
 }
 

@@ -44,7 +44,15 @@ struct RowQparams {
   int32_t zero_point;
 };
 
-struct ColumnQparams {
+// Of the columns of a tile, in shared memory: they come while the products run. kColumns is a multiple of 8.
+template <int kColumns>
+struct alignas(16) ColumnQparams {
+  float scale[kColumns];
+  int32_t sum[kColumns];
+  float bias[kColumns];  // -0 where there is none: y + -0 is y, also where y is a zero
+};
+
+struct GroupQparams {
   float scale[kGroup];
   int32_t sum[kGroup];
   float bias[kGroup];
@@ -55,29 +63,44 @@ __device__ __forceinline__ RowQparams load_row(const Output& out, int64_t m) {
   return {out.scale[m * out.row_stride], out.zero_point[m * out.row_stride]};
 }
 
-template <class T>
-__device__ __forceinline__ void load_group(const T* source, int64_t count, T (&values)[kGroup]) {
-  if (count >= kGroup && reinterpret_cast<uintptr_t>(source) % 16 == 0) {
-    const uint4 low = __ldg(reinterpret_cast<const uint4*>(source));
-    const uint4 high = __ldg(reinterpret_cast<const uint4*>(source) + 1);
-    const uint32_t words[kGroup] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-    memcpy(values, words, sizeof(words));
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kGroup; ++i) {
-    values[i] = i < count ? __ldg(source + i) : T{0};
+// Starts to copy what belongs to the columns from n on; `thread` of kThreads does its share. It has arrived for all
+// after copy_async_wait<0> and a barrier. Columns beyond the last one get zeros; for int32 outputs nothing is copied.
+template <int kThreads, int kColumns>
+__device__ __forceinline__ void fetch_columns(const Output& out, int64_t n, int thread,
+                                              ColumnQparams<kColumns>* shared) {
+  if (out.dtype == DType::kInt32) return;
+#pragma unroll 1
+  for (int i = thread; i < kColumns; i += kThreads) {
+    const bool inside = n + i < out.n;
+    const int64_t column = inside ? n + i : 0;
+    ptx::copy_word_async(shared->scale + i, out.weight_scale + column, inside);
+    ptx::copy_word_async(shared->sum + i, out.weight_sum + column, inside);
+    if (out.bias != nullptr) {
+      ptx::copy_word_async(shared->bias + i, out.bias + column, inside);
+    } else {
+      shared->bias[i] = -0.0f;
+    }
   }
 }
 
-// Of columns n ... n + 7; zeros beyond the last one.
-__device__ __forceinline__ ColumnQparams load_columns(const Output& out, int64_t n) {
-  ColumnQparams columns = {};
-  if (out.dtype == DType::kInt32) return columns;
-  load_group(out.weight_scale + n, out.n - n, columns.scale);
-  load_group(out.weight_sum + n, out.n - n, columns.sum);
-  if (out.bias != nullptr) load_group(out.bias + n, out.n - n, columns.bias);
-  return columns;
+template <class T>
+__device__ __forceinline__ void load_group(const T* source, T (&values)[kGroup]) {
+  static_assert(sizeof(T) == 4);
+#pragma unroll
+  for (int i = 0; i < kGroup; i += 4) {
+    const int4 words = *reinterpret_cast<const int4*>(source + i);
+    memcpy(values + i, &words, sizeof(words));
+  }
+}
+
+// Of 8 columns from `column` of the tile on.
+template <int kColumns>
+__device__ __forceinline__ GroupQparams load_group(const ColumnQparams<kColumns>& columns, int column) {
+  GroupQparams group;
+  load_group(columns.scale + column, group.scale);
+  load_group(columns.sum + column, group.sum);
+  load_group(columns.bias + column, group.bias);
+  return group;
 }
 
 __device__ __forceinline__ void apply(Epilogue function, float (&y)[kGroup]) {
@@ -101,10 +124,10 @@ __device__ __forceinline__ void apply(Epilogue function, float (&y)[kGroup]) {
 template <int kWords>
 __device__ __forceinline__ void store_words(void* target, const uint32_t (&words)[kWords], int64_t count) {
   if (count >= kGroup && reinterpret_cast<uintptr_t>(target) % 16 == 0) {
-    uint4* vectors = static_cast<uint4*>(target);
 #pragma unroll
-    for (int i = 0; i < kWords / 4; ++i) {
-      vectors[i] = make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
+    for (int i = 0; i < kWords; i += 4) {
+      ptx::store_16_bytes(static_cast<uint32_t*>(target) + i, words[i], words[i + 1], words[i + 2],
+                          words[i + 3]);
     }
     return;
   }
@@ -129,7 +152,7 @@ struct Accumulators {
 // Sum is int32_t, or int64_t where parts of k were added.
 template <class Sum>
 __device__ __forceinline__ Accumulators compensate(const Sum (&sums)[kGroup], const RowQparams& row,
-                                                   const ColumnQparams& columns) {
+                                                   const GroupQparams& columns) {
   Accumulators acc;
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) {
@@ -142,7 +165,7 @@ __device__ __forceinline__ Accumulators compensate(const Sum (&sums)[kGroup], co
 // Outputs n ... n + 7 of row m, as far as they are inside.
 __device__ __forceinline__ void write_outputs(const Output& out, int64_t m, int64_t n,
                                               const Accumulators& acc, const RowQparams& row,
-                                              const ColumnQparams& columns) {
+                                              const GroupQparams& columns) {
   if (m >= out.m || n >= out.n) return;
   const int64_t first = m * out.n + n;
   uint32_t words[kGroup];
@@ -157,8 +180,7 @@ __device__ __forceinline__ void write_outputs(const Output& out, int64_t m, int6
   float y[kGroup];
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) {
-    y[i] = (acc.compensated[i] * row.scale) * columns.scale[i];
-    if (out.bias != nullptr) y[i] = y[i] + columns.bias[i];
+    y[i] = (acc.compensated[i] * row.scale) * columns.scale[i] + columns.bias[i];
   }
   apply(out.function, y);
   if (out.dtype == DType::kFloat32) {
@@ -207,6 +229,7 @@ __device__ __forceinline__ void add_parts(const Output& out, const int32_t* sums
     total[i] = 0;
   }
   if (m >= out.m) return;
+#pragma unroll 1
   for (int part = 0; part < parts; ++part) {
     const int32_t* source = sums + (part * out.m + m) * out.n + n;
 #pragma unroll
@@ -217,17 +240,18 @@ __device__ __forceinline__ void add_parts(const Output& out, const int32_t* sums
 }
 
 // The end of every tile kernel. The block's sums of a tile_m x tile_n tile at (m, n) are complete: sums_at(row,
-// group, values) yields 8 of them, for each row of the tile and group of columns. Every thread of the block calls
-// this; each takes every kThreads-th group.
+// group, values) yields 8 of them, for each row of the tile and group of columns; its columns have arrived. Every
+// thread of the block calls this; each takes every kThreads-th group.
 template <int kThreads, int kTileM, int kTileN, class SumsAt>
 __device__ __forceinline__ void finish_tile(const Output& out, int64_t m, int64_t n, int parts, int part,
                                             int64_t tile, int32_t* counters, int32_t* partial_sums,
-                                            const SumsAt& sums_at) {
+                                            const ColumnQparams<kTileN>& of_tile, const SumsAt& sums_at) {
   constexpr int kGroups = kTileN / kGroup;
   static_assert(kThreads % kGroups == 0, "a thread keeps to its columns");
   const int group = threadIdx.x % kGroups;
   const int64_t column = n + group * kGroup;
   if (parts > 1) {
+#pragma unroll 1
     for (int row = threadIdx.x / kGroups; row < kTileM; row += kThreads / kGroups) {
       int32_t values[kGroup];
       sums_at(row, group, values);
@@ -235,7 +259,8 @@ __device__ __forceinline__ void finish_tile(const Output& out, int64_t m, int64_
     }
     if (!is_last_part(counters + tile, parts)) return;
   }
-  const ColumnQparams columns = load_columns(out, column);
+  const GroupQparams columns = load_group(of_tile, group * kGroup);
+#pragma unroll 1
   for (int row = threadIdx.x / kGroups; row < kTileM; row += kThreads / kGroups) {
     const RowQparams qparams = load_row(out, m + row);
     Accumulators acc;

@@ -1,7 +1,7 @@
 // The GEMM kernels as linear.cu starts them.
 #pragma once
 
-#include "gemm_plan.h"
+#include "kernels.h"
 
 namespace dynquant::cuda {
 
@@ -21,19 +21,14 @@ struct Output {
 };
 
 struct Gemm {
-  const int8_t* q;       // [m, q_row_bytes], aligned to 16 bytes, zeros beyond k
-  int64_t q_row_bytes;   // k, rounded up to a multiple of 16
-  const int8_t* weight;  // [n, k]
+  const int8_t* q;       // [m, row_bytes], aligned to 16 bytes, zeros beyond k
+  const int8_t* weight;  // [n, row_bytes], likewise
+  int64_t row_bytes;     // padded_k(k)
   int64_t m;
   int64_t n;
   int64_t k;
   Output output;
 };
-
-// Whether 16-byte loads of the weight are possible.
-inline bool is_aligned_weight(const Gemm& args) {
-  return reinterpret_cast<uintptr_t>(args.weight) % 16 == 0 && args.k % 16 == 0;
-}
 
 // Where the parts of k meet; null with a single part.
 struct PartialSums {

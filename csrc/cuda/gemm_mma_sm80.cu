@@ -1,4 +1,4 @@
-// GEMM by mma.sync: tiles of q and of the weight wait in shared memory, kStages deep, filled by cp.async.
+// GEMM by mma.sync: tiles of q and of the weight wait in shared memory, several stages deep, filled by cp.async.
 //
 // A block of 4 warps computes kTile x kTile outputs; a warp a quarter of them, from 16-row by 8-column pieces:
 //
@@ -13,20 +13,18 @@
 //
 // Shared memory, 64 bytes of k a row (shared_layout.h):
 //
-//   stage 0: q [kTile][64], weight [kTile][64] | stage 1 | stage 2 | stage 3
+//   stage 0: q [kTile][64], weight [kTile][64] | stage 1 | ... | qparams of the columns
 //
-// and when k is done, in the same place, the sums [kTile][kTile + 8], from which every thread takes 8 neighbouring
-// ones (the padding keeps the warp's 8-byte stores in different banks).
+// and when k is done, in the place of the stages, the sums [kTile][kTile + 8], from which every thread takes 8
+// neighbouring ones (the padding keeps the warp's 8-byte stores in different banks).
 #include "epilogue.cuh"
 #include "launch.h"
 #include "shared_layout.h"
-#include "unaligned.cuh"
 
 namespace dynquant::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kStages = 4;
 constexpr int kStepK = 64;
 constexpr int kBand = 8;
 
@@ -34,15 +32,19 @@ template <int kTile>
 struct Shared {
   static constexpr int kOperand = kTile * kStepK;
   static constexpr int kStage = 2 * kOperand;
+  static constexpr int kStages =
+      64 * 1024 / kStage;  // a small tile needs as many bytes on their way as a large one
   static constexpr int kSumsOfRow = kTile + 8;
-  static constexpr int kBytes = std::max<int>(kStages * kStage, kTile* kSumsOfRow * sizeof(int32_t));
+  static constexpr int kColumns = std::max<int>(kStages * kStage, kTile* kSumsOfRow * sizeof(int32_t));
+  static constexpr int kBytes = kColumns + sizeof(ColumnQparams<kTile>);
 };
 
 template <int kTile>
-__global__ void __launch_bounds__(kThreads, kTile == 64 ? 4 : 2)
-    gemm_mma_kernel(const Gemm a, const int64_t tiles_m, const int64_t tiles_n, const int64_t k_of_part,
-                    const int parts, const PartialSums partial, const bool weight_aligned) {
+__global__ void __launch_bounds__(kThreads, kTile == 64 ? 3 : 2)
+    gemm_mma_kernel(const __grid_constant__ Gemm a, const uint32_t tiles_m, const uint32_t tiles_n,
+                    const int64_t k_of_part, const int parts, const PartialSums partial) {
   using Layout = Shared<kTile>;
+  constexpr int kStages = Layout::kStages;
   constexpr int kWarpTile = kTile / 2;
   constexpr int kPiecesM = kWarpTile / 16;
   constexpr int kPiecesN = kWarpTile / 8;
@@ -50,44 +52,29 @@ __global__ void __launch_bounds__(kThreads, kTile == 64 ? 4 : 2)
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   const TileIndex tile = tile_at(blockIdx.x, tiles_m, tiles_n, kBand);
-  const int64_t m = tile.m * kTile;
-  const int64_t n = tile.n * kTile;
+  const int64_t m = int64_t{tile.m} * kTile;
+  const int64_t n = int64_t{tile.n} * kTile;
   const int part = blockIdx.y;
   const int64_t begin = part * k_of_part;
   const int64_t end = min(a.k, begin + k_of_part);
   const int steps = end > begin ? static_cast<int>((end - begin + kStepK - 1) / kStepK) : 0;
-  const int8_t* const weight_end = a.weight + a.n * a.k;
+  auto& columns = *reinterpret_cast<ColumnQparams<kTile>*>(shared + Layout::kColumns);
 
   // Thread i takes chunk i%4 of the rows i/4, i/4 + 32 ...
   const int chunk = threadIdx.x % 4;
-  const auto fetch_q = [&](int step) {
-    int8_t* const target = shared + step % kStages * Layout::kStage;
+  const auto fetch = [&](const int8_t* rows, int64_t first, int64_t count, int step, int place) {
+    int8_t* const target = shared + step % kStages * Layout::kStage + place;
     const int64_t k = begin + step * kStepK + chunk * 16;
 #pragma unroll
     for (int i = 0; i < kTile; i += kThreads / 4) {
       const int row = i + threadIdx.x / 4;
-      const bool inside = m + row < a.m && k < end;
-      const int8_t* const source = inside ? a.q + (m + row) * a.q_row_bytes + k : a.q;
+      const bool inside = first + row < count && k < end;
+      const int8_t* const source = inside ? rows + (first + row) * a.row_bytes + k : rows;
       ptx::copy_async(target + offset_in_rows_of_64(row, chunk), source, inside);
     }
   };
-  const auto fetch_weight = [&](int step) {
-    int8_t* const target = shared + step % kStages * Layout::kStage + Layout::kOperand;
-    const int64_t k = begin + step * kStepK + chunk * 16;
-#pragma unroll
-    for (int i = 0; i < kTile; i += kThreads / 4) {
-      const int row = i + threadIdx.x / 4;
-      const bool inside = n + row < a.n && k < end;
-      const int8_t* const source = inside ? a.weight + (n + row) * a.k + k : a.weight;
-      int8_t* const place = target + offset_in_rows_of_64(row, chunk);
-      if (weight_aligned) {
-        ptx::copy_async(place, source, inside);
-      } else {
-        *reinterpret_cast<uint4*>(place) =
-            inside ? load_unaligned(source, a.weight, weight_end) : make_uint4(0, 0, 0, 0);
-      }
-    }
-  };
+  const auto fetch_q = [&](int step) { fetch(a.q, m, a.m, step, 0); };
+  const auto fetch_weight = [&](int step) { fetch(a.weight, n, a.n, step, Layout::kOperand); };
 
   int32_t sums[kPiecesM][kPiecesN][4] = {};
   const int warp_m = warp / 2 * kWarpTile;
@@ -121,8 +108,10 @@ __global__ void __launch_bounds__(kThreads, kTile == 64 ? 4 : 2)
     }
   };
 
+  // What belongs to the weight never comes from the kernel before.
+  fetch_columns<kThreads>(a.output, n, threadIdx.x, &columns);
   for (int step = 0; step < kStages - 1; ++step) {
-    if (step < steps) fetch_weight(step);  // the weight never comes from the kernel before
+    if (step < steps) fetch_weight(step);
   }
   ptx::wait_for_previous_kernel();
   for (int step = 0; step < kStages - 1; ++step) {
@@ -156,26 +145,22 @@ __global__ void __launch_bounds__(kThreads, kTile == 64 ? 4 : 2)
   }
   __syncthreads();
   const auto sums_at = [&](int row, int group, int32_t (&values)[kGroup]) {
-    const int4* const source =
-        reinterpret_cast<const int4*>(tile_sums + row * Layout::kSumsOfRow + group * kGroup);
-    const int4 low = source[0], high = source[1];
-    values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
-    values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
+    load_group(tile_sums + row * Layout::kSumsOfRow + group * kGroup, values);
   };
-  finish_tile<kThreads, kTile, kTile>(a.output, m, n, parts, part, tile.n * tiles_m + tile.m,
-                                      partial.counters, partial.sums, sums_at);
+  finish_tile<kThreads, kTile, kTile>(a.output, m, n, parts, part, int64_t{tile.n} * tiles_m + tile.m,
+                                      partial.counters, partial.sums, columns, sums_at);
 }
 
 template <int kTile>
 cudaError_t launch_mma(const Gemm& args, const GemmPlan& plan, const PartialSums& partial, bool overlap,
                        cudaStream_t stream) {
-  const bool weight_aligned = is_aligned_weight(args);
-  const GemmShape shape = {args.m, args.n, args.k, weight_aligned};
+  const GemmShape shape = {args.m, args.n, args.k};
   Launch how{dim3(static_cast<unsigned>(plan.tiles(shape)), static_cast<unsigned>(plan.parts)), kThreads,
              Shared<kTile>::kBytes};
   how.overlap = overlap;
-  return launch(gemm_mma_kernel<kTile>, how, stream, args, plan.tiles_m(shape), plan.tiles_n(shape),
-                plan.k_of_part, plan.parts, partial, weight_aligned);
+  return launch<gemm_mma_kernel<kTile>>(how, stream, args, static_cast<uint32_t>(plan.tiles_m(shape)),
+                                        static_cast<uint32_t>(plan.tiles_n(shape)), plan.k_of_part,
+                                        plan.parts, partial);
 }
 
 }  // namespace

@@ -2,10 +2,20 @@
 #pragma once
 
 #include <algorithm>
-
-#include "kernels.h"
+#include <cstddef>
+#include <cstdint>
 
 namespace dynquant::cuda {
+
+// What the choice of a kernel depends on.
+struct Device {
+  int capability;  // 90 for 9.0
+  int multiprocessors;
+  int code;  // what the kernels that run here were compiled for: 80 for PTX of 8.0, whatever the device
+};
+
+// Rows of q and of weights are padded with zeros to a multiple of 16 bytes, which is what every kernel loads at once.
+constexpr int64_t padded_k(int64_t k) { return (k + 15) / 16 * 16; }
 
 // No int32 accumulator sums up more of k than this; |q - zero_point| * |weight| <= 255 * 127 allows 66,311.
 constexpr int64_t kMaxPartOfK = 65536;
@@ -14,14 +24,13 @@ struct GemmShape {
   int64_t m;
   int64_t n;
   int64_t k;
-  bool weight_aligned;  // rows of the weight start at multiples of 16 bytes
 };
 
 enum class GemmKernel : int {
-  kSmallDp4a,  // up to 16 rows of q a block, dot products by dp4a: any device
-  kSmallMma,   // the same by mma.sync: sm_80 and newer
-  kMma,        // tiles by mma.sync, cp.async pipeline: sm_80 and newer
-  kWgmma,      // tiles by wgmma, TMA pipeline: 9.0 exactly, aligned weights, k in one part
+  kSmallDp4a,  // up to 4 rows of q a block, dot products by dp4a
+  kSmallMma,   // up to 16 rows of q a block, products by mma.sync
+  kMma,        // tiles by mma.sync, cp.async pipeline
+  kWgmma,      // tiles by wgmma, TMA pipeline: 9.0 exactly, k in one part
 };
 
 // Tiles of tile_m x tile_n outputs; of each, `parts` blocks sum up k_of_part of k, and the last one to finish adds
@@ -48,13 +57,9 @@ constexpr GemmPlan with_parts(GemmPlan plan, int64_t k, int64_t parts) {
 
 constexpr GemmPlan plan_small(const GemmShape& shape, const Device& device) {
   GemmPlan plan = {};
-  const bool mma = device.capability >= 80 && shape.m > 4;
+  const bool mma = shape.m > 4;
   plan.kernel = mma ? GemmKernel::kSmallMma : GemmKernel::kSmallDp4a;
-  if (mma) {
-    plan.tile_m = shape.m <= 8 ? 8 : 16;
-  } else {
-    plan.tile_m = shape.m <= 1 ? 1 : shape.m <= 4 ? 4 : 16;
-  }
+  plan.tile_m = shape.m <= 1 ? 1 : shape.m <= 4 ? 4 : shape.m <= 8 ? 8 : 16;
   // 16 rows of q cost as much as 16 rows of weights: read them for 32.
   plan.tile_n = mma && plan.tile_m == 16 ? 32 : 16;
   // A few blocks alone cannot keep the memory busy, if each has much to read.
@@ -72,19 +77,30 @@ constexpr GemmPlan plan_mma(const GemmShape& shape, const Device& device) {
 }
 
 constexpr int kWgmmaTileM = 128;
+constexpr int kWgmmaCluster = 2;
 
 constexpr bool wgmma_can(const GemmShape& shape, const Device& device) {
-  return device.capability == 90 && shape.weight_aligned && shape.k > 0 && shape.k <= kMaxPartOfK;
+  return device.capability == 90 && shape.k > 0 && shape.k <= kMaxPartOfK;
+}
+
+// The two tiles of a cluster of wgmma lie along m and share the weight, or, where that would leave the last of an odd
+// number of them empty, along n and share q.
+constexpr bool wgmma_pairs_along_m(const GemmPlan& plan, const GemmShape& shape) {
+  return plan.tiles_m(shape) % kWgmmaCluster == 0 || plan.tiles_n(shape) % kWgmmaCluster != 0;
+}
+
+constexpr int64_t wgmma_pairs(const GemmPlan& plan, const GemmShape& shape) {
+  const int64_t m = plan.tiles_m(shape), n = plan.tiles_n(shape);
+  return wgmma_pairs_along_m(plan, shape) ? (m + 1) / kWgmmaCluster * n : m * ((n + 1) / kWgmmaCluster);
 }
 
 constexpr GemmPlan plan_gemm(const GemmShape& shape, const Device& device) {
-  if (shape.m <= 16 || device.capability < 80) return plan_small(shape, device);
+  if (shape.m <= 16) return plan_small(shape, device);
   if (wgmma_can(shape, device) && shape.m > kWgmmaTileM) {
     // The widest tile that leaves few multiprocessors idle.
     for (int tile_n : {256, 128, 64}) {
       const GemmPlan plan = with_parts({GemmKernel::kWgmma, kWgmmaTileM, tile_n, 1, 0}, shape.k, 1);
-      const int64_t pairs = (plan.tiles_m(shape) + 1) / 2 * plan.tiles_n(shape);
-      if (8 * pairs >= 3 * device.multiprocessors) return plan;
+      if (8 * wgmma_pairs(plan, shape) >= 3 * device.multiprocessors) return plan;
     }
   }
   return plan_mma(shape, device);
@@ -100,8 +116,8 @@ constexpr size_t workspace_bytes(const GemmPlan& plan, const GemmShape& shape) {
 }
 
 struct TileIndex {
-  int64_t m;
-  int64_t n;
+  uint32_t m;
+  uint32_t n;
 };
 
 // Tiles in the order in which blocks take them: bands of `band` tiles along m, so that tiles that are computed at
@@ -111,14 +127,17 @@ struct TileIndex {
 //   m  0 2 4 6      (band = 2)
 //   |  1 3 5 7
 //   v  8 ...
+//
+// 32 bits: each role of a block divides for every tile, and a division of 64 bits is some 70 instructions.
 #if defined(__CUDACC__)
 __host__ __device__
 #endif
     constexpr TileIndex
-    tile_at(int64_t index, int64_t tiles_m, int64_t tiles_n, int64_t band) {
-  const int64_t first_m = index / (band * tiles_n) * band;
-  const int64_t height = tiles_m - first_m < band ? tiles_m - first_m : band;
-  const int64_t in_band = index % (band * tiles_n);
+    tile_at(uint32_t index, uint32_t tiles_m, uint32_t tiles_n, uint32_t band) {
+  const uint32_t of_band = band * tiles_n;
+  const uint32_t first_m = index / of_band * band;
+  const uint32_t in_band = index % of_band;
+  const uint32_t height = tiles_m - first_m < band ? tiles_m - first_m : band;
   return {first_m + in_band % height, in_band / height};
 }
 

@@ -1,5 +1,5 @@
-// GEMM for few rows of q: bound by reading the weights, so each weight byte is read once, from global memory straight
-// into the registers of the one thread that needs it.
+// Few rows of q: bound by reading the weights, so each weight byte is read once, from global memory straight into the
+// registers of the one thread that needs it.
 //
 // A block owns kTileN rows of the weight (output channels) and kTileM rows of q, and its 8 warps take turns along k.
 // In a step a warp reads 64 * kSteps bytes of each of the weight's rows; lane (g = lane/4, t = lane%4) holds
@@ -15,7 +15,6 @@
 
 #include "epilogue.cuh"
 #include "launch.h"
-#include "unaligned.cuh"
 
 namespace dynquant::cuda {
 
@@ -23,102 +22,177 @@ constexpr int kSmallThreads = 256;
 constexpr int kSmallWarps = kSmallThreads / 32;
 
 // Dot: what multiplies. Sums of kTileM x kTileN outputs, spread over the lanes of a warp:
-//   kSteps: 64 k each that are loaded ahead              kRowsOfQ: rows of q that a lane loads, q_row(i, lane)
-//   multiply(weight vectors, q vectors)                  store(shared sums [kTileM][kTileN], lane)
+//   kSteps: 64 k each that are loaded at once             kRowsOfQ: rows of q that a lane loads, q_row(i, lane)
+//   multiply(weight vectors, q vectors)                   store(shared sums [kTileM][kTileN], lane)
 //   kResident: blocks that a multiprocessor shall hold at least
 template <class Dot>
-__global__ void __launch_bounds__(kSmallThreads, Dot::kResident)
-    gemm_small_kernel(const Gemm a, const int64_t k_of_part, const int parts, const PartialSums partial,
-                      const bool weight_aligned, const unsigned tiles_n) {
+struct SmallShared {
+  static constexpr int kTile = Dot::kTileM * Dot::kTileN;
+
+  ColumnQparams<Dot::kTileN> columns;
+  int32_t sums[kSmallWarps][kTile];
+
+  // Of all warps, in sums[0]. Every thread of the block calls this, after a barrier.
+  __device__ __forceinline__ void add_warps() {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kTile; i += kSmallThreads) {
+      int32_t sum = 0;
+#pragma unroll
+      for (int warp = 0; warp < kSmallWarps; ++warp) sum += sums[warp][i];
+      sums[0][i] = sum;
+    }
+  }
+
+  __device__ __forceinline__ void load(int row, int group, int32_t (&values)[kGroup]) const {
+    load_group(sums[0] + row * Dot::kTileN + group * kGroup, values);
+  }
+};
+
+// The sums over k = begin ... end-1 of the weight's rows from n on with rows of q, into shared.sums[0], and the
+// columns' qparams, both for all threads. prepare_q() is called when the first weights are under way; load_q(i, k)
+// yields 16 bytes of the i-th row of q that the lane needs, k counted from begin on.
+template <class Dot, class PrepareQ, class LoadQ>
+__device__ __forceinline__ void sum_small_tile(const Gemm& a, int64_t n, int64_t begin, int64_t end,
+                                               SmallShared<Dot>& shared, const PrepareQ& prepare_q,
+                                               const LoadQ& load_q) {
   constexpr int kSteps = Dot::kSteps;
   constexpr int kRows = Dot::kTileN / 8;
   constexpr int kSpan = 64 * kSteps;
+  constexpr int kStride = kSmallWarps * kSpan;
+  using Weights = uint4[kSteps][kRows];
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
-  // Both in x: the other dimensions of a grid end at 65,535.
-  const int64_t n = blockIdx.x % tiles_n * int64_t{Dot::kTileN};
-  const int64_t m = blockIdx.x / tiles_n * int64_t{Dot::kTileM};
-  const int part = blockIdx.y;
-  const int64_t end = min(a.k, (part + 1) * k_of_part);
-  const int8_t* const weight_end = a.weight + a.n * a.k;
 
-  const auto load_weights = [&](int64_t k, uint4(&w)[kSteps][kRows]) {
-    const auto load_each = [&](const auto& load) {
+  // k counts from `begin` on and fits 32 bits: no part is longer than kMaxPartOfK. Beyond the last row the last one is
+  // read again; what becomes of it is not written.
+  const int length = static_cast<int>(end - begin);
+  const int lane_k = lane % 4 * 16;
+  const int8_t* weight_rows[kRows];
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-          const int64_t row = n + 8 * i + lane / 4;
-          const int64_t column = k + 64 * step + lane % 4 * 16;
-          const bool inside = row < a.n && column < end;
-          w[step][i] = inside ? load(a.weight + row * a.k + column) : make_uint4(0, 0, 0, 0);
-        }
-      }
-    };
-    if (weight_aligned) {
-      load_each([](const int8_t* source) { return ptx::load_once(source); });
-    } else {
-      load_each([&](const int8_t* source) { return load_unaligned(source, a.weight, weight_end); });
-    }
-  };
-
-  Dot dot = {};
-  uint4 w[kSteps][kRows];
-  int64_t k = part * k_of_part + warp * kSpan;
-  load_weights(k, w);  // these never come from the kernel before
-  ptx::wait_for_previous_kernel();
-  for (; k < end; k += kSmallWarps * kSpan) {
-    uint4 next[kSteps][kRows];
-    load_weights(k + kSmallWarps * kSpan, next);
+  for (int i = 0; i < kRows; ++i) {
+    weight_rows[i] = a.weight + min(n + 8 * i + lane / 4, a.n - 1) * a.row_bytes + begin + lane_k;
+  }
+  const auto load_weights = [&](int k, Weights& w) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
+      const bool inside = k + 64 * step + lane_k < length;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        w[step][i] = inside ? ptx::load_once(weight_rows[i] + k + 64 * step) : make_uint4(0, 0, 0, 0);
+      }
+    }
+  };
+  Dot dot = {};
+  const auto multiply = [&](int k, const Weights& w) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const int column = k + 64 * step + lane_k;
       uint4 q[Dot::kRowsOfQ];
 #pragma unroll
       for (int i = 0; i < Dot::kRowsOfQ; ++i) {
-        const int64_t row = m + Dot::q_row(i, lane);
-        const int64_t column = k + 64 * step + lane % 4 * 16;
-        q[i] = make_uint4(0, 0, 0, 0);
-        if (row < a.m && column < end) {
-          q[i] = *reinterpret_cast<const uint4*>(a.q + row * a.q_row_bytes + column);
-        }
+        q[i] = column < length ? load_q(i, column) : make_uint4(0, 0, 0, 0);
       }
       dot.multiply(w[step], q);
     }
+  };
+
+  // Two sets of registers by turns: while one is multiplied the other is under way, and none is ever copied, which
+  // would wait for it.
+  Weights even, odd;
+  int k = warp * kSpan;
+  load_weights(k, even);  // these never come from the kernel before
+  load_weights(k + kStride, odd);
+  fetch_columns<kSmallThreads>(a.output, n, threadIdx.x, &shared.columns);
+  ptx::copy_async_commit();
+  prepare_q();
+#pragma unroll 1
+  for (; k < length; k += 2 * kStride) {
+    multiply(k, even);
+    load_weights(k + 2 * kStride, even);
+    multiply(k + kStride, odd);
+    load_weights(k + 3 * kStride, odd);
+  }
+  dot.store(shared.sums[warp], lane);
+  ptx::copy_async_wait<0>();
+  __syncthreads();  // all warps have stored their sums, and the columns have arrived
+  shared.add_warps();
+  __syncthreads();
+}
+
+// Each lane multiplies its 16 k of each of its weight rows with every row of q; the four lanes of a weight row add
+// up at the end.
+template <int kRowsOfQ_>
+struct Dp4a {
+  static constexpr int kTileM = kRowsOfQ_;
+  static constexpr int kTileN = 16;
+  static constexpr int kRowsOfQ = kRowsOfQ_;
+  static constexpr int kSteps = kRowsOfQ == 1 ? 4 : 2;
+  static constexpr int kResident = 2;
+
+  int32_t sums[kTileN / 8][kRowsOfQ];
+
+  static __device__ __forceinline__ int q_row(int i, int) { return i; }
+
+  __device__ __forceinline__ void multiply(const uint4 (&w)[kTileN / 8], const uint4 (&q)[kRowsOfQ]) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
+    for (int i = 0; i < kTileN / 8; ++i) {
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        w[step][i] = next[step][i];
+      for (int j = 0; j < kRowsOfQ; ++j) {
+        int32_t sum = sums[i][j];
+        sum = __dp4a(static_cast<int>(w[i].x), static_cast<int>(q[j].x), sum);
+        sum = __dp4a(static_cast<int>(w[i].y), static_cast<int>(q[j].y), sum);
+        sum = __dp4a(static_cast<int>(w[i].z), static_cast<int>(q[j].z), sum);
+        sums[i][j] = __dp4a(static_cast<int>(w[i].w), static_cast<int>(q[j].w), sum);
       }
     }
   }
 
-  constexpr int kTile = Dot::kTileM * Dot::kTileN;
-  int32_t* const sums = ptx::dynamic_shared<int32_t>();
-  dot.store(sums + warp * kTile, lane);
-  __syncthreads();
-  const auto sums_at = [&](int row, int group, int32_t (&values)[kGroup]) {
+  __device__ __forceinline__ void store(int32_t* shared, int lane) {
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      values[i] = 0;
-      for (int of_warp = 0; of_warp < kSmallWarps; ++of_warp) {
-        values[i] += sums[of_warp * kTile + row * Dot::kTileN + group * kGroup + i];
+    for (int i = 0; i < kTileN / 8; ++i) {
+#pragma unroll
+      for (int j = 0; j < kRowsOfQ; ++j) {
+        int32_t sum = sums[i][j];
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        if (lane % 4 == j % 4) shared[j * kTileN + 8 * i + lane / 4] = sum;
       }
     }
-  };
-  finish_tile<kSmallThreads, Dot::kTileM, Dot::kTileN>(a.output, m, n, parts, part, blockIdx.x,
-                                                       partial.counters, partial.sums, sums_at);
+  }
+};
+
+// q is in global memory, quantized by the kernel before.
+template <class Dot>
+__global__ void __launch_bounds__(kSmallThreads, Dot::kResident)
+    gemm_small_kernel(const __grid_constant__ Gemm a, const int64_t k_of_part, const int parts,
+                      const PartialSums partial, const unsigned tiles_n) {
+  // Both in x: the other dimensions of a grid end at 65,535.
+  const int64_t n = blockIdx.x % tiles_n * int64_t{Dot::kTileN};
+  const int64_t m = blockIdx.x / tiles_n * int64_t{Dot::kTileM};
+  const int part = blockIdx.y;
+  const int64_t begin = part * k_of_part;
+  auto& shared = *ptx::dynamic_shared<SmallShared<Dot>>();
+  const int8_t* rows_of_q[Dot::kRowsOfQ];
+#pragma unroll
+  for (int i = 0; i < Dot::kRowsOfQ; ++i) {
+    rows_of_q[i] = a.q + min(m + Dot::q_row(i, threadIdx.x % 32), a.m - 1) * a.row_bytes + begin;
+  }
+  sum_small_tile<Dot>(a, n, begin, min(a.k, begin + k_of_part), shared, ptx::wait_for_previous_kernel,
+                      [&](int i, int k) { return *reinterpret_cast<const uint4*>(rows_of_q[i] + k); });
+  finish_tile<kSmallThreads, Dot::kTileM, Dot::kTileN>(
+      a.output, m, n, parts, part, blockIdx.x, partial.counters, partial.sums, shared.columns,
+      [&](int row, int group, int32_t (&values)[kGroup]) { shared.load(row, group, values); });
 }
 
 template <class Dot>
 cudaError_t launch_small(const Gemm& args, const GemmPlan& plan, const PartialSums& partial, bool overlap,
                          cudaStream_t stream) {
-  const GemmShape shape = {args.m, args.n, args.k, true};
+  const GemmShape shape = {args.m, args.n, args.k};
   Launch how{dim3(static_cast<unsigned>(plan.tiles(shape)), static_cast<unsigned>(plan.parts)), kSmallThreads,
-             kSmallWarps * Dot::kTileM * Dot::kTileN * sizeof(int32_t)};
+             sizeof(SmallShared<Dot>)};
   how.overlap = overlap;
-  return launch(gemm_small_kernel<Dot>, how, stream, args, plan.k_of_part, plan.parts, partial,
-                is_aligned_weight(args), static_cast<unsigned>(plan.tiles_n(shape)));
+  return launch<gemm_small_kernel<Dot>>(how, stream, args, plan.k_of_part, plan.parts, partial,
+                                        static_cast<unsigned>(plan.tiles_n(shape)));
 }
 
 }  // namespace dynquant::cuda

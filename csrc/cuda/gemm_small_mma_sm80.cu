@@ -9,7 +9,7 @@ struct Mma {
   static constexpr int kTileM = kTileM_;
   static constexpr int kTileN = kTileN_;
   static constexpr int kRowsOfQ = kTileM / 8;
-  static constexpr int kSteps = kTileN == 32 ? 2 : 4;
+  static constexpr int kSteps = kTileN == 32 ? 1 : 2;
   static constexpr int kResident = 2;
 
   int32_t sums[kTileN / 16][kRowsOfQ][4];

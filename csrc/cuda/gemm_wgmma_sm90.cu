@@ -1,7 +1,8 @@
 // GEMM by wgmma, for compute capability 9.0: TMA fills a ring of stages in shared memory, one warp of a block does
 // nothing but start these copies, two warpgroups multiply. Blocks stay and take one tile after the other.
 //
-// Two blocks (a cluster) compute neighbouring tiles along m and share the weight: each copies half of it, to both.
+// Two blocks (a cluster) compute neighbouring tiles. Along m they share the weight, along n q: each copies half of what
+// they share, to both.
 //
 //                     kTileN rows of the weight                   warpgroup's 64 x kTileN accumulators
 //              +-----------------------------+                      columns 8j + 2t, + 1  (t = lane%4)
@@ -9,12 +10,13 @@
 //              | warpgroup 1   64 rows       |             row 16w+g| c[4j], c[4j+1]     |  w = warp%4
 //              +-----------------------------+                      |                    |  g = lane/4
 //   block 1    | warpgroup 0                 |                 + 8  | c[4j+2], c[4j+3]   |
-//              | warpgroup 1                 |                      +--------------------+
+//  (along m)   | warpgroup 1                 |                      +--------------------+
 //              +-----------------------------+
 //
 // Shared memory of a block; a row is 128 bytes of k, swizzled (shared_layout.h):
 //
-//   stage 0: q [128][128], weight [kTileN][128] | stage 1 | ... | sums [8 warps][16][40] | filled, emptied [kStages]
+//   stage 0: q [128][128], weight [kTileN][128] | stage 1 | ...
+//   | a slice for each of the 8 warps | qparams of the columns, twice for each warpgroup | filled, emptied [kStages]
 //
 // filled[s] ends a phase when this block's producer has announced the stage's bytes and all have arrived;
 // emptied[s] when each of the 16 consumer warps of both blocks has read the stage: both producers write into it.
@@ -26,17 +28,28 @@
 namespace dynquant::cuda {
 namespace {
 
-constexpr int kCluster = 2;
+constexpr int kCluster = kWgmmaCluster;
 constexpr int kTileM = kWgmmaTileM;
 constexpr int kStepK = 128;
 constexpr int kWarpgroup = 128;
 constexpr int kConsumers = 2 * kWarpgroup;
 constexpr int kThreads = kConsumers + kWarpgroup;
 constexpr int kConsumerWarps = kConsumers / 32;
-constexpr int kBand = 8;           // pairs of tiles along m
-constexpr int kSliceColumns = 32;  // accumulators go through shared memory so many columns at a time
-constexpr int kSliceRow = kSliceColumns + 8;
+constexpr int kBand = 8;  // pairs of tiles along m
 constexpr int kWarpRows = 16;
+
+// What a warp does with its 16 x kTileN sums, through its slice of shared memory: AnyStore for every output and
+// function; RowStore<dtype>, which has a third of the instructions, where rows of the output start at multiples of 16
+// bytes and the function is none or relu.
+struct AnyStore;
+template <DType kDType>
+struct RowStore;
+
+constexpr int kSliceColumns = 32;  // AnyStore's accumulators, so many columns at a time, padded
+constexpr int kSliceRow = kSliceColumns + 8;
+constexpr int kSliceBytes = kWarpRows * kSliceRow * sizeof(int32_t);
+constexpr int kRowBytes = 128;  // RowStore's outputs of a row at a time
+static_assert(kWarpRows * kRowBytes <= kSliceBytes && kSliceBytes % 128 == 0);
 
 template <int kTileN>
 struct Shared {
@@ -44,10 +57,12 @@ struct Shared {
   static constexpr int kWeight = kTileN * kStepK;
   static constexpr int kStage = kQ + kWeight;
   static constexpr int kStages = 192 * 1024 / kStage;
-  static constexpr int kSums = kStages * kStage;
-  static constexpr int kBarriers = kSums + kConsumerWarps * kWarpRows * kSliceRow * sizeof(int32_t);
+  static constexpr int kSlices = kStages * kStage;
+  static constexpr int kColumns = kSlices + kConsumerWarps * kSliceBytes;
+  static constexpr int kBarriers = kColumns + 4 * sizeof(ColumnQparams<kTileN>);
   static constexpr int kBytes = kBarriers + 2 * kStages * sizeof(uint64_t);
-  static_assert(kQ % 1024 == 0 && kWeight / kCluster % 1024 == 0, "the swizzle repeats every 1024 bytes");
+  static_assert(kQ / kCluster % 1024 == 0 && kWeight / kCluster % 1024 == 0,
+                "the swizzle repeats every 1024 bytes");
   static_assert(kBytes <= 227 * 1024, "shared memory of a block");
 };
 
@@ -66,13 +81,201 @@ struct Ring {
 };
 
 struct Tiles {
-  int64_t pairs;  // of tiles along m, one for each block of a cluster
-  int64_t columns;
-  int64_t total;
+  uint32_t rows;  // of tiles, or pairs of them
+  uint32_t columns;
+  bool pairs_along_m;
   int steps;  // of kStepK
 };
 
+// Where a warp's sums go.
+struct WarpTile {
+  int64_t m;  // its first row
+  int64_t n;
+  RowQparams rows[2];  // of row lane/4, and of the one 8 further down
+  int lane;
+  int8_t* slice;
+};
+
+// ---- from sums to outputs ----
+
+struct AnyStore {
+  // 32 columns to shared memory, back as 8 neighbouring ones of a row for each lane.
+  template <int kTileN>
+  static __device__ __forceinline__ void write(const Output& output, const WarpTile& tile,
+                                               const ColumnQparams<kTileN>& of_tile,
+                                               const int32_t (&sums)[kTileN / 2]) {
+    int32_t* const slice = reinterpret_cast<int32_t*>(tile.slice);
+    const int lane = tile.lane;
+    const int group = lane % 4 * kGroup;
+#pragma unroll 1
+    for (int number = 0; number < kTileN / kSliceColumns; ++number) {
+#pragma unroll
+      for (int same = 0; same < kTileN / kSliceColumns; ++same) {
+        if (same == number) {  // registers have no run-time index
+#pragma unroll
+          for (int j = 0; j < kSliceColumns / 8; ++j) {
+            const int32_t* const piece = sums + (same * (kSliceColumns / 8) + j) * 4;
+            int32_t* const place = slice + lane / 4 * kSliceRow + 8 * j + lane % 4 * 2;
+            *reinterpret_cast<int2*>(place) = make_int2(piece[0], piece[1]);
+            *reinterpret_cast<int2*>(place + 8 * kSliceRow) = make_int2(piece[2], piece[3]);
+          }
+        }
+      }
+      __syncwarp();
+      const int column = number * kSliceColumns + group;
+      const GroupQparams columns = load_group(of_tile, column);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = lane / 4 + 8 * i;
+        int32_t values[kGroup];
+        load_group(slice + row * kSliceRow + group, values);
+        write_outputs(output, tile.m + row, tile.n + column, compensate(values, tile.rows[i], columns),
+                      tile.rows[i], columns);
+      }
+      __syncwarp();  // the slice has been read
+    }
+  }
+};
+
+// Two neighbouring columns.
+struct TwoColumns {
+  float scale[2];
+  int32_t sum[2];
+  float bias[2];
+};
+
 template <int kTileN>
+__device__ __forceinline__ TwoColumns two_columns(const ColumnQparams<kTileN>& of_tile, int column) {
+  TwoColumns two;
+  memcpy(two.scale, __builtin_assume_aligned(of_tile.scale + column, 8), 8);
+  memcpy(two.sum, __builtin_assume_aligned(of_tile.sum + column, 8), 8);
+  memcpy(two.bias, __builtin_assume_aligned(of_tile.bias + column, 8), 8);
+  return two;
+}
+
+template <bool kRelu>
+__device__ __forceinline__ float dequantized(int32_t sum, const RowQparams& row, const TwoColumns& columns,
+                                             int i) {
+  const float acc = static_cast<float>(sum - row.zero_point * columns.sum[i]);
+  const float y = (acc * row.scale) * columns.scale[i] + columns.bias[i];
+  return kRelu ? EpilogueMath<Scalar>::relu(y) : y;
+}
+
+template <DType kDType>
+struct RowStore {
+  static constexpr bool kHalf = kDType == DType::kBFloat16 || kDType == DType::kFloat16;
+  static constexpr int kElementBytes = kHalf ? 2 : 4;
+  static constexpr int kPieceColumns = kRowBytes / kElementBytes;
+
+  template <int kTileN>
+  static __device__ __forceinline__ void write(const Output& output, const WarpTile& tile,
+                                               const ColumnQparams<kTileN>& of_tile,
+                                               const int32_t (&sums)[kTileN / 2]) {
+    if (output.function == Epilogue::kRelu) {
+      write_pieces<true>(output, tile, of_tile, sums);
+    } else {
+      write_pieces<false>(output, tile, of_tile, sums);
+    }
+  }
+
+ private:
+  // Pieces of 128 bytes a row, all 16 rows at once: to shared memory in the layout of the sums, from there as rows,
+  // of which each store of the warp writes four. In shared memory the 16-byte chunk c of row r stands in the place
+  // c ^ swizzle(r), so that neither side meets a bank twice.
+  template <bool kRelu, int kTileN>
+  static __device__ __forceinline__ void write_pieces(const Output& output, const WarpTile& tile,
+                                                      const ColumnQparams<kTileN>& of_tile,
+                                                      const int32_t (&sums)[kTileN / 2]) {
+    constexpr int kPieces = kTileN * kElementBytes / kRowBytes;
+    const int lane = tile.lane;
+    const int chunk = lane % 8;
+    char* const first = static_cast<char*>(output.data) +
+                        ((tile.m + lane / 8) * output.n + tile.n) * kElementBytes + chunk * 16;
+    const int64_t four_rows = 4 * output.n * kElementBytes;
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+      if constexpr (kHalf) {
+        halves_to_slice<kRelu>(tile, of_tile, sums, piece);
+      } else {
+        words_to_slice<kRelu>(tile, of_tile, sums, piece);
+      }
+      __syncwarp();
+      const bool inside = tile.n + piece * kPieceColumns + chunk * (16 / kElementBytes) < output.n;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = 4 * i + lane / 8;
+        const uint4 v =
+            *reinterpret_cast<const uint4*>(tile.slice + row * kRowBytes + (chunk ^ swizzle(row)) * 16);
+        if (inside && tile.m + row < output.m) {
+          ptx::store_16_bytes(first + i * four_rows + piece * kRowBytes, v.x, v.y, v.z, v.w);
+        }
+      }
+      __syncwarp();  // the slice has been read
+    }
+  }
+
+  static __device__ __forceinline__ int swizzle(int row) { return kHalf ? row % 8 : row % 4 * 2; }
+
+  static __device__ __forceinline__ uint32_t pair(float low, float high) {
+    return kDType == DType::kBFloat16 ? ptx::bfloat16_pair(low, high) : ptx::half_pair(low, high);
+  }
+
+  // Two groups of 8 columns by one stmatrix: rows 0-7 and 8-15 of the first, then of the second.
+  template <bool kRelu, int kTileN>
+  static __device__ __forceinline__ void halves_to_slice(const WarpTile& tile,
+                                                         const ColumnQparams<kTileN>& of_tile,
+                                                         const int32_t (&sums)[kTileN / 2], int piece) {
+    const int row = tile.lane % 16;
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) {
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int group = piece * 8 + j + i;
+        const int32_t* const c = sums + 4 * group;
+        const TwoColumns columns = two_columns(of_tile, 8 * group + tile.lane % 4 * 2);
+#pragma unroll
+        for (int below = 0; below < 2; ++below) {
+          words[2 * i + below] = pair(dequantized<kRelu>(c[2 * below], tile.rows[below], columns, 0),
+                                      dequantized<kRelu>(c[2 * below + 1], tile.rows[below], columns, 1));
+        }
+      }
+      const int chunk = (j + tile.lane / 16) ^ swizzle(row);
+      ptx::store_matrices(tile.slice + row * kRowBytes + chunk * 16, words[0], words[1], words[2], words[3]);
+    }
+  }
+
+  template <bool kRelu, int kTileN>
+  static __device__ __forceinline__ void words_to_slice(const WarpTile& tile,
+                                                        const ColumnQparams<kTileN>& of_tile,
+                                                        const int32_t (&sums)[kTileN / 2], int piece) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int group = piece * 4 + j;
+      const int32_t* const c = sums + 4 * group;
+      TwoColumns columns = {};
+      if constexpr (kDType == DType::kFloat32) {
+        columns = two_columns(of_tile, 8 * group + tile.lane % 4 * 2);
+      }
+      const int chunk = 2 * j + tile.lane % 4 / 2;
+#pragma unroll
+      for (int below = 0; below < 2; ++below) {
+        const int row = tile.lane / 4 + 8 * below;
+        int2 words = make_int2(c[2 * below], c[2 * below + 1]);
+        if constexpr (kDType == DType::kFloat32) {
+          words.x = __float_as_int(dequantized<kRelu>(words.x, tile.rows[below], columns, 0));
+          words.y = __float_as_int(dequantized<kRelu>(words.y, tile.rows[below], columns, 1));
+        }
+        *reinterpret_cast<int2*>(tile.slice + row * kRowBytes + (chunk ^ swizzle(row)) * 16 +
+                                 tile.lane % 2 * 8) = words;
+      }
+    }
+  }
+};
+
+// ---- the kernel ----
+
+template <int kTileN, class Store>
 __global__ void __launch_bounds__(kThreads, 1)
     gemm_wgmma_kernel(const __grid_constant__ CUtensorMap q_map,
                       const __grid_constant__ CUtensorMap weight_map, const __grid_constant__ Output output,
@@ -82,11 +285,19 @@ __global__ void __launch_bounds__(kThreads, 1)
   int8_t* const shared = ptx::dynamic_shared<int8_t>();
   uint64_t* const filled = reinterpret_cast<uint64_t*>(shared + Layout::kBarriers);
   uint64_t* const emptied = filled + kStages;
-  const int warp = threadIdx.x / 32;
+  const int warp = ptx::warp_number();
   const int lane = threadIdx.x % 32;
-  const int rank = static_cast<int>(ptx::cluster_rank());
-  const int64_t cluster = blockIdx.x / kCluster;
-  const int64_t clusters = gridDim.x / kCluster;
+  const uint32_t rank = ptx::cluster_rank();
+  const uint32_t cluster = blockIdx.x / kCluster;
+  const uint32_t clusters = gridDim.x / kCluster;
+  const uint32_t total = tiles.rows * tiles.columns;
+  // This block's tile, in units of tiles.
+  const auto tile_of = [&](uint32_t index) {
+    TileIndex tile = tile_at(index, tiles.rows, tiles.columns, kBand);
+    (tiles.pairs_along_m ? tile.m : tile.n) *= kCluster;
+    (tiles.pairs_along_m ? tile.m : tile.n) += rank;
+    return tile;
+  };
 
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
@@ -103,20 +314,27 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x == kConsumers) {
       ptx::prefetch_tensor_map(&q_map);
       ptx::prefetch_tensor_map(&weight_map);
-      constexpr int kHalf = kTileN / kCluster;
+      constexpr uint16_t kBoth = (1 << kCluster) - 1;
+      const int half_of_q = tiles.pairs_along_m ? 0 : static_cast<int>(rank) * (kTileM / kCluster);
+      const int half_of_weight = tiles.pairs_along_m ? static_cast<int>(rank) * (kTileN / kCluster) : 0;
       Ring<kStages> ring;
-      for (int64_t index = cluster; index < tiles.total; index += clusters) {
-        const TileIndex tile = tile_at(index, tiles.pairs, tiles.columns, kBand);
-        const int32_t m = static_cast<int32_t>((tile.m * kCluster + rank) * kTileM);
-        const int32_t n = static_cast<int32_t>(tile.n * kTileN + rank * kHalf);
+      for (uint32_t index = cluster; index < total; index += clusters) {
+        const TileIndex tile = tile_of(index);
+        const int32_t m = static_cast<int32_t>(tile.m) * kTileM + half_of_q;
+        const int32_t n = static_cast<int32_t>(tile.n) * kTileN + half_of_weight;
         for (int step = 0; step < tiles.steps; ++step) {
-          int8_t* const q = shared + ring.stage * Layout::kStage;
-          int8_t* const weight = q + Layout::kQ + rank * kHalf * kStepK;
+          int8_t* const q = shared + ring.stage * Layout::kStage + half_of_q * kStepK;
+          int8_t* const weight = shared + ring.stage * Layout::kStage + Layout::kQ + half_of_weight * kStepK;
           uint64_t* const barrier = filled + ring.stage;
           ptx::barrier_wait(emptied + ring.stage, ring.parity ^ 1);
           ptx::barrier_arrive_expect(barrier, Layout::kStage);
-          ptx::copy_box(q, &q_map, step * kStepK, m, barrier);
-          ptx::copy_box_to_cluster(weight, &weight_map, step * kStepK, n, barrier, (1 << kCluster) - 1);
+          if (tiles.pairs_along_m) {
+            ptx::copy_box(q, &q_map, step * kStepK, m, barrier);
+            ptx::copy_box_to_cluster(weight, &weight_map, step * kStepK, n, barrier, kBoth);
+          } else {
+            ptx::copy_box_to_cluster(q, &q_map, step * kStepK, m, barrier, kBoth);
+            ptx::copy_box(weight, &weight_map, step * kStepK, n, barrier);
+          }
           ring.advance();
         }
       }
@@ -124,19 +342,24 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     ptx::take_registers<232>();
     const int warpgroup = warp / 4;
-    int32_t* const slice = reinterpret_cast<int32_t*>(shared + Layout::kSums) + warp * kWarpRows * kSliceRow;
+    auto* const columns = reinterpret_cast<ColumnQparams<kTileN>*>(shared + Layout::kColumns) + 2 * warpgroup;
     const auto release = [&](int stage) {
       if (lane < kCluster) ptx::barrier_arrive_remote(emptied + stage, lane);
     };
     Ring<kStages> ring;
-    for (int64_t index = cluster; index < tiles.total; index += clusters) {
-      const TileIndex tile = tile_at(index, tiles.pairs, tiles.columns, kBand);
-      const int64_t m = (tile.m * kCluster + rank) * kTileM + warp * kWarpRows;
-      const int64_t n = tile.n * kTileN;
+    int turn = 0;  // of the two places for columns: slower warps may still read the other
+    for (uint32_t index = cluster; index < total; index += clusters) {
+      const TileIndex tile = tile_of(index);
+      WarpTile mine = {};
+      mine.m = int64_t{tile.m} * kTileM + warp * kWarpRows;
+      mine.n = int64_t{tile.n} * kTileN;
+      mine.rows[0] = load_row(output, mine.m + lane / 4);
+      mine.rows[1] = load_row(output, mine.m + lane / 4 + 8);
+      mine.lane = lane;
+      mine.slice = shared + Layout::kSlices + warp * kSliceBytes;
+      fetch_columns<kWarpgroup>(output, mine.n, threadIdx.x % kWarpgroup, columns + turn);
+      ptx::copy_async_commit();
 
-      const int group = lane % 4 * kGroup;
-      const RowQparams rows[2] = {load_row(output, m + lane / 4), load_row(output, m + lane / 4 + 8)};
-      ColumnQparams next_columns = load_columns(output, n + group);
       int32_t sums[kTileN / 2];
       int last = 0;
       for (int step = 0; step < tiles.steps; ++step) {
@@ -161,70 +384,72 @@ __global__ void __launch_bounds__(kThreads, 1)
       ptx::keep_registers(sums);
       release(last);
 
-      // Each warp for itself: 32 columns to shared memory, back as 8 neighbouring ones of a row for each lane.
-#pragma unroll 1
-      for (int number = 0; number < kTileN / kSliceColumns; ++number) {
-        const int64_t column = n + number * kSliceColumns + group;
-        const ColumnQparams columns = next_columns;
-        next_columns = load_columns(output, column + kSliceColumns);
-#pragma unroll
-        for (int same = 0; same < kTileN / kSliceColumns; ++same) {
-          if (same == number) {  // registers have no run-time index
-#pragma unroll
-            for (int j = 0; j < kSliceColumns / 8; ++j) {
-              const int32_t* const piece = sums + (same * (kSliceColumns / 8) + j) * 4;
-              int32_t* const place = slice + lane / 4 * kSliceRow + 8 * j + lane % 4 * 2;
-              *reinterpret_cast<int2*>(place) = make_int2(piece[0], piece[1]);
-              *reinterpret_cast<int2*>(place + 8 * kSliceRow) = make_int2(piece[2], piece[3]);
-            }
-          }
-        }
-        __syncwarp();
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int row = lane / 4 + 8 * i;
-          const int4* const source = reinterpret_cast<const int4*>(slice + row * kSliceRow + group);
-          const int4 low = source[0], high = source[1];
-          const int32_t values[kGroup] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-          write_outputs(output, m + row, column, compensate(values, rows[i], columns), rows[i], columns);
-        }
-        __syncwarp();
-      }
+      ptx::copy_async_wait<0>();
+      ptx::barrier_of_threads(1 + warpgroup, kWarpgroup);  // the columns have arrived for the whole warpgroup
+      Store::template write<kTileN>(output, mine, columns[turn], sums);
+      turn ^= 1;
     }
   }
   // Neither block may leave while the other can still arrive at its barriers.
   ptx::cluster_sync();
 }
 
-template <int kTileN>
+template <int kTileN, class Store>
 cudaError_t launch_wgmma(const Gemm& args, const GemmPlan& plan, const Device& device, bool overlap,
                          cudaStream_t stream) {
+  const GemmShape shape = {args.m, args.n, args.k};
+  const bool along_m = wgmma_pairs_along_m(plan, shape);
+  const int rows_of_q = along_m ? kTileM : kTileM / kCluster;
+  const int rows_of_weight = along_m ? kTileN / kCluster : kTileN;
   CUtensorMap q_map, weight_map;
-  cudaError_t error = encode_tensor_map(&q_map, args.q, args.m, args.k, args.q_row_bytes, kTileM);
+  cudaError_t error = encode_tensor_map(&q_map, args.q, args.m, args.k, args.row_bytes, rows_of_q);
   if (error == cudaSuccess) {
-    error = encode_tensor_map(&weight_map, args.weight, args.n, args.k, args.k, kTileN / kCluster);
+    error = encode_tensor_map(&weight_map, args.weight, args.n, args.k, args.row_bytes, rows_of_weight);
   }
   if (error != cudaSuccess) return error;
-  const GemmShape shape = {args.m, args.n, args.k, true};
   Tiles tiles = {};
-  tiles.pairs = ceil_div(plan.tiles_m(shape), kCluster);
-  tiles.columns = plan.tiles_n(shape);
-  tiles.total = tiles.pairs * tiles.columns;
+  tiles.rows = static_cast<uint32_t>(ceil_div(plan.tiles_m(shape), along_m ? kCluster : 1));
+  tiles.columns = static_cast<uint32_t>(ceil_div(plan.tiles_n(shape), along_m ? 1 : kCluster));
+  tiles.pairs_along_m = along_m;
   tiles.steps = static_cast<int>(ceil_div(args.k, kStepK));
-  const int64_t clusters = std::min<int64_t>(tiles.total, device.multiprocessors / kCluster);
+  const int64_t clusters =
+      std::min<int64_t>(int64_t{tiles.rows} * tiles.columns, device.multiprocessors / kCluster);
   Launch how{dim3(static_cast<unsigned>(clusters * kCluster)), kThreads, Shared<kTileN>::kBytes};
   how.cluster = kCluster;
   how.overlap = overlap;
-  return launch(gemm_wgmma_kernel<kTileN>, how, stream, q_map, weight_map, args.output, tiles);
+  return launch<gemm_wgmma_kernel<kTileN, Store>>(how, stream, q_map, weight_map, args.output, tiles);
+}
+
+// Whether RowStore can write it.
+bool has_rows_of_16_bytes(const Output& output) {
+  return (output.function == Epilogue::kNone || output.function == Epilogue::kRelu) &&
+         reinterpret_cast<uintptr_t>(output.data) % 16 == 0 && output.n * size_of(output.dtype) % 16 == 0;
+}
+
+template <int kTileN>
+cudaError_t with_store(const Gemm& args, const GemmPlan& plan, const Device& device, bool overlap,
+                       cudaStream_t stream) {
+  if (!has_rows_of_16_bytes(args.output)) {
+    return launch_wgmma<kTileN, AnyStore>(args, plan, device, overlap, stream);
+  }
+  switch (args.output.dtype) {
+    case DType::kInt32:
+      return launch_wgmma<kTileN, RowStore<DType::kInt32>>(args, plan, device, overlap, stream);
+    case DType::kFloat32:
+      return launch_wgmma<kTileN, RowStore<DType::kFloat32>>(args, plan, device, overlap, stream);
+    case DType::kBFloat16:
+      return launch_wgmma<kTileN, RowStore<DType::kBFloat16>>(args, plan, device, overlap, stream);
+    default: return launch_wgmma<kTileN, RowStore<DType::kFloat16>>(args, plan, device, overlap, stream);
+  }
 }
 
 }  // namespace
 
 cudaError_t gemm_wgmma(const Gemm& args, const GemmPlan& plan, const Device& device, bool overlap,
                        cudaStream_t stream) {
-  if (plan.tile_n == 256) return launch_wgmma<256>(args, plan, device, overlap, stream);
-  if (plan.tile_n == 128) return launch_wgmma<128>(args, plan, device, overlap, stream);
-  return launch_wgmma<64>(args, plan, device, overlap, stream);
+  if (plan.tile_n == 256) return with_store<256>(args, plan, device, overlap, stream);
+  if (plan.tile_n == 128) return with_store<128>(args, plan, device, overlap, stream);
+  return with_store<64>(args, plan, device, overlap, stream);
 }
 
 }  // namespace dynquant::cuda

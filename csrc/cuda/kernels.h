@@ -1,7 +1,7 @@
 // What the CUDA part computes: raw pointers of the current device, a stream to launch on, cudaError_t back. No torch
 // header is needed to compile or to call it. Everything is asynchronous, allocates nothing and can be captured in a
 // CUDA graph. The arithmetic is dynquant/reference.py's, bit for bit. Any m, n, k >= 0; tensors are contiguous and
-// aligned to their element size only, workspaces to 16 bytes.
+// aligned to their element size only, weights and workspaces to 16 bytes.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "config.h"
+#include "gemm_plan.h"
 
 namespace dynquant::cuda {
 
@@ -18,13 +19,6 @@ enum class DType : int { kFloat32, kBFloat16, kFloat16, kInt32 };
 constexpr int64_t size_of(DType dtype) {
   return dtype == DType::kBFloat16 || dtype == DType::kFloat16 ? 2 : 4;
 }
-
-// What the choice of a kernel depends on.
-struct Device {
-  int capability;  // 90 for 9.0
-  int multiprocessors;
-  int code;  // what the kernels that run here were compiled for: 80 for PTX of 8.0, whatever the device
-};
 
 // Whether a kernel can start before the one that it follows has ended. It must wait by an instruction of its own,
 // which only code for 9.0 and newer has; without it, it would read what is not there yet.
@@ -66,21 +60,29 @@ cudaError_t rotate(const Rows& x, int block, float* out, cudaStream_t stream);
 // out[m, n] = sum over k of q[m, k] * weight[n, k]; int32, wrapping beyond it.
 struct Int8Mm {
   const int8_t* q;
-  const int8_t* weight;
+  const int8_t* weight;  // [n, padded_k(k)], zeros beyond k
   int64_t m;
   int64_t n;
   int64_t k;
   int32_t* out;
 };
 
-size_t workspace_size(const Int8Mm& args, const Device& device);
-cudaError_t int8_mm(const Int8Mm& args, const Device& device, void* workspace, cudaStream_t stream);
+// Which kernel runs, and the workspace that it needs: made once a call, then handed to it.
+struct Int8MmPlan {
+  GemmPlan gemm;
+  bool copies_q;  // its rows do not start at multiples of 16 bytes
+  size_t workspace_bytes;
+};
 
-// A whole forward: quantize x, multiply, dequantize. Launches 2 kernels, 3 with config.per_tensor.
+Int8MmPlan plan_int8_mm(const Int8Mm& args, const Device& device);
+cudaError_t int8_mm(const Int8Mm& args, const Int8MmPlan& plan, const Device& device, void* workspace,
+                    cudaStream_t stream);
+
+// A whole forward: quantize x, multiply, dequantize.
 struct Linear {
   Rows x;
   int64_t n;
-  const int8_t* weight;       // [n, x.k]
+  const int8_t* weight;       // [n, padded_k(x.k)], zeros beyond k
   const int32_t* weight_sum;  // [n]
   const float* weight_scale;  // [n]
   const float* bias;          // [n], or null
@@ -91,7 +93,15 @@ struct Linear {
   DType out_dtype;
 };
 
-size_t workspace_size(const Linear& args, const Device& device);
-cudaError_t linear(const Linear& args, const Device& device, void* workspace, cudaStream_t stream);
+// Launches: 1 where the GEMM's blocks quantize x themselves, else 2, 3 with config.per_tensor.
+struct LinearPlan {
+  GemmPlan gemm;
+  bool fused;
+  size_t workspace_bytes;  // may be 0
+};
+
+LinearPlan plan_linear(const Linear& args, const Device& device);
+cudaError_t linear(const Linear& args, const LinearPlan& plan, const Device& device, void* workspace,
+                   cudaStream_t stream);
 
 }  // namespace dynquant::cuda

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 
@@ -19,15 +20,25 @@ struct Launch {
   bool overlap = false;  // the kernel waits for the one before it by itself (ptx::wait_for_previous_kernel)
 };
 
-template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), const Launch& how, cudaStream_t stream,
-                   const Arguments&... arguments) {
+// Lets kKernel have `bytes` of shared memory on the current device; asked of CUDA once a kernel and device.
+template <auto kKernel>
+cudaError_t allow_shared_bytes(size_t bytes) {
   constexpr size_t kWithoutAsking = 48 * 1024;
-  if (how.shared_bytes > kWithoutAsking) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(how.shared_bytes));
-    if (error != cudaSuccess) return error;
-  }
+  constexpr int kDevices = 64;
+  static std::atomic<size_t> allowed[kDevices];
+  if (bytes <= kWithoutAsking) return cudaSuccess;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  if (device < kDevices && allowed[device].load(std::memory_order_relaxed) >= bytes) return cudaSuccess;
+  error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (error == cudaSuccess && device < kDevices) allowed[device].store(bytes, std::memory_order_relaxed);
+  return error;
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch_as(void (*kernel)(Parameters...), const Launch& how, cudaStream_t stream,
+                      const Arguments&... arguments) {
   cudaLaunchAttribute attributes[2] = {};
   unsigned count = 0;
   if (how.cluster > 1) {
@@ -48,6 +59,12 @@ cudaError_t launch(void (*kernel)(Parameters...), const Launch& how, cudaStream_
   config.attrs = attributes;
   config.numAttrs = count;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+template <auto kKernel, class... Arguments>
+cudaError_t launch(const Launch& how, cudaStream_t stream, const Arguments&... arguments) {
+  const cudaError_t error = allow_shared_bytes<kKernel>(how.shared_bytes);
+  return error != cudaSuccess ? error : launch_as(kKernel, how, stream, arguments...);
 }
 
 }  // namespace dynquant::cuda

@@ -1,6 +1,7 @@
 // Whole products: which kernels run, in which order, and where their intermediate results stand in the workspace.
 #include "gemm.h"
 #include "launch.h"
+#include "linear_small.h"
 #include "quantize.h"
 
 namespace dynquant::cuda {
@@ -26,7 +27,6 @@ class Carver {
 };
 
 struct LinearWorkspace {
-  size_t bytes;
   int8_t* q;
   float* scale;
   int32_t* zero_point;
@@ -34,47 +34,59 @@ struct LinearWorkspace {
   char* of_gemm;
 };
 
-GemmShape shape_of(const Linear& args) {
-  const bool aligned = reinterpret_cast<uintptr_t>(args.weight) % 16 == 0 && args.x.k % 16 == 0;
-  return {args.x.m, args.n, args.x.k, aligned};
-}
+GemmShape shape_of(const Linear& args) { return {args.x.m, args.n, args.x.k}; }
 
 bool finds_ranges(const Linear& args) { return args.config.per_tensor && args.scale == nullptr; }
 
-LinearWorkspace carve(const Linear& args, const GemmPlan& plan, void* workspace) {
-  Carver carver(workspace);
+LinearWorkspace carve(const Linear& args, const GemmPlan& plan, Carver& carver) {
   LinearWorkspace pieces = {};
   const int64_t rows = finds_ranges(args) ? 1 : args.x.m;
-  pieces.q = carver.take<int8_t>(args.x.m * round_up(args.x.k, 16));
+  pieces.q = carver.take<int8_t>(args.x.m * padded_k(args.x.k));
   pieces.scale = carver.take<float>(rows);
   pieces.zero_point = carver.take<int32_t>(rows);
   pieces.ranges = carver.take<Range>(finds_ranges(args) ? kMaxRanges : 0);
   pieces.of_gemm = carver.take<char>(static_cast<int64_t>(workspace_bytes(plan, shape_of(args))));
-  pieces.bytes = carver.used();
   return pieces;
 }
 
 struct Int8MmWorkspace {
-  size_t bytes;
   int8_t* q;  // null: q is read where it is
   char* of_gemm;
 };
 
-GemmShape shape_of(const Int8Mm& args) {
-  return {args.m, args.n, args.k, reinterpret_cast<uintptr_t>(args.weight) % 16 == 0 && args.k % 16 == 0};
-}
+GemmShape shape_of(const Int8Mm& args) { return {args.m, args.n, args.k}; }
 
-bool needs_copy(const Int8Mm& args) {
-  return args.k % 16 != 0 || reinterpret_cast<uintptr_t>(args.q) % 16 != 0;
-}
-
-Int8MmWorkspace carve(const Int8Mm& args, const GemmPlan& plan, void* workspace) {
-  Carver carver(workspace);
+Int8MmWorkspace carve(const Int8Mm& args, const GemmPlan& plan, bool copies_q, Carver& carver) {
   Int8MmWorkspace pieces = {};
-  if (needs_copy(args)) pieces.q = carver.take<int8_t>(args.m * round_up(args.k, 16));
+  if (copies_q) pieces.q = carver.take<int8_t>(args.m * padded_k(args.k));
   pieces.of_gemm = carver.take<char>(static_cast<int64_t>(workspace_bytes(plan, shape_of(args))));
-  pieces.bytes = carver.used();
   return pieces;
+}
+
+// x to int8, and the counters of the GEMM's parts to 0.
+cudaError_t quantize_x(const Linear& args, const LinearPlan& plan, const LinearWorkspace& pieces,
+                       const Device& device, cudaStream_t stream) {
+  QuantizeRows rows = {};
+  rows.x = args.x;
+  rows.rotation_block = args.config.rotation_block;
+  rows.from = args.scale != nullptr ? QparamsFrom::kStatic
+              : finds_ranges(args)  ? QparamsFrom::kRanges
+                                    : QparamsFrom::kRow;
+  rows.given_scale = args.scale;
+  rows.given_zero_point = args.zero_point;
+  rows.q = pieces.q;
+  rows.row_bytes = padded_k(args.x.k);
+  rows.scale = pieces.scale;
+  rows.zero_point = pieces.zero_point;
+  rows.counters = reinterpret_cast<int32_t*>(pieces.of_gemm);
+  rows.counter_count = static_cast<int64_t>(counter_bytes(plan.gemm, shape_of(args)) / sizeof(int32_t));
+  if (finds_ranges(args)) {
+    const cudaError_t error =
+        find_ranges(args.x, rows.rotation_block, device, pieces.ranges, &rows.range_count, stream);
+    if (error != cudaSuccess) return error;
+    rows.ranges = pieces.ranges;
+  }
+  return quantize_rows(rows, device, kernels_overlap(device) && rows.range_count > 0, stream);
 }
 
 }  // namespace
@@ -83,7 +95,7 @@ cudaError_t gemm(const Gemm& args, const GemmPlan& plan, const Device& device, v
                  cudaStream_t stream) {
   PartialSums partial = {};
   if (plan.parts > 1) {
-    const GemmShape shape = {args.m, args.n, args.k, is_aligned_weight(args)};
+    const GemmShape shape = {args.m, args.n, args.k};
     partial.counters = static_cast<int32_t*>(workspace);
     partial.sums = reinterpret_cast<int32_t*>(static_cast<char*>(workspace) + counter_bytes(plan, shape));
   }
@@ -95,95 +107,78 @@ cudaError_t gemm(const Gemm& args, const GemmPlan& plan, const Device& device, v
   }
 }
 
-size_t workspace_size(const Linear& args, const Device& device) {
-  return carve(args, plan_gemm(shape_of(args), device), nullptr).bytes;
-}
-
-cudaError_t linear(const Linear& args, const Device& device, void* workspace, cudaStream_t stream) {
-  if (args.x.m == 0 || args.n == 0) return cudaSuccess;
-  const GemmShape shape = shape_of(args);
-  const GemmPlan plan = plan_gemm(shape, device);
-  const LinearWorkspace pieces = carve(args, plan, workspace);
-  const bool overlap = kernels_overlap(device);
-
-  QuantizeRows rows = {};
-  rows.x = args.x;
-  rows.rotation_block = args.config.rotation_block;
-  rows.from = args.scale != nullptr ? QparamsFrom::kStatic
-              : finds_ranges(args)  ? QparamsFrom::kRanges
-                                    : QparamsFrom::kRow;
-  rows.given_scale = args.scale;
-  rows.given_zero_point = args.zero_point;
-  rows.q = pieces.q;
-  rows.row_bytes = round_up(args.x.k, 16);
-  rows.scale = pieces.scale;
-  rows.zero_point = pieces.zero_point;
-  rows.counters = reinterpret_cast<int32_t*>(pieces.of_gemm);
-  rows.counter_count = static_cast<int64_t>(counter_bytes(plan, shape) / sizeof(int32_t));
-
-  cudaError_t error = cudaSuccess;
-  if (finds_ranges(args)) {
-    error = find_ranges(args.x, rows.rotation_block, device, pieces.ranges, &rows.range_count, stream);
-    rows.ranges = pieces.ranges;
+LinearPlan plan_linear(const Linear& args, const Device& device) {
+  LinearPlan plan = {};
+  plan.gemm = plan_gemm(shape_of(args), device);
+  plan.fused = linear_small_can(args, plan.gemm);
+  if (!plan.fused) {
+    Carver carver(nullptr);
+    carve(args, plan.gemm, carver);
+    plan.workspace_bytes = carver.used();
   }
-  if (error == cudaSuccess) error = quantize_rows(rows, device, overlap && rows.range_count > 0, stream);
+  return plan;
+}
+
+cudaError_t linear(const Linear& args, const LinearPlan& plan, const Device& device, void* workspace,
+                   cudaStream_t stream) {
+  if (args.x.m == 0 || args.n == 0) return cudaSuccess;
+  Output output = {};
+  output.data = args.out;
+  output.dtype = args.out_dtype;
+  output.m = args.x.m;
+  output.n = args.n;
+  output.row_stride = finds_ranges(args) ? 0 : 1;
+  output.weight_scale = args.weight_scale;
+  output.weight_sum = args.weight_sum;
+  output.bias = args.bias;
+  output.function = args.config.epilogue;
+  if (plan.fused) return linear_small(args, output, stream);
+
+  Carver carver(workspace);
+  const LinearWorkspace pieces = carve(args, plan.gemm, carver);
+  const cudaError_t error = quantize_x(args, plan, pieces, device, stream);
   if (error != cudaSuccess) return error;
-
-  Gemm product = {};
-  product.q = pieces.q;
-  product.q_row_bytes = rows.row_bytes;
-  product.weight = args.weight;
-  product.m = args.x.m;
-  product.n = args.n;
-  product.k = args.x.k;
-  product.output = Output{args.out,
-                          args.out_dtype,
-                          args.x.m,
-                          args.n,
-                          pieces.scale,
-                          pieces.zero_point,
-                          finds_ranges(args) ? 0 : 1,
-                          args.weight_scale,
-                          args.weight_sum,
-                          args.bias,
-                          args.config.epilogue};
-  return gemm(product, plan, device, pieces.of_gemm, overlap, stream);
+  output.scale = pieces.scale;
+  output.zero_point = pieces.zero_point;
+  const Gemm product = {pieces.q, args.weight, padded_k(args.x.k), args.x.m, args.n, args.x.k, output};
+  return gemm(product, plan.gemm, device, pieces.of_gemm, kernels_overlap(device), stream);
 }
 
-size_t workspace_size(const Int8Mm& args, const Device& device) {
-  return carve(args, plan_gemm(shape_of(args), device), nullptr).bytes;
+Int8MmPlan plan_int8_mm(const Int8Mm& args, const Device& device) {
+  Int8MmPlan plan = {};
+  plan.gemm = plan_gemm(shape_of(args), device);
+  plan.copies_q = args.k % 16 != 0 || reinterpret_cast<uintptr_t>(args.q) % 16 != 0;
+  Carver carver(nullptr);
+  carve(args, plan.gemm, plan.copies_q, carver);
+  plan.workspace_bytes = carver.used();
+  return plan;
 }
 
-cudaError_t int8_mm(const Int8Mm& args, const Device& device, void* workspace, cudaStream_t stream) {
+cudaError_t int8_mm(const Int8Mm& args, const Int8MmPlan& plan, const Device& device, void* workspace,
+                    cudaStream_t stream) {
   if (args.m == 0 || args.n == 0) return cudaSuccess;
-  const GemmShape shape = shape_of(args);
-  const GemmPlan plan = plan_gemm(shape, device);
-  const Int8MmWorkspace pieces = carve(args, plan, workspace);
-  Gemm product = {};
-  product.q = args.q;
-  product.q_row_bytes = round_up(args.k, 16);
-  product.weight = args.weight;
-  product.m = args.m;
-  product.n = args.n;
-  product.k = args.k;
-  product.output.data = args.out;
-  product.output.dtype = DType::kInt32;
-  product.output.m = args.m;
-  product.output.n = args.n;
+  Carver carver(workspace);
+  const Int8MmWorkspace pieces = carve(args, plan.gemm, plan.copies_q, carver);
+  Output output = {};
+  output.data = args.out;
+  output.dtype = DType::kInt32;
+  output.m = args.m;
+  output.n = args.n;
+  Gemm product = {args.q, args.weight, padded_k(args.k), args.m, args.n, args.k, output};
 
   cudaError_t error = cudaSuccess;
-  if (needs_copy(args)) {
-    const size_t k = static_cast<size_t>(args.k), row = static_cast<size_t>(product.q_row_bytes);
+  if (plan.copies_q) {
+    const size_t k = static_cast<size_t>(args.k), row = static_cast<size_t>(product.row_bytes);
     const size_t m = static_cast<size_t>(args.m);
     product.q = pieces.q;
     error = cudaMemcpy2DAsync(pieces.q, row, args.q, k, k, m, cudaMemcpyDeviceToDevice, stream);
     if (error == cudaSuccess && row > k) error = cudaMemset2DAsync(pieces.q + k, row, 0, row - k, m, stream);
   }
-  if (error == cudaSuccess && plan.parts > 1) {
-    error = cudaMemsetAsync(pieces.of_gemm, 0, counter_bytes(plan, shape), stream);
+  if (error == cudaSuccess && plan.gemm.parts > 1) {
+    error = cudaMemsetAsync(pieces.of_gemm, 0, counter_bytes(plan.gemm, shape_of(args)), stream);
   }
   if (error != cudaSuccess) return error;
-  return gemm(product, plan, device, pieces.of_gemm, false, stream);
+  return gemm(product, plan.gemm, device, pieces.of_gemm, false, stream);
 }
 
 }  // namespace dynquant::cuda

@@ -31,6 +31,23 @@ __device__ __forceinline__ uint4 load_once(const void* pointer) {
   return v;
 }
 
+// The number of a thread's warp, so that the compiler knows that all 32 lanes have the same: what follows from it
+// then stays in uniform registers, the descriptors of wgmma among it.
+__device__ __forceinline__ int warp_number() {
+  return __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
+}
+
+// 16 bytes in one store. The compiler splits a uint4 whose words it computes one by one.
+__device__ __forceinline__ void store_16_bytes(void* target, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(target), "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
+// A barrier of `threads` threads (a multiple of 32) of the block; number 0 is __syncthreads'.
+__device__ __forceinline__ void barrier_of_threads(int number, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
 // ---- order of kernels (code for 9.0 and newer; other code must not be launched with `overlap`) ----
 
 // The kernel that is launched next on this stream, with `overlap`, may start now; it sees this kernel's results
@@ -52,23 +69,15 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 
 // Minimum and maximum that are NaN where an operand is.
 __device__ __forceinline__ float min_nan(float a, float b) {
-#if __CUDA_ARCH__ >= 800
   float r;
   asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
   return r;
-#else
-  return a != a ? a : (b != b ? b : fminf(a, b));
-#endif
 }
 
 __device__ __forceinline__ float max_nan(float a, float b) {
-#if __CUDA_ARCH__ >= 800
   float r;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
   return r;
-#else
-  return a != a ? a : (b != b ? b : fmaxf(a, b));
-#endif
 }
 
 __device__ __forceinline__ float float_from_half(uint16_t bits) {
@@ -79,30 +88,15 @@ __device__ __forceinline__ float float_from_half(uint16_t bits) {
 
 // Two floats, rounded to nearest even, the first in the low half.
 __device__ __forceinline__ uint32_t half_pair(float low, float high) {
-#if __CUDA_ARCH__ >= 800
   uint32_t r;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
-#else
-  uint16_t r[2];
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r[0]) : "f"(low));
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r[1]) : "f"(high));
-  return r[0] | static_cast<uint32_t>(r[1]) << 16;
-#endif
 }
 
 __device__ __forceinline__ uint32_t bfloat16_pair(float low, float high) {
-#if __CUDA_ARCH__ >= 800
   uint32_t r;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
-#else
-  const auto rounded = [](float x) {
-    const uint32_t bits = __float_as_uint(x);
-    return x != x ? 0x7fffu : (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
-  };
-  return rounded(low) | rounded(high) << 16;
-#endif
 }
 
 // ---- cp.async: 16 bytes from global to shared memory behind the thread's back (sm_80) ----
@@ -111,6 +105,13 @@ __device__ __forceinline__ uint32_t bfloat16_pair(float low, float high) {
 __device__ __forceinline__ void copy_async(void* shared, const void* source, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(source),
                "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+// 4 bytes, so that nothing but their own alignment is asked of them.
+__device__ __forceinline__ void copy_word_async(void* shared, const void* source, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(source),
+               "r"(valid ? 4 : 0)
                : "memory");
 }
 
@@ -131,6 +132,16 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* shar
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(shared_address(shared_row))
                : "memory");
+}
+
+// Four 8x8 matrices of 16-bit elements: of matrix i the lane gives, in r[i], the elements 2*(lane%4) and + 1 of row
+// lane/4; lane l of each group of 8 names the row l%8 of matrix l/8, aligned to 16 bytes (sm_90).
+__device__ __forceinline__ void store_matrices(void* shared_row, uint32_t a, uint32_t b, uint32_t c,
+                                               uint32_t d) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(shared_row)),
+      "r"(a), "r"(b), "r"(c), "r"(d)
+      : "memory");
 }
 
 // c[16, 8] += a[16, 32] * b[32, 8], with g = lane/4 and t = lane%4:
@@ -175,29 +186,46 @@ __device__ __forceinline__ void barrier_arrive_expect(uint64_t* barrier, uint32_
                : "memory");
 }
 
-// One arrival at the barrier in the same place of another block of the cluster.
+// One arrival at the barrier in the same place of another block of the cluster. Without .release.cluster, which would
+// fence all of the GPU's memory and empty L1 at each step of a main loop: it tells the copy engine that a stage has
+// been read, and no write of this thread has to be seen by the other block.
 __device__ __forceinline__ void barrier_arrive_remote(uint64_t* barrier, uint32_t block_rank) {
   asm volatile(
       "{\n"
       ".reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
       "}" ::"r"(shared_address(barrier)),
       "r"(block_rank)
       : "memory");
 }
 
-// Returns when the phase of this parity has ended.
-__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
+// Whether the phase of this parity has ended, after a while at the latest.
+__device__ __forceinline__ bool barrier_try_wait(uint64_t* barrier, uint32_t parity) {
+  uint32_t done;
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n"
-      "}" ::"r"(shared_address(barrier)),
-      "r"(parity)
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, done;\n"
+      "}"
+      : "=r"(done)
+      : "r"(shared_address(barrier)), "r"(parity)
       : "memory");
+  return done != 0;
+}
+
+// Returns when the phase of this parity has ended. DYNQUANT_TRAP_ON_DEADLOCK is for trying a kernel that may be
+// wrong: it ends with an error instead of never.
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
+#if defined(DYNQUANT_TRAP_ON_DEADLOCK)
+  for (uint32_t tries = 0; !barrier_try_wait(barrier, parity); ++tries) {
+    if (tries == 1u << 22) __trap();
+  }
+#else
+  while (!barrier_try_wait(barrier, parity)) {
+  }
+#endif
 }
 
 __device__ __forceinline__ void prefetch_tensor_map(const void* map) {

@@ -14,7 +14,6 @@ int launches = 0;
 
 size_t shared_bytes_of_block() {
   switch (capability) {
-    case 75: return 64 * 1024;
     case 80: return 163 * 1024;
     case 86:
     case 89:

@@ -68,6 +68,7 @@ struct Block {
   std::vector<Block*>* cluster = nullptr;
   Meeting* cluster_meeting = nullptr;
   Meeting meeting;
+  std::map<unsigned, Meeting> numbered;
   std::vector<Warp> warps;
 };
 
@@ -364,6 +365,12 @@ void meet_cluster(const char* what) {
   const unsigned threads = size.x * size.y * size.z;
   meet(*fiber->block->cluster_meeting, what, fiber->block->rank * threads + fiber->number,
        threads * scheduler->grid->shape.cluster, nullptr, nullptr);
+}
+
+void meet_threads(const char* what, unsigned number, unsigned count) {
+  Fiber* fiber = scheduler->current;
+  if (number == 0 || number > 15 || count % 32 != 0) fail("a barrier of the block that there is not");
+  meet(fiber->block->numbered[number], what, fiber->number % count, count, nullptr, nullptr);
 }
 
 void later(std::function<void()> action) {

@@ -49,6 +49,8 @@ using Body = void (*)(void** arguments, unsigned count);
 void meet_warp(const char* what, void* argument, Body body);
 void meet_block(const char* what, void* argument, Body body);
 void meet_cluster(const char* what);
+// Barrier `number` of the block, for the `count` threads from a multiple of `count` on.
+void meet_threads(const char* what, unsigned number, unsigned count);
 
 // Something that happens between now and the end of the kernel, unless it is waited for.
 void later(std::function<void()> action);

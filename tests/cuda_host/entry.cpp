@@ -91,9 +91,10 @@ size_t host_range_workspace() { return kRangeWorkspace; }
 const char* host_int8_mm(uint64_t seed, const int8_t* q, const int8_t* weight, int64_t m, int64_t n,
                          int64_t k, int32_t* out, void* workspace, size_t* workspace_bytes) {
   const Int8Mm args = {q, weight, m, n, k, out};
-  *workspace_bytes = workspace_size(args, device());
+  const Int8MmPlan plan = plan_int8_mm(args, device());
+  *workspace_bytes = plan.workspace_bytes;
   if (workspace == nullptr) return "";
-  return run(seed, [&] { return int8_mm(args, device(), workspace, nullptr); });
+  return run(seed, [&] { return int8_mm(args, plan, device(), workspace, nullptr); });
 }
 
 const char* host_linear(uint64_t seed, const void* x, int dtype, int64_t m, int64_t k, int64_t n,
@@ -111,28 +112,30 @@ const char* host_linear(uint64_t seed, const void* x, int dtype, int64_t m, int6
                        decode_config(config),
                        out,
                        static_cast<DType>(out_dtype)};
-  *workspace_bytes = workspace_size(args, device());
+  const LinearPlan plan = plan_linear(args, device());
+  *workspace_bytes = plan.workspace_bytes;
   if (workspace == nullptr) return "";
-  return run(seed, [&] { return linear(args, device(), workspace, nullptr); });
+  return run(seed, [&] { return linear(args, plan, device(), workspace, nullptr); });
 }
 
-// One GEMM kernel with a tile and a number of parts of the caller's choice; int32 accumulators.
+// One GEMM kernel with a tile and a number of parts of the caller's choice; with out_dtype int32 the accumulators.
 const char* host_gemm(uint64_t seed, int kernel, int tile_m, int tile_n, int parts, const int8_t* q,
-                      int64_t q_row_bytes, const int8_t* weight, int64_t m, int64_t n, int64_t k,
-                      int32_t* out, void* workspace, size_t* workspace_bytes) {
+                      int64_t row_bytes, const int8_t* weight, int64_t m, int64_t n, int64_t k,
+                      const float* scale, const int32_t* zero_point, const int32_t* weight_sum,
+                      const float* weight_scale, const float* bias, int function, void* out, int out_dtype,
+                      void* workspace, size_t* workspace_bytes) {
   Gemm args = {};
   args.q = q;
-  args.q_row_bytes = q_row_bytes;
+  args.row_bytes = row_bytes;
   args.weight = weight;
   args.m = m;
   args.n = n;
   args.k = k;
-  args.output.data = out;
-  args.output.dtype = DType::kInt32;
-  args.output.m = m;
-  args.output.n = n;
+  args.output =
+      Output{out,  static_cast<DType>(out_dtype),  m, n, scale, zero_point, 1, weight_scale, weight_sum,
+             bias, static_cast<Epilogue>(function)};
   const GemmPlan plan = with_parts({static_cast<GemmKernel>(kernel), tile_m, tile_n, 1, 0}, k, parts);
-  const GemmShape shape = {m, n, k, is_aligned_weight(args)};
+  const GemmShape shape = {m, n, k};
   *workspace_bytes = workspace_bytes == nullptr ? 0 : dynquant::cuda::workspace_bytes(plan, shape);
   if (workspace == nullptr) return "";
   return run(seed, [&] {
@@ -142,8 +145,8 @@ const char* host_gemm(uint64_t seed, int kernel, int tile_m, int tile_n, int par
 }
 
 // kernel, tile_m, tile_n, parts, k of a part.
-void host_plan(int64_t m, int64_t n, int64_t k, bool weight_aligned, int64_t* plan) {
-  const GemmPlan chosen = plan_gemm({m, n, k, weight_aligned}, device());
+void host_plan(int64_t m, int64_t n, int64_t k, int64_t* plan) {
+  const GemmPlan chosen = plan_gemm({m, n, k}, device());
   plan[0] = static_cast<int64_t>(chosen.kernel);
   plan[1] = chosen.tile_m;
   plan[2] = chosen.tile_n;
@@ -152,7 +155,8 @@ void host_plan(int64_t m, int64_t n, int64_t k, bool weight_aligned, int64_t* pl
 }
 
 void host_tile_at(int64_t index, int64_t tiles_m, int64_t tiles_n, int64_t band, int64_t* tile) {
-  const TileIndex found = tile_at(index, tiles_m, tiles_n, band);
+  const TileIndex found = tile_at(static_cast<uint32_t>(index), static_cast<uint32_t>(tiles_m),
+                                  static_cast<uint32_t>(tiles_n), static_cast<uint32_t>(band));
   tile[0] = found.m;
   tile[1] = found.n;
 }

@@ -1,31 +1,42 @@
 // benchmarks/gpu/probe.cu over the emulator: its launches run to their end inside each call.
-#include <cstdio>
-#include <string>
+#include <cuda_runtime.h>
 
-#define probe_gemm launch_gemm
-#define probe_quantize launch_quantize
-#include "../../benchmarks/gpu/probe.cu"
-#undef probe_gemm
-#undef probe_quantize
+#include <cstdio>
+#include <cstdlib>
+#include <string>
 
 namespace {
 
 template <class Call>
-int run(const Call& call) {
+int run_to_end(const Call& call) {
   static uint64_t seed = 0;
   cudaError_t error = cudaSuccess;
-  const std::string fault = emulator::run(++seed, [&] { error = static_cast<cudaError_t>(call()); });
+  const std::string fault = emulator::run(++seed, [&] { error = call(); });
   if (!fault.empty()) std::fprintf(stderr, "%s\n", fault.c_str());
   return fault.empty() ? static_cast<int>(error) : -1;
 }
 
+// Memory of the emulated device is the host's.
+enum { cudaMemcpyDefault };
+
+cudaError_t cudaMalloc(void** memory, size_t bytes) {
+  *memory = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+  return cudaSuccess;
+}
+
+cudaError_t cudaFree(void* memory) {
+  std::free(memory);
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+
+cudaError_t cudaMemcpy(void* target, const void* source, size_t bytes, int) {
+  std::memcpy(target, source, bytes);
+  return cudaSuccess;
+}
+
 }  // namespace
 
-extern "C" int probe_gemm(const ProbeGemm* args, void* workspace, cudaStream_t stream) {
-  return run([&] { return launch_gemm(args, workspace, stream); });
-}
-
-extern "C" int probe_quantize(const void* x, int32_t dtype, int64_t m, int64_t k, int32_t rotation_block,
-                              int8_t* q, float* scale, int32_t* zero_point, cudaStream_t stream) {
-  return run([&] { return launch_quantize(x, dtype, m, k, rotation_block, q, scale, zero_point, stream); });
-}
+#define PROBE_RUN(call) run_to_end(call)
+#include "../../benchmarks/gpu/probe.cu"

@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include <cmath>
+#include <string>
 
 namespace dynquant::cuda::ptx {
 
@@ -25,6 +26,18 @@ inline uint4 load_once(const void* pointer) {
   if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0)
     emulator::fail("a 16-byte load from an unaligned address");
   return *static_cast<const uint4*>(pointer);
+}
+
+inline int warp_number() { return static_cast<int>(emulator::thread_number() / 32); }
+
+inline void store_16_bytes(void* target, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  if (reinterpret_cast<uintptr_t>(target) % 16 != 0)
+    emulator::fail("a 16-byte store to an unaligned address");
+  *static_cast<uint4*>(target) = uint4{a, b, c, d};
+}
+
+inline void barrier_of_threads(int number, int threads) {
+  emulator::meet_threads("bar.sync", static_cast<unsigned>(number), static_cast<unsigned>(threads));
 }
 
 // ---- order of kernels ----
@@ -62,18 +75,26 @@ inline uint32_t bfloat16_pair(float low, float high) {
 
 // ---- cp.async ----
 
-inline void copy_async(void* shared, const void* source, bool valid) {
-  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 ||
-      (valid && reinterpret_cast<uintptr_t>(source) % 16 != 0)) {
-    emulator::fail("cp.async of 16 bytes at an unaligned address");
+template <size_t kBytes>
+void copy_bytes_async(void* shared, const void* source, bool valid) {
+  if (reinterpret_cast<uintptr_t>(shared) % kBytes != 0 ||
+      (valid && reinterpret_cast<uintptr_t>(source) % kBytes != 0)) {
+    emulator::fail("cp.async of " + std::to_string(kBytes) + " bytes at an unaligned address");
   }
   emulator::copy_async([=] {
     if (valid) {
-      std::memcpy(shared, source, 16);
+      std::memcpy(shared, source, kBytes);
     } else {
-      std::memset(shared, 0, 16);
+      std::memset(shared, 0, kBytes);
     }
   });
+}
+
+inline void copy_async(void* shared, const void* source, bool valid) {
+  copy_bytes_async<16>(shared, source, valid);
+}
+inline void copy_word_async(void* shared, const void* source, bool valid) {
+  copy_bytes_async<4>(shared, source, valid);
 }
 
 inline void copy_async_commit() { emulator::copy_async_commit(); }
@@ -96,6 +117,22 @@ inline void load_matrices(uint32_t (&r)[4], const void* shared_row) {
       for (int matrix = 0; matrix < 4; ++matrix) {
         const auto* owner = static_cast<Lane*>(lanes[8 * matrix + number / 4]);
         std::memcpy(static_cast<Lane*>(lanes[number])->r + matrix, owner->row + number % 4 * 4, 4);
+      }
+    }
+  });
+}
+
+inline void store_matrices(void* shared_row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  struct Lane {
+    uint32_t r[4];
+    unsigned char* row;
+  } lane = {{a, b, c, d}, static_cast<unsigned char*>(shared_row)};
+  if (shared_address(shared_row) % 16 != 0) emulator::fail("stmatrix to an unaligned row");
+  emulator::meet_warp("stmatrix", &lane, [](void** lanes, unsigned) {
+    for (int number = 0; number < 32; ++number) {
+      for (int matrix = 0; matrix < 4; ++matrix) {
+        auto* owner = static_cast<Lane*>(lanes[8 * matrix + number / 4]);
+        std::memcpy(owner->row + number % 4 * 4, static_cast<Lane*>(lanes[number])->r + matrix, 4);
       }
     }
   });

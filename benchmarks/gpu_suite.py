@@ -1,18 +1,24 @@
-"""Builds the CUDA kernels for this card, proves them, and measures them against the card's limits.
+"""Judges and times the CUDA kernels on this machine's card.
 
-    python benchmarks/gpu_suite.py --out DIR
+    python benchmarks/gpu_suite.py --part 1 --out DIR [--probe LIBRARY ...]
+    python benchmarks/gpu_suite.py --report DIR/CARD.json ...
 
-Needs an NVIDIA GPU, a CUDA build of torch, setuptools and nvcc; no network. Within 10 minutes it leaves
-DIR/CARD.json, .md and (with matplotlib) .png, the first of them written anew after every stage, and each
-stage's output in DIR/stages.
+Part 1 judges every kernel and times it beside the libraries, then the ops of the extension, which is built
+meanwhile. Part 2 compares several builds of the kernels and whole layers; what may go wrong comes last. DIR
+receives CARD-partN.json, whole after every entry, and logs.tar.gz. The exit status is 0 where all is right, 1
+after a wrong result or a stage that failed, 2 where there is nothing to run on. --report writes CARD.md and
+CARD.png beside the first result file; it needs no card.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import datetime
 import os
+import re
 import shlex
+import shutil
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -25,123 +31,176 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
-from benchmarks.gpu import environment, figures, plot, report, stages  # noqa: E402
-from benchmarks.gpu.build import LIBRARY  # noqa: E402
+from benchmarks.gpu import machine, report  # noqa: E402
+from benchmarks.gpu.probe import TILES  # noqa: E402
+from benchmarks.gpu.processes import Runner, Stage  # noqa: E402
 
-BUDGET_S = 585.0
-NOTHING_TO_RUN_ON = 2  # exit code
-LOOK_S = 60.0
-BUILD = ("build",)
-
-
-def stages_of(names: Sequence[str]) -> list[stages.Stage]:
-    """The named stages in their order. Their limits leave a margin in the budget; a stage that fills its time
-    is told to end before its limit."""
-    timed = {"sanitizer": 110.0, "correctness": 105.0}
-    every = [
-        _stage("build", 180.0, ()),
-        _stage("correctness", timed["correctness"], BUILD, "--seconds", "25", "--probe", str(LIBRARY)),
-        _stage("sanitizer", timed["sanitizer"], BUILD, "--seconds", str(timed["sanitizer"] - 6)),
-        _stage("ceilings", 50.0, ()),
-        _stage("kernels", 125.0, BUILD, "--probe", str(LIBRARY)),
-    ]
-    return [stage for stage in every if stage.name in names]
+BUDGET_S = {1: 270.0, 2: 250.0}
+RESERVE_S = 8.0  # of the budget, for stopping stages and writing
+NOTHING_TO_RUN_ON = 2  # exit status
+JUDGED_AT_ONCE = 4
 
 
-NAMES = ("build", "correctness", "sanitizer", "ceilings", "kernels")
+class Suite:
+    """The stages of both parts."""
 
+    def __init__(self, runner: Runner, probes: list[Path], *, rehearse: bool) -> None:
+        self._runner, self._probes, self._rehearse = runner, probes, rehearse
+        self._distrusted: list[str] = []
 
-def _stage(name: str, limit_s: float, needs: tuple[str, ...], *words: str) -> stages.Stage:
-    return stages.Stage(name, (sys.executable, "-m", "benchmarks.gpu.worker", name, *words), limit_s, needs)
+    def stage(self, name: str, limit_s: float, *words: str, label: str = "") -> Stage:
+        """A stage of benchmarks.gpu.stage."""
+        command = [sys.executable, "-m", "benchmarks.gpu.stage", name, *words]
+        command += ["--probe", *map(str, self._probes)]
+        if self._distrusted:
+            command += ["--distrust", *self._distrusted]
+        if self._rehearse:
+            command += ["--device", "cpu", "--small"]
+        return Stage(label or name, tuple(command), limit_s)
+
+    def part_1(self) -> None:
+        build = self._start_building()
+        self._get_ready()
+        self._judge_kernels()
+        for name, limit_s in (("large", 40.0), ("few rows", 40.0), ("middle", 50.0), ("quantize", 20.0)):
+            self._runner.run([self.stage(f"time {name}", limit_s)])
+            self._note_card()
+        if build is None or self._runner.wait(build):
+            self._runner.run([self.stage("judge ops", 60.0), self.stage("time layers", 45.0)])
+
+    def part_2(self) -> None:
+        build = self._start_building()
+        self._get_ready()
+        if len(self._probes) > 1:
+            for name in ("large", "few rows", "middle", "quantize"):
+                self._runner.run([self.stage(f"time {name}", 30.0)])
+            self._note_card()
+        if build is None or self._runner.wait(build):
+            self._runner.run([self.stage("time layers", 60.0), self.stage("fuzz", 40.0)])
+            self._runner.run([self.stage("first call in a capture", 20.0)])
+        self._memcheck()
+
+    def _start_building(self) -> Any:
+        """The extension, in the background; None in a rehearsal, which takes what is there."""
+        if self._rehearse:
+            return None
+        environment = (("DYNQUANT_CUDA", "1"), ("TORCH_CUDA_ARCH_LIST", "9.0a"))
+        command = (sys.executable, "setup.py", "build_ext", "--inplace")
+        return self._runner.start(Stage("build extension", command, 600.0, False, environment))
+
+    def _get_ready(self) -> None:
+        """The probe, where it was not brought along; torch, imported once by a process without another task.
+
+        Raises:
+            SystemExit: where torch does not reach the card, or there is no probe.
+        """
+        warm = self._runner.start(self.stage("machine", 60.0))
+        if not self._probes:
+            self._probes = [ROOT / "build" / "gpu" / "dynquant_probe.so"]
+            command = (sys.executable, "-m", "benchmarks.gpu.build", "--probe", str(self._probes[0]))
+            if not self._runner.wait(self._runner.start(Stage("build probe", command, 150.0, False))):
+                raise SystemExit(1)
+        if not self._runner.wait(warm):
+            raise SystemExit(1)
+
+    def _judge_kernels(self) -> None:
+        """Each kernel and tile in a process of its own, wgmma last; what hangs or crashes is not timed."""
+        gemms = {
+            tile.name: self.stage("judge gemm", 25.0, "--tile", tile.name, label=f"judge {tile.name}")
+            for tile in TILES
+        }
+        wgmma = [stage for name, stage in gemms.items() if name.startswith("wgmma")]
+        others = [stage for stage in gemms.values() if stage not in wgmma]
+        self._runner.run([*others, self.stage("judge quantize", 25.0)], JUDGED_AT_ONCE)
+        self._runner.run([*wgmma, self.stage("judge forward", 25.0)], JUDGED_AT_ONCE)
+        bad = [outcome["stage"] for outcome in self._runner.results["stages"] if outcome["status"] != "ok"]
+        self._distrusted = [name for name, stage in gemms.items() if stage.name in bad]
+
+    def _memcheck(self) -> None:
+        """compute-sanitizer over every kernel, in a program without torch."""
+        nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+        folders = [os.environ.get("PATH", os.defpath), str(Path(nvcc).resolve().parent)]
+        tool = shutil.which("compute-sanitizer", path=os.pathsep.join([*folders, "/usr/local/cuda/bin"]))
+        program = [sys.executable, "-m", "benchmarks.gpu.memcheck", str(self._probes[0])]
+        program += ["--small"] if self._rehearse else []
+        if tool is None and not self._rehearse:
+            print("memcheck: no compute-sanitizer here; the program runs without it", flush=True)
+        with_tool = [tool, "--tool", "memcheck", "--error-exitcode", "9"] if tool else []
+        self._runner.run([Stage("memcheck", (*with_tool, *program), 60.0, False)])
+
+    def _note_card(self) -> None:
+        """Clocks, power and temperature after a stage that kept the card busy."""
+        self._runner.results["card_after"] = machine.card_state()
 
 
 def main(words: Sequence[str]) -> int:
-    """Returns 0 where every stage ran to its end, 1 where one did not, 2 where there is nothing to run on."""
     options = _parse(words)
-    start = time.monotonic()
-    out: Path = options.out
-    child = os.environ | {"PYTHONPATH": str(ROOT)}
-    look = stages.run(
-        [_stage("look", LOOK_S, ())],
-        budget_s=LOOK_S,
-        folder=out / "stages",
-        environment=child,
-        cwd=ROOT,
-        flush=lambda outcomes: None,
-        tell=lambda line: None,
-    )["look"]
-    if look["status"] != "ok" or look["results"].get("missing"):
-        sentence = look["results"].get("missing") or f"looking at the device: {look['reason']}"
-        print(f"gpu_suite: {sentence}", file=sys.stderr)
+    if options.report:
+        for path in report.write(options.report):
+            print(path)
+        return 0
+    try:
+        card = "cpu rehearsal" if options.rehearse else machine.card_name()
+    except RuntimeError as error:
+        print(f"gpu_suite: {error}", file=sys.stderr)
         return NOTHING_TO_RUN_ON
-
-    results: dict[str, Any] = {
-        "header": look["results"]["header"],
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # so that the end below is reached
+    os.chdir(ROOT)
+    os.environ["PYTHONPATH"] = str(ROOT)
+    head = {
+        "card": card,
+        "part": options.part,
         "command": shlex.join(["python", "benchmarks/gpu_suite.py", *words]),
-        "seconds": 0.0,
-        "stages": {},
+        "date": datetime.date.today().isoformat(),
+        "card_before": machine.card_state(),
     }
-    stem = out / environment.file_stem(results["header"]["device"])
-
-    def flush(outcomes: dict[str, stages.Outcome]) -> None:
-        results["stages"] = outcomes
-        results["seconds"] = round(time.monotonic() - start, 1)
-        write(results, stem)
-
-    outcomes = stages.run(
-        stages_of(options.stages),
-        budget_s=options.budget - (time.monotonic() - start),
-        folder=out / "stages",
-        environment=child,
-        cwd=ROOT,
-        flush=flush,
-        tell=tell,
-    )
-    draw(results, stem)
-    for figure in figures.judge(results):
-        tell(f"{figure.number}. {figure.what}: {figure.measured} (target {figure.target}): {figure.verdict}")
-    tell(f"{time.monotonic() - start:.0f} s; results in {stem}.json and .md")
-    return 0 if all(outcome["status"] == "ok" for outcome in outcomes.values()) else 1
+    stem = f"{re.sub(r'[^a-z0-9]+', '-', card.lower()).strip('-')}-part{options.part}"
+    start = time.monotonic()
+    runner = Runner(options.out, stem, options.budget - RESERVE_S, head)
+    suite = Suite(runner, options.probe, rehearse=options.rehearse)
+    try:
+        suite.part_1() if options.part == 1 else suite.part_2()
+    except SystemExit:
+        runner.results["error"] = "the suite was stopped, or could not go on"
+    finally:
+        runner.close()
+    print(report.markdown(runner.results))
+    is_good = runner.is_good and "error" not in runner.results
+    print(f"{time.monotonic() - start:.0f} s; {'all right' if is_good else 'NOT all right'}; {stem}.json")
+    return 0 if is_good else 1
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--part", type=int, choices=(1, 2))
+    parser.add_argument("--out", type=Path, help="folder for the results")
     parser.add_argument(
-        "--budget", type=float, default=BUDGET_S, help="seconds for everything (default: %(default)s)"
+        "--probe",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="libraries of benchmarks.gpu.build, the product first",
     )
-    parser.add_argument("--stages", nargs="+", choices=NAMES, default=NAMES, help="these alone")
+    parser.add_argument(
+        "--budget", type=float, help="seconds for everything (270 for part 1, 250 for part 2)"
+    )
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU, with a probe over the emulator")
+    parser.add_argument("--report", type=Path, nargs="+", help="result files to report on")
     options = parser.parse_args(words)
-    if not options.budget > 0:
-        parser.error(f"expected --budget to be more than 0 seconds, got {options.budget}")
+    if not options.report and (options.part is None or options.out is None):
+        parser.error("expected --part and --out, or --report")
+    if options.part and options.budget is None:
+        options.budget = BUDGET_S[options.part]
+    if options.part and not options.budget > RESERVE_S:
+        parser.error(f"expected --budget to be more than {RESERVE_S:.0f} seconds, got {options.budget}")
+    missing = [str(path) for path in options.probe if not path.exists()]
+    if missing:
+        parser.error(f"no such library: {', '.join(missing)}")
+    options.probe = [path.resolve() for path in options.probe]
+    options.out = options.out and options.out.resolve()
     return options
-
-
-def write(results: dict[str, Any], stem: Path) -> None:
-    """JSON and Markdown of what there is."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    judged = figures.judge(results)
-    entries = [
-        {"number": f.number, "what": f.what, "target": f.target, "measured": f.measured, "verdict": f.verdict}
-        for f in judged
-    ]
-    text = json.dumps(results | {"figures": entries}, indent=1, ensure_ascii=False)
-    stem.with_name(stem.name + ".json").write_text(text + "\n")
-    stem.with_name(stem.name + ".md").write_text(report.markdown(results, judged))
-
-
-def draw(results: dict[str, Any], stem: Path) -> None:
-    """The picture, where matplotlib is there."""
-    try:
-        plot.plot(results, figures.judge(results), stem.with_name(stem.name + ".png"))
-    except ImportError as error:
-        tell(f"no picture: {error}")
-
-
-def tell(line: str) -> None:
-    print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,7 @@
-"""The CUDA kernels on a card: built, proven and measured by ``python benchmarks/gpu_suite.py --out DIR``.
+"""The CUDA kernels on a card: built, judged and timed by ``python benchmarks/gpu_suite.py``.
 
-A room for each thing: ``environment`` (what the machine has), ``build``, ``correctness`` (judged by
-``bits``), ``sanitizer`` (over ``sanitized``), ``ceilings`` and ``kernels`` (timed by ``clock``, rivals in
-``contenders`` and ``cublaslt``, kernels one by one through ``probe``), ``figures`` (targets), ``report`` and
-``plot``. ``stages`` runs them as processes with time limits, ``worker`` is such a process.
-
-A machine that has torch, setuptools and nvcc alone is enough: ``stand_ins`` take the place of what else
-dynquant imports.
+``gpu_suite`` starts processes of ``stage``, each with a time limit, and collects the entries that they write
+(``results``). ``judge_kernels`` and ``time_kernels`` reach the kernels through ``probe``, a library without
+torch that ``build`` links from probe.cu; ``judge_ops`` and ``time_layers`` need the extension; ``memcheck``
+is what compute-sanitizer runs. ``report`` makes Markdown and a picture of the results, on any machine.
 """
-
-from . import stand_ins
-
-stand_ins.install()

@@ -1,4 +1,4 @@
-"""Times calls on the card: CUDA events around replays of graphs, rivals in turns, medians.
+"""Times calls on the card: CUDA events around replays of graphs, contenders in turns, medians.
 
 A graph holds every call of a contender once or several times, each with other operands, so that what one call
 leaves in L2 is gone before the next wants it; and no launch from Python is timed. On a CPU a plain loop takes
@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 
+from .results import short
+
 Call = Callable[[], object]
 GRAPH_US = 1000.0  # a graph is made at least so long, by repeating its calls
 MAX_CALLS = 2000  # of a graph
 
 
 def measure(
-    contenders: Mapping[str, Sequence[Call]], device: torch.device, *, rounds: int = 15, seconds: float = 2.0
+    contenders: Mapping[str, Sequence[Call]], device: torch.device, *, seconds: float = 1.0, rounds: int = 15
 ) -> dict[str, dict[str, Any]]:
     """Median time of one call of each contender.
 
@@ -31,15 +33,39 @@ def measure(
     Returns:
         {name: {"us", "p10_us", "p90_us", "samples"} or {"left_out": why it cannot run}}
     """
-    samplers: dict[str, Callable[[], float]] = {}
     results: dict[str, dict[str, Any]] = {}
+    samplers: dict[str, Callable[[], float]] = {}
     for name, calls in contenders.items():
         try:
             samplers[name] = _sampler(calls, device)
-        except (RuntimeError, ValueError, NotImplementedError) as error:
-            results[name] = {"left_out": str(error).strip().split("\n")[0][:300]}
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+        except Exception as error:
+            results[name] = {"left_out": short(error)}
+    results |= _medians(samplers, rounds, seconds)
+    return {name: results[name] for name in contenders}
+
+
+def host_us(
+    contenders: Mapping[str, Call], device: torch.device, *, rounds: int = 9, calls: int = 200
+) -> dict[str, dict[str, Any]]:
+    """Median time of one eager call as the caller waits for it: ``calls`` in a row, then the card."""
+
+    def sampler(call: Call) -> Callable[[], float]:
+        def sample() -> float:
+            start = time.perf_counter()
+            for _ in range(calls):
+                call()
+            _wait(device)
+            return (time.perf_counter() - start) * 1e6 / calls
+
+        sample()
+        return sample
+
+    return _medians({name: sampler(call) for name, call in contenders.items()}, rounds, 10.0)
+
+
+def _medians(
+    samplers: Mapping[str, Callable[[], float]], rounds: int, seconds: float
+) -> dict[str, dict[str, Any]]:
     samples: dict[str, list[float]] = {name: [] for name in samplers}
     names, deadline = list(samplers), time.monotonic() + seconds
     for turn in range(rounds):
@@ -48,21 +74,21 @@ def measure(
         start = turn % max(len(names), 1)
         for name in names[start:] + names[:start]:
             samples[name].append(samplers[name]())
-    for name, values in samples.items():
-        values.sort()
-        results[name] = {
+    return {
+        name: {
             "us": statistics.median(values),
-            "p10_us": values[len(values) // 10],
-            "p90_us": values[(9 * len(values)) // 10],
+            "p10_us": sorted(values)[len(values) // 10],
+            "p90_us": sorted(values)[(9 * len(values)) // 10],
             "samples": len(values),
         }
-    return {name: results[name] for name in contenders}
+        for name, values in samples.items()
+    }
 
 
 def _sampler(calls: Sequence[Call], device: torch.device) -> Callable[[], float]:
     """A function that times the calls once and returns the microseconds of one."""
     if device.type != "cuda":
-        return lambda: _host_us(calls)
+        return lambda: _loop_us(calls)
     once = _graph(calls, 1, device)
     elapsed = min(_replay_us(once) for _ in range(3))
     repeats = max(1, min(round(GRAPH_US / max(elapsed, 1.0)), MAX_CALLS // len(calls)))
@@ -92,11 +118,16 @@ def _replay_us(graph: torch.cuda.CUDAGraph) -> float:
     graph.replay()
     stop.record()
     stop.synchronize()
-    return start.elapsed_time(stop) * 1e3
+    return float(start.elapsed_time(stop)) * 1e3
 
 
-def _host_us(calls: Sequence[Call]) -> float:
+def _loop_us(calls: Sequence[Call]) -> float:
     start = time.perf_counter()
     for call in calls:
         call()
     return (time.perf_counter() - start) * 1e6 / len(calls)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

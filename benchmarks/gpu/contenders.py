@@ -1,158 +1,184 @@
-"""What computes a product of this shape, each way that the card offers, on operands that rotate."""
+"""What computes one layer's product, each way that the card offers, on operands that rotate through L2."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import cublaslt
-from .clock import Call
-from .environment import l2_bytes
-from .probe import Dequantization, Forced, Probe
+from dynquant import reference
+from dynquant.config import Config
+
+from . import cublaslt, probe
+from .clock import Call, measure
+from .correctness import difference
+from .probe import Dequantization, Layer, Probe, Tile, padded
+from .results import short
+from .setting import Setting
 
 ROTATE_OVER = 3  # the weights of all copies together are so many times the L2
 
 
-@dataclass(frozen=True)
-class Shape:
-    m: int
-    n: int
-    k: int
-
-    @property
-    def operations(self) -> int:
-        """Two for each multiply-accumulate."""
-        return 2 * self.m * self.n * self.k
-
-    def tops(self, us: float) -> float:
-        """10^12 operations a second."""
-        return self.operations / us / 1e6
+def copies(bytes_of_one: int, device: torch.device) -> int:
+    """How many operands of this size it takes to push each other out of L2; at least 2."""
+    l2 = 4 << 10
+    if device.type == "cuda":
+        l2 = int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 50 << 20)
+    return max(2, -(-ROTATE_OVER * l2 // max(bytes_of_one, 1)))
 
 
-def copies(bytes_of_one: int, device: torch.device, least: int = 2) -> int:
-    """How many operands of this size it takes to push each other out of L2."""
-    return max(least, -(-ROTATE_OVER * l2_bytes(device) // max(bytes_of_one, 1)))
-
-
-def int8(rows: int, columns: int, device: torch.device) -> Tensor:
-    return torch.randint(-127, 128, (rows, columns), dtype=torch.int8, device=device)
-
-
-def bf16_matmul(shape: Shape, device: torch.device) -> list[Call]:
-    x = torch.randn(shape.m, shape.k, dtype=torch.bfloat16, device=device)
-    count = copies(2 * shape.n * shape.k, device)
-    weights = [torch.randn(shape.n, shape.k, dtype=torch.bfloat16, device=device).t() for _ in range(count)]
-    return [partial(torch.matmul, x, w) for w in weights]
-
-
-def int_mm(shape: Shape, device: torch.device) -> list[Call]:
-    q = int8(shape.m, shape.k, device)
-    weights = [int8(shape.n, shape.k, device) for _ in range(copies(shape.n * shape.k, device))]
-    return [partial(torch._int_mm, q, w.t()) for w in weights]
-
-
-def int_mm_and_dequantization(shape: Shape, device: torch.device) -> list[Call]:
-    """torch._int_mm, then zero point, scales, bias and cast as torch ops: what dynquant's epilogue does."""
-    q = int8(shape.m, shape.k, device)
-    values = random_dequantization(shape, device)
-    weights = [int8(shape.n, shape.k, device) for _ in range(copies(shape.n * shape.k, device))]
-
-    def call(weight: Tensor) -> Tensor:
-        acc = torch._int_mm(q, weight.t()) - values.zero_point[:, None] * values.weight_sum
-        y = acc.float() * values.scale[:, None] * values.weight_scale
-        return (y if values.bias is None else y + values.bias).bfloat16()
-
-    return [partial(call, w) for w in weights]
-
-
-def fp8(shape: Shape, device: torch.device) -> list[Call]:
-    one = torch.ones((), device=device)
-    x = torch.randn(shape.m, shape.k, device=device).to(torch.float8_e4m3fn)
-    weights = [
-        torch.randn(shape.n, shape.k, device=device).to(torch.float8_e4m3fn)
-        for _ in range(copies(shape.n * shape.k, device))
+def copy_calls(count: int, device: torch.device) -> list[Call]:
+    """Copies of ``count`` bytes on the device, between buffers that rotate."""
+    pairs = [
+        [torch.ones(max(count, 1), dtype=torch.uint8, device=device) for _ in range(2)]
+        for _ in range(copies(2 * count, device))
     ]
-
-    def call(weight: Tensor) -> Tensor:
-        return torch._scaled_mm(
-            x, weight.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
-        )
-
-    return [partial(call, w) for w in weights]
+    return [partial(target.copy_, source) for source, target in pairs]
 
 
-def cublaslt_int8(shape: Shape, device: torch.device) -> list[Call]:
-    product = cublaslt.Int8Product(cublaslt.find_library(), shape.m, shape.n, shape.k, device)
-    q = int8(shape.m, shape.k, device)
-    out = torch.empty(shape.m, shape.n, dtype=torch.int32, device=device)
-    weights = [int8(shape.n, shape.k, device) for _ in range(copies(shape.n * shape.k, device))]
-    product.run(q, weights[0], out)
-    rows = torch.randint(0, shape.m, (4,), device=device)
-    expected = (q[rows].double() @ weights[0].double().t()).to(torch.int32)
-    if not torch.equal(out[rows], expected):
-        raise RuntimeError("cuBLASLt's int8 product is not the exact one: the call is not understood")
-    return [partial(product.run, q, w, out) for w in weights]
+@dataclass
+class Race:
+    """Contenders of one shape: what can run is timed, what cannot says why."""
 
+    setting: Setting
+    calls: dict[str, Sequence[Call]] = field(default_factory=dict)
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    ours: list[str] = field(default_factory=list)
 
-def dynquant_gemm(
-    probe: Probe, shape: Shape, device: torch.device, forced: Forced | None = None
-) -> tuple[list[Call], str]:
-    """Our GEMM with its epilogue (zero point, scales, bias, cast to bf16), and the plan that runs, in words.
-
-    Raises:
-        RuntimeError: where its result is not the right one.
-    """
-    q = int8(shape.m, shape.k, device)
-    values = random_dequantization(shape, device)
-    out = torch.empty(shape.m, shape.n, dtype=torch.bfloat16, device=device)
-    weights = [int8(shape.n, shape.k, device) for _ in range(copies(shape.n * shape.k, device))]
-    products = [probe.product(q, weight, out, values, forced) for weight in weights]
-    products[0].run()
-    rows = torch.randint(0, shape.m, (4,), device=device)
-    zero_point = values.zero_point[rows][:, None].double()
-    acc = q[rows].double() @ weights[0].double().t() - zero_point * values.weight_sum.double()
-    y = (acc.float() * values.scale[rows][:, None]) * values.weight_scale
-    y = y if values.bias is None else y + values.bias
-    if not torch.equal(out[rows], y.to(torch.bfloat16)):
-        raise RuntimeError(f"the kernel {products[0].plan} gives a wrong product")
-    kernel, tile_m, tile_n, parts = products[0].plan
-    calls: list[Call] = [product.run for product in products]
-    return calls, f"{kernel} {tile_m}x{tile_n}" + (f", {parts} parts of K" if parts > 1 else "")
-
-
-def random_dequantization(shape: Shape, device: torch.device) -> Dequantization:
-    """Values in the range of real ones; ``weight_sum`` belongs to no weight, which the epilogue cannot
-    tell."""
-    return Dequantization(
-        torch.rand(shape.m, device=device) * 0.02 + 0.001,
-        torch.randint(-128, 128, (shape.m,), dtype=torch.int32, device=device),
-        torch.rand(shape.n, device=device) * 0.001 + 0.0001,
-        torch.randint(-1000, 1000, (shape.n,), dtype=torch.int32, device=device),
-        torch.randn(shape.n, device=device),
-    )
-
-
-RIVALS: dict[str, Callable[[Shape, torch.device], list[Call]]] = {
-    "bf16 matmul": bf16_matmul,
-    "torch._int_mm": int_mm,
-    "torch._int_mm + dequantization": int_mm_and_dequantization,
-    "fp8 torch._scaled_mm": fp8,
-    "cuBLASLt int8": cublaslt_int8,
-}
-
-
-def prepare(
-    names: list[str], shape: Shape, device: torch.device
-) -> tuple[dict[str, list[Call]], dict[str, str]]:
-    """The calls of the named rivals, and for those that cannot be had the reason."""
-    calls, left_out = {}, {}
-    for name in names:
+    def enter(self, name: str, make: Callable[[], Sequence[Call]], *, ours: bool = False) -> None:
+        """``ours``: one that must run and be right."""
+        self.ours += [name] if ours else []
         try:
-            calls[name] = RIVALS[name](shape, device)
-        except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
-            left_out[name] = str(error).strip().split("\n")[0][:300]
-    return calls, left_out
+            calls = make()
+        except Exception as error:
+            self.results[name] = {"left_out": short(error)}
+            return
+        if isinstance(calls[0], probe.Call):
+            self.results[name] = {"plan": calls[0].plan}
+        self.calls[name] = calls
+
+    def run(self, seconds: float = 1.0) -> dict[str, Any]:
+        """{"times": {contender: {"us", ..., "plan" of ours} or {"left_out"}}, "faults"}"""
+        for name, result in measure(self.calls, self.setting.device, seconds=seconds).items():
+            self.results[name] = self.results.get(name, {}) | result
+        faults = sum("left_out" in self.results[name] for name in self.ours)
+        return {"times": self.results, "faults": faults}
+
+
+class Operands:
+    """int8 and bf16 operands of one shape; every contender reads the same ones.
+
+    Attributes:
+        q, x: int8 [M, K padded] and bf16 [M, K]. layers: as many as push each other out of L2.
+    """
+
+    def __init__(self, m: int, n: int, k: int, device: torch.device) -> None:
+        self.m, self.n, self.k, self.device = m, n, k, device
+        self.q = padded(torch.randint(-128, 128, (m, k), dtype=torch.int8, device=device))
+        self.x = torch.randn(m, k, dtype=torch.bfloat16, device=device)
+        self.scale = torch.rand(m, device=device) * 0.02 + 0.001
+        self.zero_point = torch.randint(-128, 128, (m,), dtype=torch.int32, device=device)
+        self.layers = [self._layer() for _ in range(copies(n * k, device))]
+
+    def _layer(self) -> Layer:
+        weight = torch.randint(-127, 128, (self.n, self.k), dtype=torch.int8, device=self.device)
+        weight_scale = torch.rand(self.n, device=self.device) * 0.001 + 0.0001
+        bias = torch.randn(self.n, device=self.device)
+        return Layer(padded(weight), weight.sum(1, dtype=torch.int32), weight_scale, bias)
+
+    def gemms(
+        self, setting: Setting, library: Probe, dtype: torch.dtype = torch.bfloat16, tile: Tile | None = None
+    ) -> list[Call]:
+        """Our GEMM: int32 accumulators, or floats with zero point, scales, bias and cast."""
+        out = torch.empty(self.m, self.n, dtype=dtype, device=self.device)
+        values = [
+            Dequantization(self.scale, self.zero_point, layer.weight_scale, layer.weight_sum, layer.bias)
+            for layer in self.layers
+        ]
+        calls = [
+            library.product(self.q, layer.weight, self.k, out, None if dtype == torch.int32 else of, tile)
+            for layer, of in zip(self.layers, values, strict=True)
+        ]
+        acc = self._exact(self.q, self.layers[0])
+        expected = (
+            acc.to(torch.int32)
+            if dtype == torch.int32
+            else self._dequantized(acc, self.scale, self.zero_point, self.layers[0])
+        )
+        return _checked(setting, calls, expected)
+
+    def forwards(
+        self, setting: Setting, library: Probe, tile: Tile | None = None, separate: bool = False
+    ) -> list[Call]:
+        """Our whole forward, bf16 in and out, per_token."""
+        out = torch.empty(self.m, self.n, dtype=torch.bfloat16, device=self.device)
+        config = Config().encode()
+        calls = [library.forward(self.x, layer, config, out, tile, separate) for layer in self.layers]
+        qparams = reference.choose_qparams(*reference.min_max(self.x, True))
+        acc = self._exact(padded(reference.quantize(self.x, *qparams)), self.layers[0])
+        return _checked(setting, calls, self._dequantized(acc, *qparams, self.layers[0]))
+
+    def _exact(self, q: Tensor, layer: Layer) -> Tensor:
+        return q.double() @ layer.weight.double().t()
+
+    def _dequantized(self, acc: Tensor, scale: Tensor, zero_point: Tensor, layer: Layer) -> Tensor:
+        compensated = acc - zero_point[:, None].double() * layer.weight_sum.double()
+        assert layer.bias is not None
+        y = (compensated.float() * scale[:, None]) * layer.weight_scale + layer.bias
+        return y.to(torch.bfloat16)
+
+    # ---- rivals ----
+
+    def bf16_linear(self) -> list[Call]:
+        bias = torch.randn(self.n, dtype=torch.bfloat16, device=self.device)
+        weights = [
+            torch.randn(self.n, self.k, dtype=torch.bfloat16, device=self.device)
+            for _ in range(copies(2 * self.n * self.k, self.device))
+        ]
+        return [partial(torch.nn.functional.linear, self.x, weight, bias) for weight in weights]
+
+    def int_mm(self) -> list[Call]:
+        return [partial(torch._int_mm, self.q, layer.weight.t()) for layer in self.layers]
+
+    def int_mm_and_dequantization(self) -> list[Call]:
+        """torch._int_mm, then zero point, scales, bias and cast as torch ops."""
+
+        def call(layer: Layer) -> Tensor:
+            acc = torch._int_mm(self.q, layer.weight.t()) - self.zero_point[:, None] * layer.weight_sum
+            assert layer.bias is not None
+            y = acc.float() * self.scale[:, None] * layer.weight_scale + layer.bias
+            return y.to(torch.bfloat16)
+
+        return [partial(call, layer) for layer in self.layers]
+
+    def fp8(self) -> list[Call]:
+        one = torch.ones((), device=self.device)
+        x = self.q.bfloat16().to(torch.float8_e4m3fn)
+        weights = [layer.weight.bfloat16().to(torch.float8_e4m3fn).t() for layer in self.layers]
+        scaled = partial(torch._scaled_mm, x, out_dtype=torch.bfloat16, use_fast_accum=True)
+        return [partial(scaled, weight, scale_a=one, scale_b=one) for weight in weights]
+
+    def cublaslt_int8(self) -> list[Call]:
+        """The algorithm that cuBLASLt's heuristic puts first."""
+        product = cublaslt.Int8Product(cublaslt.find_library(), self.m, self.n, self.k, self.device)
+        out = torch.empty(self.m, self.n, dtype=torch.int32, device=self.device)
+        calls = [partial(product.run, self.q, layer.weight, out) for layer in self.layers]
+        expected = self._exact(self.q, self.layers[0]).to(torch.int32)
+        if not torch.equal(calls[0](), expected):
+            raise RuntimeError("cuBLASLt's int8 product is not the exact one: the call is not understood")
+        return list(calls)
+
+
+def _checked(setting: Setting, calls: list[probe.Call], expected: Tensor) -> list[Call]:
+    plan = calls[0].plan
+    if plan.startswith(tuple(f"{name}," for name in setting.distrusted)) or plan in setting.distrusted:
+        raise RuntimeError(f"{plan} is not run: it hung or crashed when it was judged")
+    calls[0].out.fill_(-1)
+    found = difference(calls[0](), expected)
+    if found is not None:
+        raise RuntimeError(f"{plan} gives a wrong result: {found}")
+    return list(calls)

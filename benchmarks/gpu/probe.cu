@@ -1,25 +1,33 @@
-// The kernels one by one, for benchmarks/gpu/probe.py: a GEMM with a kernel, tile and number of parts of the caller's
-// choice (or the plan's own) and any epilogue, and the quantize kernel alone. The package's own entry points are in
-// csrc/cuda/kernels.h; this file links their objects and is no part of it.
+// The kernels one by one on raw pointers, for benchmarks/gpu/probe.py: a GEMM with the kernel, tile and number of parts
+// of the caller's choice (or the plan's own) and any epilogue, the quantize kernel alone, a whole forward. The
+// package's own entry points are in csrc/cuda/kernels.h; this file links their objects and is no part of it.
 #include "cuda/gemm.h"
 #include "cuda/quantize.h"
 
-#define DYNQUANT_EXPORT __attribute__((visibility("default")))
+#define PROBE_EXPORT extern "C" __attribute__((visibility("default")))
+
+// How a call that launches is run; the emulator of the tests has its own way.
+#ifndef PROBE_RUN
+#define PROBE_RUN(call) static_cast<int>((call)())
+#endif
 
 using namespace dynquant;
 using namespace dynquant::cuda;
 
-extern "C" {
-
-// One product. probe.py declares the same fields.
-struct ProbeGemm {
-  int32_t kernel;  // of GemmKernel, -1: the plan's choice, and tile_m, tile_n and parts are not read
-  int32_t tile_m;
-  int32_t tile_n;
+// Of the caller's choice; kernel (of GemmKernel) -1: what gemm_plan.h chooses.
+struct ProbeTile {
+  int32_t kernel;
+  int32_t m;
+  int32_t n;
   int32_t parts;
-  const int8_t* q;  // [m, q_row_bytes], zeros beyond k
-  int64_t q_row_bytes;
-  const int8_t* weight;  // [n, k]
+};
+
+// probe.py declares the same fields.
+struct ProbeGemm {
+  ProbeTile tile;
+  const int8_t* q;       // [m, row_bytes], zeros beyond k
+  const int8_t* weight;  // [n, row_bytes], zeros beyond k
+  int64_t row_bytes;     // k, rounded up to a multiple of 16
   int64_t m;
   int64_t n;
   int64_t k;
@@ -33,7 +41,27 @@ struct ProbeGemm {
   const float* bias;          // [n], or null
 };
 
-DYNQUANT_EXPORT int probe_device(int32_t* capability, int32_t* multiprocessors, int32_t* code) {
+struct ProbeLinear {
+  ProbeTile tile;
+  int32_t separate;  // not 0: quantize in a launch of its own, also where the plan says otherwise
+  int32_t unused;
+  const void* x;  // [m, k]
+  int32_t x_dtype;
+  int32_t out_dtype;
+  int64_t m;
+  int64_t n;
+  int64_t k;
+  int64_t config;        // dynquant/config.py's int
+  const int8_t* weight;  // [n, k rounded up to a multiple of 16], zeros beyond k
+  const int32_t* weight_sum;
+  const float* weight_scale;
+  const float* bias;          // or null
+  const float* scale;         // [1], or null: chosen from x
+  const int32_t* zero_point;  // [1], with scale
+  void* out;                  // [m, n]
+};
+
+PROBE_EXPORT int probe_device(int32_t* capability, int32_t* multiprocessors, int32_t* code) {
   Device device = {};
   const cudaError_t error = current_device(&device);
   *capability = device.capability;
@@ -42,11 +70,29 @@ DYNQUANT_EXPORT int probe_device(int32_t* capability, int32_t* multiprocessors, 
   return error;
 }
 
+// ---- memory, for a caller without torch ----
+
+PROBE_EXPORT void* probe_allocate(int64_t bytes) {
+  void* memory = nullptr;
+  return cudaMalloc(&memory, static_cast<size_t>(bytes)) == cudaSuccess ? memory : nullptr;
+}
+
+PROBE_EXPORT int probe_free(void* memory) { return cudaFree(memory); }
+
+// To or from the device, after everything that was launched.
+PROBE_EXPORT int probe_copy(void* target, const void* source, int64_t bytes) {
+  const cudaError_t error = cudaDeviceSynchronize();
+  return error != cudaSuccess ? error
+                              : cudaMemcpy(target, source, static_cast<size_t>(bytes), cudaMemcpyDefault);
+}
+
+// ---- products ----
+
 static Gemm gemm_of(const ProbeGemm& args) {
   Gemm gemm = {};
   gemm.q = args.q;
-  gemm.q_row_bytes = args.q_row_bytes;
   gemm.weight = args.weight;
+  gemm.row_bytes = args.row_bytes;
   gemm.m = args.m;
   gemm.n = args.n;
   gemm.k = args.k;
@@ -64,54 +110,105 @@ static Gemm gemm_of(const ProbeGemm& args) {
   return gemm;
 }
 
-static GemmPlan plan_of(const ProbeGemm& args, const GemmShape& shape, const Device& device) {
-  if (args.kernel < 0) return plan_gemm(shape, device);
-  return with_parts({static_cast<GemmKernel>(args.kernel), args.tile_m, args.tile_n, 1, 0}, args.k,
-                    args.parts);
+static GemmPlan plan_of(const ProbeTile& tile, const GemmShape& shape, const Device& device) {
+  if (tile.kernel < 0) return plan_gemm(shape, device);
+  return with_parts({static_cast<GemmKernel>(tile.kernel), tile.m, tile.n, 1, 0}, shape.k, tile.parts);
 }
 
-// The plan: {kernel, tile_m, tile_n, parts}, and the bytes of workspace that probe_gemm needs.
-DYNQUANT_EXPORT int probe_plan(const ProbeGemm* args, int32_t* plan, int64_t* workspace) {
+static void tell(const GemmPlan& plan, ProbeTile* tile) {
+  *tile = {static_cast<int32_t>(plan.kernel), plan.tile_m, plan.tile_n, plan.parts};
+}
+
+// The GEMM that runs, and the bytes of workspace that probe_gemm needs.
+PROBE_EXPORT int probe_plan(const ProbeGemm* args, ProbeTile* tile, int64_t* workspace) {
   Device device = {};
   const cudaError_t error = current_device(&device);
   if (error != cudaSuccess) return error;
-  const GemmShape shape = {args->m, args->n, args->k, is_aligned_weight(gemm_of(*args))};
-  const GemmPlan chosen = plan_of(*args, shape, device);
-  plan[0] = static_cast<int32_t>(chosen.kernel);
-  plan[1] = chosen.tile_m;
-  plan[2] = chosen.tile_n;
-  plan[3] = chosen.parts;
-  *workspace = static_cast<int64_t>(workspace_bytes(chosen, shape));
+  const GemmShape shape = {args->m, args->n, args->k};
+  const GemmPlan plan = plan_of(args->tile, shape, device);
+  tell(plan, tile);
+  *workspace = static_cast<int64_t>(workspace_bytes(plan, shape));
   return cudaSuccess;
 }
 
-DYNQUANT_EXPORT int probe_gemm(const ProbeGemm* args, void* workspace, cudaStream_t stream) {
-  Device device = {};
-  cudaError_t error = current_device(&device);
-  if (error != cudaSuccess) return error;
-  const Gemm gemm_args = gemm_of(*args);
-  const GemmShape shape = {args->m, args->n, args->k, is_aligned_weight(gemm_args)};
-  const GemmPlan plan = plan_of(*args, shape, device);
-  if (plan.parts > 1) error = cudaMemsetAsync(workspace, 0, counter_bytes(plan, shape), stream);
-  if (error != cudaSuccess) return error;
-  return gemm(gemm_args, plan, device, workspace, false, stream);
+PROBE_EXPORT int probe_gemm(const ProbeGemm* args, void* workspace, cudaStream_t stream) {
+  return PROBE_RUN(([&] {
+    Device device = {};
+    cudaError_t error = current_device(&device);
+    if (error != cudaSuccess) return error;
+    const GemmShape shape = {args->m, args->n, args->k};
+    const GemmPlan plan = plan_of(args->tile, shape, device);
+    if (plan.parts > 1) error = cudaMemsetAsync(workspace, 0, counter_bytes(plan, shape), stream);
+    if (error != cudaSuccess) return error;
+    return gemm(gemm_of(*args), plan, device, workspace, false, stream);
+  }));
 }
 
-// per_token: q [m, k rounded up to a multiple of 16], scale and zero_point [m].
-DYNQUANT_EXPORT int probe_quantize(const void* x, int32_t dtype, int64_t m, int64_t k, int32_t rotation_block,
-                                   int8_t* q, float* scale, int32_t* zero_point, cudaStream_t stream) {
+static Linear linear_of(const ProbeLinear& args) {
+  Linear linear = {};
+  linear.x = Rows{args.x, static_cast<DType>(args.x_dtype), args.m, args.k};
+  linear.n = args.n;
+  linear.weight = args.weight;
+  linear.weight_sum = args.weight_sum;
+  linear.weight_scale = args.weight_scale;
+  linear.bias = args.bias;
+  linear.scale = args.scale;
+  linear.zero_point = args.zero_point;
+  linear.config = decode_config(args.config);
+  linear.out = args.out;
+  linear.out_dtype = static_cast<DType>(args.out_dtype);
+  return linear;
+}
+
+static LinearPlan plan_of(const ProbeLinear& args, const Linear& linear, const Device& device) {
+  LinearPlan plan = plan_linear(linear, device);
+  if (args.tile.kernel < 0 && (args.separate == 0 || !plan.fused)) return plan;
+  const GemmShape shape = {args.m, args.n, args.k};
+  if (args.tile.kernel >= 0) plan.gemm = plan_of(args.tile, shape, device);
+  plan.fused = false;
+  // What the forced kernel needs, and, for a plan that was fused, q, qparams and ranges; rounded up.
+  plan.workspace_bytes += workspace_bytes(plan.gemm, shape) + args.m * (padded_k(args.k) + 8) + 16384;
+  return plan;
+}
+
+// The GEMM that runs, whether it quantizes x itself, and the bytes of workspace that probe_linear needs.
+PROBE_EXPORT int probe_linear_plan(const ProbeLinear* args, ProbeTile* tile, int32_t* fused,
+                                   int64_t* workspace) {
   Device device = {};
   const cudaError_t error = current_device(&device);
   if (error != cudaSuccess) return error;
-  QuantizeRows args = {};
-  args.x = Rows{x, static_cast<DType>(dtype), m, k};
-  args.rotation_block = rotation_block;
-  args.from = QparamsFrom::kRow;
-  args.q = q;
-  args.row_bytes = (k + 15) / 16 * 16;
-  args.scale = scale;
-  args.zero_point = zero_point;
-  return quantize_rows(args, device, false, stream);
+  const LinearPlan plan = plan_of(*args, linear_of(*args), device);
+  tell(plan.gemm, tile);
+  *fused = plan.fused;
+  *workspace = static_cast<int64_t>(plan.workspace_bytes);
+  return cudaSuccess;
 }
 
-}  // extern "C"
+PROBE_EXPORT int probe_linear(const ProbeLinear* args, void* workspace, cudaStream_t stream) {
+  return PROBE_RUN(([&] {
+    Device device = {};
+    const cudaError_t error = current_device(&device);
+    if (error != cudaSuccess) return error;
+    const Linear linear_args = linear_of(*args);
+    return linear(linear_args, plan_of(*args, linear_args, device), device, workspace, stream);
+  }));
+}
+
+// per_token: q [m, k rounded up to a multiple of 16], scale and zero_point [m].
+PROBE_EXPORT int probe_quantize(const void* x, int32_t dtype, int64_t m, int64_t k, int32_t rotation_block,
+                                int8_t* q, float* scale, int32_t* zero_point, cudaStream_t stream) {
+  return PROBE_RUN(([&] {
+    Device device = {};
+    const cudaError_t error = current_device(&device);
+    if (error != cudaSuccess) return error;
+    QuantizeRows args = {};
+    args.x = Rows{x, static_cast<DType>(dtype), m, k};
+    args.rotation_block = rotation_block;
+    args.from = QparamsFrom::kRow;
+    args.q = q;
+    args.row_bytes = (k + 15) / 16 * 16;
+    args.scale = scale;
+    args.zero_point = zero_point;
+    return quantize_rows(args, device, false, stream);
+  }));
+}

@@ -1,0 +1,158 @@
+"""Each kernel against the reference through the probe, bit for bit: one GEMM tile, the quantize kernel, or
+whole forwards on raw pointers. An entry a shape; a fault or an error in one leaves the next alone."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from dynquant import reference
+from dynquant.config import Config
+from dynquant.config import rotation_block as largest_block
+
+from .correctness import (
+    DTYPES,
+    EMPTY,
+    ROW_LENGTHS,
+    SHAPES,
+    SMALL_SHAPES,
+    Judge,
+    awkward_rows,
+    guarded,
+    make_layer,
+)
+from .probe import EPILOGUES, TILES, Dequantization, Probe, Tile, padded
+from .setting import Setting
+
+DEEP = (6, 33, 70_000)  # more k than an int32 accumulator is exact for: parts
+LARGE = (4096, 4096, 512)
+
+
+def gemm(setting: Setting) -> None:
+    """The tile that the setting names."""
+    tile = next(tile for tile in TILES if tile.name == setting.tile)
+    probe = setting.probe()
+    shapes = SMALL_SHAPES if setting.small else (*SHAPES, *([] if tile.kernel == "wgmma" else [DEEP]))
+    for shape in shapes:
+        setting.judge(tile.name, list(shape), partial(_one_shape, setting, probe, tile, shape))
+    if not setting.small:
+        setting.judge(tile.name, list(LARGE), partial(_large_shape, setting, probe, tile))
+
+
+def _one_shape(setting: Setting, probe: Probe, tile: Tile, shape: tuple[int, int, int], judge: Judge) -> None:
+    """Accumulators of random and extreme operands; floats of every dtype, with every epilogue."""
+    m, n, k = shape
+    device = setting.device
+    layer = make_layer(n, k, Config())
+    q = torch.randint(-128, 128, (m, k), dtype=torch.int8)
+    operands = [padded(q.to(device)), padded(torch.full_like(q, -128).to(device))]
+    on_device = layer.on(device)
+    exact = [(rows.cpu()[:, :k].double() @ layer.weight.double().t()) for rows in operands]
+    scale, zero_point = torch.rand(m) + 0.01, torch.randint(-128, 128, (m,), dtype=torch.int32)
+    weight_sum = layer.weight.sum(1, dtype=torch.int32)
+    compensated = exact[0] - zero_point[:, None].double() * weight_sum.double()
+    floats = (compensated.to(torch.float32) * scale[:, None]) * layer.weight_scale
+    assert layer.bias is not None
+    expected = {(name, True): reference.apply_epilogue(floats + layer.bias, name) for name in EPILOGUES} | {
+        ("none", False): floats
+    }
+    for parts in (1,) if tile.kernel == "wgmma" else (1, 3):
+        forced = replace(tile, parts=parts)
+        for rows, sums, words in zip(operands, exact, ("random", "extreme"), strict=True):
+            out, is_whole = guarded((m, n), torch.int32, device)
+            call = probe.product(rows, on_device.weight, k, out, None, forced)
+            judge.same(call(), sums.to(torch.int32), f"{call.plan}: accumulators, {words}")
+            judge.true(is_whole(), f"{call.plan}: something was written outside the accumulators, {words}")
+        turns = itertools.cycle((0, 0, 1))  # an output that starts at any element
+        for dtype, (name, with_bias) in itertools.product(DTYPES, expected):
+            offset = next(turns)
+            out, is_whole = guarded((m, n), dtype, device, offset)
+            values = Dequantization(
+                scale.to(device),
+                zero_point.to(device),
+                on_device.weight_scale,
+                on_device.weight_sum,
+                on_device.bias if with_bias else None,
+                name,
+            )
+            call = probe.product(operands[0], on_device.weight, k, out, values, forced)
+            what = f"{call.plan}: {dtype}, {name}, bias={with_bias}, output {offset} elements past alignment"
+            judge.same(call(), expected[name, with_bias].to(dtype), what)
+            judge.true(is_whole(), f"{what}: something was written outside the output")
+
+
+def _large_shape(setting: Setting, probe: Probe, tile: Tile, judge: Judge) -> None:
+    """Many tiles a block; computed on the card, where a product in fp64 is as exact."""
+    m, n, k = LARGE
+    q, weight = (
+        torch.randint(-127, 128, (rows, k), dtype=torch.int8, device=setting.device) for rows in (m, n)
+    )
+    exact = q.double() @ weight.double().t()
+    out, is_whole = guarded((m, n), torch.int32, setting.device)
+    for turn in range(3):
+        out.fill_(-1)
+        call = probe.product(q, weight, k, out, None, tile)
+        judge.same(call(), exact.to(torch.int32), f"{call.plan}: accumulators, call {turn}")
+    judge.true(is_whole(), f"{tile}: something was written outside the accumulators")
+
+
+def quantize(setting: Setting) -> None:
+    """q, scale and zero_point of rows of every length, with and without rotation."""
+    probe = setting.probe()
+    for k in (3, 64, 1025) if setting.small else ROW_LENGTHS:
+        setting.judge("quantize", [11, k], partial(_rows, setting, probe, k))
+
+
+def _rows(setting: Setting, probe: Probe, k: int, judge: Judge) -> None:
+    m, device = 11, setting.device
+    blocks = sorted({0, *(block for block in (8, largest_block(k)) if k % block == 0)})
+    for dtype, block in itertools.product(DTYPES, blocks):
+        inputs = {"random": torch.randn(m, k).to(dtype), "awkward": awkward_rows(m, k, dtype)}
+        for words, x in inputs.items():
+            q = torch.full((m, -(-k // 16) * 16), 77, dtype=torch.int8, device=device)
+            scale = torch.full((m,), -1.0, device=device)
+            zero_point = torch.full((m,), 77, dtype=torch.int32, device=device)
+            probe.quantize(x.to(device), q, scale, zero_point, block)
+            rows = reference.rotate(x, block) if block else x
+            qparams = reference.choose_qparams(*reference.min_max(rows, True))
+            what = f"{dtype}, {words}, rotation {block}"
+            judge.same(scale, qparams[0], f"scale, {what}")
+            judge.same(zero_point, qparams[1], f"zero_point, {what}")
+            judge.same(q[:, :k], reference.quantize(rows, *qparams), f"q, {what}")
+            judge.true(not q[:, k:].any(), f"zeros beyond K, {what}")
+
+
+def forward(setting: Setting) -> None:
+    """Every scheme, epilogues, output dtypes and biases taking turns."""
+    probe = setting.probe()
+    turns = itertools.cycle(itertools.product(EPILOGUES, DTYPES, (True, False)))
+    for shape in SMALL_SHAPES if setting.small else (*SHAPES, *EMPTY, DEEP):
+        setting.judge("forward", list(shape), partial(_forwards, setting, probe, shape, turns))
+
+
+def _forwards(
+    setting: Setting,
+    probe: Probe,
+    shape: tuple[int, int, int],
+    turns: Iterable[tuple[str, torch.dtype, bool]],
+    judge: Judge,
+) -> None:
+    m, n, k = shape
+    schemes = itertools.product(DTYPES, ("per_token", "per_tensor", "static"), {0, largest_block(k)})
+    for (dtype, scheme, block), (epilogue, out_dtype, bias) in zip(schemes, turns, strict=False):
+        activations = "per_token" if scheme == "static" else scheme
+        config = Config(activations=activations, rotation_block=block, epilogue=epilogue)
+        layer = make_layer(n, k, config, bias=bias, static=scheme == "static")
+        x = torch.randn(m, k).to(dtype) if m * k == 0 or block else awkward_rows(m, k, dtype)
+        operands = layer.on(setting.device)
+        expected = replace(layer, config=replace(config, out_dtype=out_dtype)).expected(x)
+        for separate in (False, True):
+            out, is_whole = guarded((m, n), out_dtype, setting.device)
+            call = probe.forward(x.to(setting.device), operands, config.encode(), out, separate=separate)
+            what = f"{call.plan}: {dtype} -> {out_dtype}, {config}, static={scheme == 'static'}"
+            judge.same(call(), expected, what)
+            judge.true(is_whole(), f"{what}: something was written outside the output")

@@ -1,0 +1,206 @@
+"""Stages as processes: each with a limit, all within a budget; results are on disk after every entry."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tarfile
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .results import Entry, is_bad, new_entries
+
+TAIL = 1500  # characters of a stage's output that a failure quotes
+START_S = 150.0  # until a stage has imported torch, which a cold disk makes slow
+KILL_S = 5.0  # from SIGKILL to the end of a process, which a driver can hold up
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A process of its own.
+
+    Attributes:
+        limit_s: seconds after which it is stopped, counted from its entry "ready".
+        writes: whether it writes entries; another's limit counts from its start.
+        environment: in addition to the suite's own.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    limit_s: float
+    writes: bool = True
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+class Running:
+    """A stage that was started.
+
+    Attributes:
+        outcome: None while it runs; then {"stage", "status": "ok" | "failed" | "timed out" | "left out",
+            "reason", "seconds", "ready_s"}.
+    """
+
+    def __init__(self, stage: Stage, folder: Path, number: int) -> None:
+        self.stage = stage
+        stem = f"{number:02}-{stage.name.replace(' ', '-').replace('/', '-')}"
+        self.log, self.entries = folder / f"{stem}.log", folder / f"{stem}.jsonl"
+        self.start = time.monotonic()
+        self.ready: float | None = None if stage.writes else self.start
+        self.offset = 0
+        self.outcome: dict[str, Any] | None = None
+        words = ["--entries", str(self.entries)] if stage.writes else []
+        with self.log.open("w") as output:
+            self.process = subprocess.Popen(
+                [*stage.command, *words],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=os.environ | dict(stage.environment),
+                start_new_session=True,  # so that what it starts can be stopped with it
+            )
+
+    def poll(self, deadline: float) -> list[Entry]:
+        """New entries; ``outcome`` is set where the stage has ended or is over its limit."""
+        code, now = self.process.poll(), time.monotonic()
+        found, self.offset = new_entries(self.entries, self.offset)
+        if self.ready is None and any(entry["kind"] == "ready" for entry in found):
+            self.ready = now
+        limit = self.start + START_S if self.ready is None else self.ready + self.stage.limit_s
+        if code is not None:
+            how = f"signal {-code}" if code < 0 else f"exit code {code}"
+            self._end("ok" if code == 0 else "failed", "" if code == 0 else f"it ended with {how}")
+        elif now > min(limit, deadline):
+            where = "" if self.ready else ", before it had imported torch and reached the card"
+            self._end("timed out", f"stopped after {now - self.start:.0f} s{where}")
+        return [entry | {"stage": self.stage.name} for entry in found if entry["kind"] != "ready"]
+
+    def stop(self) -> None:
+        """End the process and everything of its group."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(KILL_S)
+
+    def _end(self, status: str, reason: str) -> None:
+        self.stop()
+        tail = self.log.read_text(errors="replace").strip()[-TAIL:] or "(nothing)"
+        ready_s = None if self.ready is None else round(self.ready - self.start, 1)
+        self.outcome = {
+            "stage": self.stage.name,
+            "status": status,
+            "reason": f"{reason}; its output ends: {tail}" if reason else "",
+            "seconds": round(time.monotonic() - self.start, 1),
+            "ready_s": ready_s,
+        }
+
+
+class Runner:
+    """Runs stages, collects what they write, keeps OUT/STEM.json and OUT/logs.tar.gz up to date.
+
+    Attributes:
+        results: {"stages": [outcome], "entries": [entry with its stage], and what the caller puts there}.
+    """
+
+    def __init__(self, out: Path, stem: str, budget_s: float, head: dict[str, Any]) -> None:
+        self._start = time.monotonic()
+        self.deadline = self._start + budget_s
+        self._file, self._logs = out / f"{stem}.json", out / "logs.tar.gz"
+        out.mkdir(parents=True, exist_ok=True)
+        self._folder = Path(tempfile.mkdtemp(prefix="gpu_suite_"))
+        self._running: list[Running] = []
+        self._number = 0
+        self.results: dict[str, Any] = head | {"seconds": 0.0, "stages": [], "entries": []}
+        self.flush()
+
+    @property
+    def is_good(self) -> bool:
+        stages, entries = self.results["stages"], self.results["entries"]
+        return all(stage["status"] == "ok" for stage in stages) and not any(map(is_bad, entries))
+
+    def run(self, stages: Sequence[Stage], at_once: int = 1) -> list[dict[str, Any]]:
+        """Run stages, so many at a time, to their end; returns their outcomes."""
+        waiting, mine = list(stages), list[Running]()
+        while True:
+            alive = sum(running.outcome is None for running in mine)
+            while waiting and alive < at_once and time.monotonic() < self.deadline:
+                mine.append(self.start(waiting.pop(0)))
+                alive += 1
+            if alive == 0:
+                break
+            self._pump()
+        for stage in waiting:
+            self._note({"stage": stage.name, "status": "left out", "reason": "the budget is used up"})
+        return [running.outcome or {} for running in mine]
+
+    def start(self, stage: Stage) -> Running:
+        """Start a stage beside the others."""
+        self._number += 1
+        running = Running(stage, self._folder, self._number)
+        self._running.append(running)
+        return running
+
+    def wait(self, running: Running) -> bool:
+        """Until a started stage has ended; whether it succeeded."""
+        while running.outcome is None:
+            self._pump()
+        return running.outcome["status"] == "ok"
+
+    def flush(self) -> None:
+        """Write the result file, whole at every moment."""
+        self.results["seconds"] = round(time.monotonic() - self._start, 1)
+        draft = self._folder / "draft.json"
+        draft.write_text(json.dumps(self.results, indent=1) + "\n")
+        part = self._file.with_suffix(".part")  # on the file system of the result, which a rename needs
+        shutil.copyfile(draft, part)
+        os.replace(part, self._file)
+
+    def close(self) -> None:
+        """Stop what still runs, write everything, remove the temporary folder."""
+        for running in self._running:
+            if running.outcome is None:
+                running.stop()
+                reason = "stopped with the suite"
+                self._note({"stage": running.stage.name, "status": "timed out", "reason": reason})
+        self.flush()
+        self._archive()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _pump(self) -> None:
+        """Look at every process once, then a moment's pause."""
+        changed = False
+        for running in self._running:
+            if running.outcome is None:
+                found = running.poll(self.deadline)
+                self.results["entries"] += found
+                changed |= bool(found)
+                if running.outcome is not None:
+                    self._note(running.outcome)
+        if changed:
+            self.flush()
+        time.sleep(0.05)
+
+    def _note(self, outcome: dict[str, Any]) -> None:
+        self.results["stages"].append(outcome)
+        reason = outcome["reason"].split("; its output")[0]
+        bad = sum(is_bad(entry) for entry in self.results["entries"] if entry["stage"] == outcome["stage"])
+        words = f"{outcome['stage']}: {outcome['status']}, {outcome.get('seconds', 0):.0f} s"
+        print(f"{words}{f', {bad} bad entries' if bad else ''}{f': {reason}' if reason else ''}", flush=True)
+        self.flush()
+        self._archive()
+
+    def _archive(self) -> None:
+        part = self._folder / "logs.tar.gz"
+        with tarfile.open(part, "w:gz") as archive:
+            for log in sorted(self._folder.glob("*.log")):
+                archive.add(log, log.name)
+        copy = self._logs.with_suffix(".part")
+        shutil.copyfile(part, copy)
+        os.replace(copy, self._logs)

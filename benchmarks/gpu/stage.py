@@ -1,0 +1,72 @@
+"""One stage in a process of its own: ``python -m benchmarks.gpu.stage NAME --entries FILE``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+
+from .results import Recorder
+
+# Name: module and function. A module is imported by its own stage alone.
+STAGES = {
+    "machine": "machine.describe",
+    "judge gemm": "judge_kernels.gemm",
+    "judge quantize": "judge_kernels.quantize",
+    "judge forward": "judge_kernels.forward",
+    "time large": "time_kernels.large",
+    "time few rows": "time_kernels.few_rows",
+    "time middle": "time_kernels.middle",
+    "time quantize": "time_kernels.quantize",
+    "judge ops": "judge_ops.run",
+    "fuzz": "judge_ops.fuzz",
+    "first call in a capture": "judge_ops.first_call_in_a_capture",
+    "time layers": "time_layers.run",
+}
+
+
+def main(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.gpu.stage", description=__doc__)
+    parser.add_argument("stage", choices=list(STAGES))
+    parser.add_argument("--entries", type=Path, required=True)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--probe", type=Path, nargs="*", default=[])
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tile", default="")
+    parser.add_argument("--distrust", nargs="*", default=[])
+    parser.add_argument("--seconds", type=float, default=0.0)
+    given = parser.parse_args(words)
+    record = Recorder(given.entries)
+    start = time.monotonic()
+    import torch
+
+    imported = time.monotonic() - start
+    if given.device == "cuda":
+        torch.zeros(1, device="cuda").item()
+    # From here on the stage's limit counts.
+    record.add("ready", import_s=round(imported, 1), ready_s=round(time.monotonic() - start, 1))
+    module, _, name = STAGES[given.stage].partition(".")
+    function: Callable[[object], None] = getattr(import_module(f".{module}", __package__), name)
+    from .setting import Setting
+
+    function(
+        Setting(
+            record,
+            torch.device(given.device),
+            tuple(given.probe),
+            given.small,
+            given.seed,
+            given.tile,
+            tuple(given.distrust),
+            given.seconds,
+        )
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,149 @@
+"""Kernels and whole forwards through the probe, beside libraries, copies and other builds of the kernels.
+
+An entry a shape. Contenders are named after their library: the first, the product, is "dynquant", a further
+one is named after its file. Results are checked before they are timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from .clock import Call
+from .contenders import Operands, Race, copies, copy_calls
+from .probe import Probe, Tile
+from .setting import Setting
+
+SIZES = (8192, 4096)
+FEW_ROWS = (1, 2, 4, 8, 16)
+FEW_ROWS_WEIGHTS = ((4096, 4096), (14336, 4096), (4096, 14336))  # N, K
+MIDDLE = (17, 32, 64, 128, 256, 300, 512, 1023, 1024, 4096)
+MIDDLE_WEIGHTS = ((4096, 4096), (14336, 4096))
+QUANTIZED = ((8192, 4096, torch.bfloat16), (4096, 8192, torch.bfloat16), (8192, 8192, torch.float32))
+COPY_BYTES = 256 << 20
+
+
+def libraries(setting: Setting) -> dict[str, Probe]:
+    """Name to library."""
+    opened = [Probe(path) for path in setting.probes]
+    return {probe.name if i else "dynquant": probe for i, probe in enumerate(opened)}
+
+
+def large(setting: Setting) -> None:
+    """Our GEMM with epilogue, and without, against the libraries' products."""
+    opened = libraries(setting)
+
+    def measure(size: int) -> dict[str, Any]:
+        race, operands = Race(setting), Operands(size, size, size, setting.device)
+        for name, library in opened.items():
+            race.enter(f"{name} bf16", partial(operands.gemms, setting, library), ours=True)
+            accumulators = partial(operands.gemms, setting, library, torch.int32)
+            race.enter(f"{name} int32", accumulators, ours=True)
+        race.enter("cuBLASLt int8", operands.cublaslt_int8)
+        race.enter("torch._int_mm", operands.int_mm)
+        race.enter("torch._int_mm + dequantization", operands.int_mm_and_dequantization)
+        race.enter("bf16 linear", operands.bf16_linear)
+        race.enter("fp8 torch._scaled_mm", operands.fp8)
+        result = race.run(4.0)
+        for contender in result["times"].values():
+            if "us" in contender:
+                contender["tops"] = 2 * size**3 / contender["us"] / 1e6
+        return result
+
+    for size in (64,) if setting.small else SIZES:
+        setting.time("large", {"M": size, "N": size, "K": size}, partial(measure, size))
+
+
+def few_rows(setting: Setting) -> None:
+    """Our GEMM alone and the whole forward, against the time in which a copy moves as many bytes as the
+    weight has."""
+    opened = libraries(setting)
+    copied = 1 << 16 if setting.small else COPY_BYTES
+    copying = copy_calls(copied, setting.device)
+    weights = ((48, 64),) if setting.small else FEW_ROWS_WEIGHTS
+
+    def measure(m: int, n: int, k: int) -> dict[str, Any]:
+        race, operands = Race(setting), Operands(m, n, k, setting.device)
+        for name, library in opened.items():
+            race.enter(f"{name} bf16", partial(operands.gemms, setting, library), ours=True)
+        enter_forwards(race, operands, opened)
+        race.enter("copy", lambda: copying)
+        race.enter("bf16 linear", operands.bf16_linear)
+        result = race.run()
+        bytes_per_us = 2 * copied / result["times"]["copy"]["us"]
+        return result | {"copy_gbs": bytes_per_us / 1e3, "weight_read_us": n * k / bytes_per_us}
+
+    for n, k in weights:
+        for m in (1, 5) if setting.small else FEW_ROWS:
+            setting.time("few rows", {"M": m, "N": n, "K": k}, partial(measure, m, n, k))
+
+
+def middle(setting: Setting) -> None:
+    """Whole forwards with each kernel and tile that may be the best one, beside the plan's choice."""
+    opened = libraries(setting)
+
+    def measure(m: int, n: int, k: int) -> dict[str, Any]:
+        race, operands = Race(setting), Operands(m, n, k, setting.device)
+        enter_forwards(race, operands, opened)
+        race.enter("bf16 linear", operands.bf16_linear)
+        return race.run()
+
+    for n, k in ((48, 64),) if setting.small else MIDDLE_WEIGHTS:
+        for m in (40,) if setting.small else MIDDLE:
+            setting.time("middle", {"M": m, "N": n, "K": k}, partial(measure, m, n, k))
+
+
+def enter_forwards(race: Race, operands: Operands, opened: dict[str, Probe]) -> None:
+    """Forwards as each library plans them; of the product also with other kernels."""
+    setting, product = race.setting, opened["dynquant"]
+    for name, library in opened.items():
+        race.enter(f"{name} forward", partial(operands.forwards, setting, library), ours=True)
+    if race.results["dynquant forward"].get("plan", "").endswith("fused"):
+        separate = partial(operands.forwards, setting, product, None, True)
+        race.enter("dynquant forward, not fused", separate, ours=True)
+    for tile in rival_tiles(product, operands.m, operands.n, operands.k):
+        race.enter(f"forced {tile}", partial(operands.forwards, setting, product, tile), ours=True)
+
+
+def rival_tiles(product: Probe, m: int, n: int, k: int) -> Sequence[Tile]:
+    """Kernels, tiles and parts of K that are worth a try for a shape."""
+    found = []
+    for tile in product.tiles():
+        small = tile.kernel.startswith("small")
+        if tile.m < min(m, 16) or (small and m > 64) or (not small and m <= 8):
+            continue
+        tiles = -(-m // tile.m) * -(-n // tile.n)
+        for parts in (1, 2, 4, 8):
+            fits = tiles * parts <= 2 * product.multiprocessors and k >= 512 * parts
+            if parts == 1 or (fits and tile.kernel != "wgmma"):
+                found.append(replace(tile, parts=parts))
+    return found
+
+
+def quantize(setting: Setting) -> None:
+    """The quantize kernel against a copy that reads and writes, together, as many bytes."""
+    opened, device = libraries(setting), setting.device
+
+    def measure(m: int, k: int, dtype: torch.dtype, block: int) -> dict[str, Any]:
+        race = Race(setting)
+        size = torch.empty(0, dtype=dtype).element_size()
+        inputs = [torch.randn(m, k, device=device).to(dtype) for _ in range(copies(m * k * size, device))]
+        q = torch.empty(m, -(-k // 16) * 16, dtype=torch.int8, device=device)
+        scale, zero_point = torch.empty(m, device=device), torch.empty(m, dtype=torch.int32, device=device)
+
+        def calls(library: Probe) -> list[Call]:
+            return [partial(library.quantize, x, q, scale, zero_point, block) for x in inputs]
+
+        for name, library in opened.items():
+            race.enter(name, partial(calls, library), ours=True)
+        race.enter("copy", lambda: copy_calls(m * k * (size + 1) // 2, device))
+        return race.run() | {"bytes": m * k * (size + 1)}
+
+    for m, k, dtype in ((40, 64, torch.bfloat16),) if setting.small else QUANTIZED:
+        for block in (0, 64):
+            named = {"M": m, "K": k, "dtype": str(dtype).removeprefix("torch."), "rotation": block}
+            setting.time("quantize", named, partial(measure, m, k, dtype, block))

@@ -1,5 +1,6 @@
 """What nvcc makes of the CUDA kernels, for every architecture of the default list: nothing in local memory,
-nothing serialized, and the instructions that each kernel is named after. Needs nvcc, no GPU."""
+nothing serialized, the instructions that each kernel is named after, main loops without memory barriers, wide
+stores. Needs nvcc, no GPU."""
 
 from __future__ import annotations
 
@@ -8,12 +9,12 @@ import re
 import shutil
 import subprocess
 import sysconfig
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import sass
 
 from build_backend import nvcc
 
@@ -36,6 +37,7 @@ INSTRUCTIONS = {
         ]
         for columns in (64, 128, 256)
     },
+    "linear_small": {"linear_small_kernel": ["IDP.4A.S8.S8", "LDG.E.NA.128.CONSTANT*"]},
     "quantize": {
         name: ["LDG.E.NA.128.CONSTANT*"] for name in ("quantize_kernel", "range_kernel", "rotate_kernel")
     },
@@ -84,26 +86,21 @@ def cuobjdump() -> dict[str, str]:
     return {"command": found, "PATH": path}
 
 
-def disassemble(compiled: Compiled, cuobjdump: dict[str, str]) -> dict[tuple[str, str], Counter[str]]:
-    """Instructions of each (architecture, kernel)."""
-    done = subprocess.run(
-        [cuobjdump["command"], "-sass", str(compiled.object)],
-        env={**os.environ, "PATH": cuobjdump["PATH"]},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    kernels: dict[tuple[str, str], Counter[str]] = {}
-    architecture = ""
-    counter: Counter[str] = Counter()
-    for line in done.stdout.splitlines():
-        if match := re.match(r"\s*arch = (\w+)", line):
-            architecture = match[1]
-        elif match := re.match(r"\s*Function : (\S+)", line):
-            counter = kernels.setdefault((architecture, match[1]), Counter())
-        elif match := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z]\S*?);?\s", line):
-            counter[match[1]] += 1
-    return kernels
+@pytest.fixture(scope="session")
+def kernels(compiled: dict[str, Compiled], cuobjdump: dict[str, str]) -> dict[str, list[sass.Kernel]]:
+    """The kernels of each file that has any, of all its architectures."""
+
+    def disassembled(one: Compiled) -> list[sass.Kernel]:
+        done = subprocess.run(
+            [cuobjdump["command"], "-sass", str(one.object)],
+            env={**os.environ, "PATH": cuobjdump["PATH"]},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return sass.parse(done.stdout)
+
+    return {name: disassembled(compiled[name]) for name in INSTRUCTIONS}
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
@@ -128,19 +125,57 @@ def test_every_file_with_kernels_is_listed() -> None:
 
 
 @pytest.mark.parametrize("name", INSTRUCTIONS)
-def test_instructions(compiled: dict[str, Compiled], cuobjdump: dict[str, str], name: str) -> None:
-    kernels = disassemble(compiled[name], cuobjdump)
+def test_instructions(
+    compiled: dict[str, Compiled], kernels: dict[str, list[sass.Kernel]], name: str
+) -> None:
     for part, required in INSTRUCTIONS[name].items():
-        found = {key: counter for key, counter in kernels.items() if part in key[1]}
-        assert {architecture for architecture, _ in found} == {
+        found = [kernel for kernel in kernels[name] if part in kernel.name]
+        assert {kernel.architecture for kernel in found} == {
             f"sm_{a.number}{a.suffix}" for a in compiled[name].architectures
         }
-        for (architecture, kernel), counter in found.items():
+        for kernel in found:
             for instruction in required:
                 pattern = re.escape(instruction).replace(r"\*", ".*")
-                assert any(re.fullmatch(pattern, present) for present in counter), (
-                    f"{kernel} for {architecture} has no {instruction}: {sorted(counter)}"
+                assert any(re.fullmatch(pattern, present) for present in kernel.opcodes), (
+                    f"{shown(kernel)} has no {instruction}: {sorted(set(kernel.opcodes))}"
                 )
-            assert not {"LDL", "STL"} & {present.split(".")[0] for present in counter}, (
-                f"{kernel}, {architecture}"
+            assert not {"LDL", "STL"} & {instruction.name for instruction in kernel.instructions}, shown(
+                kernel
             )
+
+
+def test_main_loops_of_wgmma_wait_for_no_memory(kernels: dict[str, list[sass.Kernel]]) -> None:
+    """A memory barrier or an invalidated L1 in each step costs more than its products. R2UR makes descriptors
+    uniform, after a wait; those of a uniform address are so in the first place.
+    """
+    for kernel in kernels["gemm_wgmma_sm90"]:
+        loops = kernel.innermost_loops("IGMMA")
+        assert loops, f"{shown(kernel)} has no loop around its products"
+        for loop in loops:
+            names = [instruction.name for instruction in loop]
+            slow = {"MEMBAR", "CCTL", "ERRBAR", "CGAERRBAR"} & set(names)
+            assert not slow, f"{shown(kernel)}: {slow} in the loop from {loop[0].address:#x}"
+            products = [i for i, name in enumerate(names) if name == "IGMMA"]
+            assert "R2UR" not in names[products[0] : products[-1]], (
+                f"{shown(kernel)}: R2UR between the products from {loop[products[0]].address:#x}"
+            )
+
+
+@pytest.mark.parametrize("name", [name for name in INSTRUCTIONS if name != "quantize"])
+def test_outputs_leave_by_16_bytes(kernels: dict[str, list[sass.Kernel]], name: str) -> None:
+    """Eight bf16 outputs of a row are one store, from registers or through shared memory."""
+    rounding = set()
+    for kernel in kernels[name]:
+        wide = {"STG.E.128", "UTMASTG"} & {opcode.removesuffix(".2D") for opcode in kernel.opcodes}
+        assert wide, f"{shown(kernel)} stores no 16 bytes at once"
+        if any(opcode.startswith("F2FP.BF16") for opcode in kernel.opcodes):
+            rounding.add(kernel.architecture)
+            stores = kernel.stores_of("F2FP.BF16")
+            assert any(store.startswith(("STG.E.128", "STS")) for store in stores), (
+                f"{shown(kernel)} stores bf16 by {sorted(stores)} alone"
+            )
+    assert rounding == {kernel.architecture for kernel in kernels[name]}
+
+
+def shown(kernel: sass.Kernel) -> str:
+    return f"{kernel.name} for {kernel.architecture}"

@@ -51,7 +51,7 @@ class Suite:
     def stage(self, name: str, limit_s: float, *words: str, label: str = "") -> Stage:
         """A stage of benchmarks.gpu.stage."""
         command = [sys.executable, "-m", "benchmarks.gpu.stage", name, *words]
-        command += ["--probe", *map(str, self._probes)]
+        command += ["--seed", str(self._runner.results["seed"]), "--probe", *map(str, self._probes)]
         if self._distrusted:
             command += ["--distrust", *self._distrusted]
         if self._rehearse:
@@ -84,7 +84,8 @@ class Suite:
         """The extension, in the background; None in a rehearsal, which takes what is there."""
         if self._rehearse:
             return None
-        environment = (("DYNQUANT_CUDA", "1"), ("TORCH_CUDA_ARCH_LIST", "9.0a"))
+        jobs = str(max(len(os.sched_getaffinity(0)) - JUDGED_AT_ONCE, 1))
+        environment = (("DYNQUANT_CUDA", "1"), ("TORCH_CUDA_ARCH_LIST", "9.0a"), ("MAX_JOBS", jobs))
         command = (sys.executable, "setup.py", "build_ext", "--inplace")
         return self._runner.start(Stage("build extension", command, 600.0, False, environment))
 
@@ -123,10 +124,9 @@ class Suite:
         tool = shutil.which("compute-sanitizer", path=os.pathsep.join([*folders, "/usr/local/cuda/bin"]))
         program = [sys.executable, "-m", "benchmarks.gpu.memcheck", str(self._probes[0])]
         program += ["--small"] if self._rehearse else []
-        if tool is None and not self._rehearse:
-            print("memcheck: no compute-sanitizer here; the program runs without it", flush=True)
         with_tool = [tool, "--tool", "memcheck", "--error-exitcode", "9"] if tool else []
-        self._runner.run([Stage("memcheck", (*with_tool, *program), 60.0, False)])
+        name = "memcheck" if tool else "memcheck without compute-sanitizer, which is not here"
+        self._runner.run([Stage(name, (*with_tool, *program), 60.0, False)])
 
     def _note_card(self) -> None:
         """Clocks, power and temperature after a stage that kept the card busy."""
@@ -147,11 +147,13 @@ def main(words: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # so that the end below is reached
     os.chdir(ROOT)
     os.environ["PYTHONPATH"] = str(ROOT)
+    os.environ.setdefault("OMP_NUM_THREADS", "4")  # several processes at once, beside a build
     head = {
         "card": card,
         "part": options.part,
         "command": shlex.join(["python", "benchmarks/gpu_suite.py", *words]),
         "date": datetime.date.today().isoformat(),
+        "seed": int(time.time()) if options.seed is None else options.seed,
         "card_before": machine.card_state(),
     }
     stem = f"{re.sub(r'[^a-z0-9]+', '-', card.lower()).strip('-')}-part{options.part}"
@@ -186,6 +188,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--budget", type=float, help="seconds for everything (270 for part 1, 250 for part 2)"
     )
+    parser.add_argument("--seed", type=int, help="of all random inputs (default: a fresh one)")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with a probe over the emulator")
     parser.add_argument("--report", type=Path, nargs="+", help="result files to report on")
     options = parser.parse_args(words)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from dynquant.config import Config
 from . import cublaslt, probe
 from .clock import Call, measure
 from .correctness import difference
-from .probe import Dequantization, Layer, Probe, Tile, padded
+from .probe import Layer, Probe, Tile, padded
 from .results import short
 from .setting import Setting
 
@@ -85,30 +85,20 @@ class Operands:
         self.layers = [self._layer() for _ in range(copies(n * k, device))]
 
     def _layer(self) -> Layer:
+        """With qparams of x, which a GEMM reads."""
         weight = torch.randint(-127, 128, (self.n, self.k), dtype=torch.int8, device=self.device)
         weight_scale = torch.rand(self.n, device=self.device) * 0.001 + 0.0001
         bias = torch.randn(self.n, device=self.device)
-        return Layer(padded(weight), weight.sum(1, dtype=torch.int32), weight_scale, bias)
+        weight_sum = weight.sum(1, dtype=torch.int32)
+        return Layer(padded(weight), weight_sum, weight_scale, bias, self.scale, self.zero_point)
 
     def gemms(
         self, setting: Setting, library: Probe, dtype: torch.dtype = torch.bfloat16, tile: Tile | None = None
     ) -> list[Call]:
         """Our GEMM: int32 accumulators, or floats with zero point, scales, bias and cast."""
         out = torch.empty(self.m, self.n, dtype=dtype, device=self.device)
-        values = [
-            Dequantization(self.scale, self.zero_point, layer.weight_scale, layer.weight_sum, layer.bias)
-            for layer in self.layers
-        ]
-        calls = [
-            library.product(self.q, layer.weight, self.k, out, None if dtype == torch.int32 else of, tile)
-            for layer, of in zip(self.layers, values, strict=True)
-        ]
-        acc = self._exact(self.q, self.layers[0])
-        expected = (
-            acc.to(torch.int32)
-            if dtype == torch.int32
-            else self._dequantized(acc, self.scale, self.zero_point, self.layers[0])
-        )
+        calls = [library.product(self.q, layer, self.k, out, tile) for layer in self.layers]
+        expected = self.accumulators if dtype == torch.int32 else self.product
         return _checked(setting, calls, expected)
 
     def forwards(
@@ -117,15 +107,30 @@ class Operands:
         """Our whole forward, bf16 in and out, per_token."""
         out = torch.empty(self.m, self.n, dtype=torch.bfloat16, device=self.device)
         config = Config().encode()
-        calls = [library.forward(self.x, layer, config, out, tile, separate) for layer in self.layers]
+        layers = [replace(layer, scale=None, zero_point=None) for layer in self.layers]
+        calls = [library.forward(self.x, layer, config, out, tile, separate) for layer in layers]
+        return _checked(setting, calls, self.forward)
+
+    # ---- what the first layer must give; a product in fp64 is exact ----
+
+    @cached_property
+    def accumulators(self) -> Tensor:
+        return self._exact(self.q).to(torch.int32)
+
+    @cached_property
+    def product(self) -> Tensor:
+        return self._dequantized(self._exact(self.q), self.scale, self.zero_point)
+
+    @cached_property
+    def forward(self) -> Tensor:
         qparams = reference.choose_qparams(*reference.min_max(self.x, True))
-        acc = self._exact(padded(reference.quantize(self.x, *qparams)), self.layers[0])
-        return _checked(setting, calls, self._dequantized(acc, *qparams, self.layers[0]))
+        return self._dequantized(self._exact(padded(reference.quantize(self.x, *qparams))), *qparams)
 
-    def _exact(self, q: Tensor, layer: Layer) -> Tensor:
-        return q.double() @ layer.weight.double().t()
+    def _exact(self, q: Tensor) -> Tensor:
+        return q.double() @ self.layers[0].weight.double().t()
 
-    def _dequantized(self, acc: Tensor, scale: Tensor, zero_point: Tensor, layer: Layer) -> Tensor:
+    def _dequantized(self, acc: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        layer = self.layers[0]
         compensated = acc - zero_point[:, None].double() * layer.weight_sum.double()
         assert layer.bias is not None
         y = (compensated.float() * scale[:, None]) * layer.weight_scale + layer.bias
@@ -167,8 +172,7 @@ class Operands:
         product = cublaslt.Int8Product(cublaslt.find_library(), self.m, self.n, self.k, self.device)
         out = torch.empty(self.m, self.n, dtype=torch.int32, device=self.device)
         calls = [partial(product.run, self.q, layer.weight, out) for layer in self.layers]
-        expected = self._exact(self.q, self.layers[0]).to(torch.int32)
-        if not torch.equal(calls[0](), expected):
+        if not torch.equal(calls[0](), self.accumulators):
             raise RuntimeError("cuBLASLt's int8 product is not the exact one: the call is not understood")
         return list(calls)
 

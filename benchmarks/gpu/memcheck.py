@@ -18,7 +18,7 @@ from dataclasses import replace
 from operator import mul
 from pathlib import Path
 
-from .probe import KERNELS, Probe, ProbeGemm, ProbeLinear, Tile
+from .probe import Probe, ProbeGemm, ProbeLinear, Tile
 
 SHAPES = ((1, 40, 144), (3, 33, 100), (20, 70, 80), (140, 130, 272))
 FLOATS = ((0, 4), (1, 2))  # number and size of fp32 and bf16
@@ -57,13 +57,10 @@ class Operands:
 
     def run(self, name: str, arguments: ctypes.Structure, element: int) -> bytes:
         """One product or forward into a fresh output, which is returned."""
-        tile, fused, workspace = (ctypes.c_int32 * 4)(), ctypes.c_int32(), ctypes.c_int64()
-        more = (ctypes.byref(fused),) if name == "probe_linear" else ()
-        plan = "probe_linear_plan" if name == "probe_linear" else "probe_plan"
+        _, workspace = self._probe.plan(name, arguments)
         reference = ctypes.byref(arguments)
-        self._probe.call(plan, reference, tile, *more, ctypes.byref(workspace))
         size = self.m * self.n * element
-        scratch, out = self._probe.allocate(workspace.value), self._probe.allocate(size)
+        scratch, out = self._probe.allocate(workspace), self._probe.allocate(size)
         arguments.out = out
         self._probe.call(name, reference, ctypes.c_void_p(scratch), NULL)
         result = ctypes.create_string_buffer(size)
@@ -88,7 +85,7 @@ def main(library: Path, shapes: Sequence[tuple[int, int, int]] = SHAPES) -> int:
 
 def gemms(operands: Operands, tile: Tile) -> bool:
     """Accumulators, whether they are right, and floats with every epilogue."""
-    numbers = KERNELS.index(tile.kernel), tile.m, tile.n, tile.parts, operands.q, operands.weight
+    numbers = *tile.numbers, operands.q, operands.weight
     arguments = ProbeGemm(*numbers, operands.row_bytes, operands.m, operands.n, operands.k, out_dtype=3)
     sums = struct.unpack(f"{len(operands.sums)}i", operands.run("probe_gemm", arguments, 4))
     for name in ("scale", "zero_point", "weight_scale", "weight_sum", "bias"):

@@ -120,13 +120,14 @@ static void tell(const GemmPlan& plan, ProbeTile* tile) {
 }
 
 // The GEMM that runs, and the bytes of workspace that probe_gemm needs.
-PROBE_EXPORT int probe_plan(const ProbeGemm* args, ProbeTile* tile, int64_t* workspace) {
+PROBE_EXPORT int probe_gemm_plan(const ProbeGemm* args, ProbeTile* tile, int32_t* fused, int64_t* workspace) {
   Device device = {};
   const cudaError_t error = current_device(&device);
   if (error != cudaSuccess) return error;
   const GemmShape shape = {args->m, args->n, args->k};
   const GemmPlan plan = plan_of(args->tile, shape, device);
   tell(plan, tile);
+  *fused = 0;
   *workspace = static_cast<int64_t>(workspace_bytes(plan, shape));
   return cudaSuccess;
 }

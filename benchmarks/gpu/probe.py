@@ -17,7 +17,6 @@ EPILOGUES = ("none", "relu", "gelu", "gelu_tanh", "silu")
 ERRORS = {
     1: "invalid value",
     2: "out of memory",
-    98: "invalid device function",
     209: "no kernel image for this device",
     700: "illegal address",
     701: "too many resources for a launch",
@@ -40,21 +39,23 @@ class Tile:
     def name(self) -> str:
         return f"{self.kernel} {self.m}x{self.n}"
 
+    @property
+    def numbers(self) -> tuple[int, int, int, int]:
+        """ProbeTile's fields."""
+        return KERNELS.index(self.kernel), self.m, self.n, self.parts
+
     def __str__(self) -> str:
         return self.name + (f", {self.parts} parts of K" if self.parts > 1 else "")
 
 
 # Every kernel and tile that gemm_plan.h can choose.
-TILES = tuple(
-    Tile(kernel, m, n)
-    for kernel, tiles in (
-        ("small_dp4a", ((1, 16), (4, 16))),
-        ("small_mma", ((8, 16), (16, 32))),
-        ("mma", ((64, 64), (128, 128))),
-        ("wgmma", ((128, 64), (128, 128), (128, 256))),
-    )
-    for m, n in tiles
+TILES = (
+    *(Tile("small_dp4a", m, 16) for m in (1, 4)),
+    *(Tile("small_mma", 8 * i, 16 * i) for i in (1, 2)),
+    *(Tile("mma", size, size) for size in (64, 128)),
+    *(Tile("wgmma", 128, n) for n in (64, 128, 256)),
 )
+PLANNED = (-1, 0, 0, 0)  # ProbeTile's fields for the plan's choice
 
 
 def _structure(name: str, fields: str) -> type[ctypes.Structure]:
@@ -77,16 +78,22 @@ ProbeLinear = _structure(
 
 
 @dataclass(frozen=True)
-class Dequantization:
-    """What the epilogue reads: scale fp32 and zero_point int32 [M]; weight_scale fp32, weight_sum int32 [N];
-    bias fp32 [N] or None."""
+class Layer:
+    """Operands on the device: weight int8 [N, K rounded up to 16] with zeros beyond K, weight_sum int32 and
+    weight_scale fp32 [N], bias fp32 [N] or None; scale fp32 and zero_point int32 of x, [M] for a GEMM, [1]
+    for a static forward, None for a dynamic one."""
 
-    scale: Tensor
-    zero_point: Tensor
-    weight_scale: Tensor
+    weight: Tensor
     weight_sum: Tensor
+    weight_scale: Tensor
     bias: Tensor | None
-    epilogue: str = "none"
+    scale: Tensor | None = None
+    zero_point: Tensor | None = None
+
+    def fill(self, arguments: ctypes.Structure) -> None:
+        """The pointers of these tensors."""
+        for name, tensor in vars(self).items():
+            setattr(arguments, name, None if tensor is None else tensor.data_ptr())
 
 
 class Probe:
@@ -124,44 +131,36 @@ class Probe:
         """Those of TILES that this card can run."""
         return [tile for tile in TILES if tile.kernel != "wgmma" or self.capability == 90]
 
-    def plan(self, m: int, n: int, k: int) -> Tile:
-        """What gemm_plan.h chooses for this shape."""
-        return self._plan("probe_plan", ProbeGemm(kernel=-1, m=m, n=n, k=k))[0]
-
-    def _plan(self, name: str, arguments: ctypes.Structure, *more: ctypes.c_int32) -> tuple[Tile, int]:
-        plan, workspace = (ctypes.c_int32 * 4)(), ctypes.c_int64()
-        numbers = map(ctypes.byref, (*more, workspace))
-        self.call(name, ctypes.byref(arguments), plan, *numbers)
-        return Tile(KERNELS[plan[0]], plan[1], plan[2], plan[3]), workspace.value
+    def plan(self, name: str, arguments: ctypes.Structure) -> tuple[str, int]:
+        """What ``name`` (probe_gemm, probe_linear) will run, in words, and its bytes of workspace."""
+        tile, fused, workspace = (ctypes.c_int32 * 4)(), ctypes.c_int32(), ctypes.c_int64()
+        numbers = tile, ctypes.byref(fused), ctypes.byref(workspace)
+        self.call(f"{name}_plan", ctypes.byref(arguments), *numbers)
+        words = str(Tile(KERNELS[tile[0]], *tile[1:]))
+        return f"{words}, fused" if fused.value else words, workspace.value
 
     def product(
-        self, q: Tensor, weight: Tensor, k: int, out: Tensor, values: Dequantization | None, tile: Tile | None
+        self,
+        q: Tensor,
+        layer: Layer,
+        k: int,
+        out: Tensor,
+        tile: Tile | None = None,
+        epilogue: str = "none",
     ) -> Call:
         """One GEMM.
 
         Args:
-            q, weight: int8 [M, row_bytes] and [N, row_bytes], zeros beyond k (``padded``).
-            out: [M, N], contiguous; int32 accumulators where ``values`` is None.
+            q: int8 [M, K rounded up to 16], zeros beyond k.
+            out: [M, N], contiguous; int32 for accumulators.
             tile: None for the plan's choice.
         """
-        if (str(out.dtype) == "torch.int32") != (values is None):
-            raise ValueError(f"expected int32 accumulators or a dequantization, got {out.dtype} and {values}")
-        arguments = ProbeGemm(
-            *_numbers(tile),
-            q=q.data_ptr(),
-            weight=weight.data_ptr(),
-            row_bytes=q.shape[1],
-            m=q.shape[0],
-            n=weight.shape[0],
-            k=k,
-            out=out.data_ptr(),
-            out_dtype=DTYPES[str(out.dtype)],
-        )
-        if values is not None:
-            arguments.function = EPILOGUES.index(values.epilogue)
-            _set_pointers(arguments, values, ("scale", "zero_point", "weight_scale", "weight_sum", "bias"))
-        plan, workspace = self._plan("probe_plan", arguments)
-        return Call(self, "probe_gemm", arguments, workspace, out, (q, weight, values), str(plan))
+        (m, row_bytes), n = q.shape, layer.weight.shape[0]
+        dtype, function = DTYPES[str(out.dtype)], EPILOGUES.index(epilogue)
+        arguments = ProbeGemm(*(tile.numbers if tile else PLANNED), q.data_ptr(), 0, row_bytes, m, n, k)
+        arguments.out, arguments.out_dtype, arguments.function = out.data_ptr(), dtype, function
+        layer.fill(arguments)
+        return Call(self, "probe_gemm", arguments, out, (q, layer))
 
     def forward(
         self,
@@ -178,44 +177,19 @@ class Probe:
             tile: None for the plan's choice; else quantization is a launch of its own, as with ``separate``.
         """
         (m, k), n = x.shape, layer.weight.shape[0]
-        arguments = ProbeLinear(
-            *_numbers(tile),
-            int(separate),
-            x=x.data_ptr(),
-            x_dtype=DTYPES[str(x.dtype)],
-            out_dtype=DTYPES[str(out.dtype)],
-            m=m,
-            n=n,
-            k=k,
-            config=config,
-            out=out.data_ptr(),
-        )
-        names = ("weight", "weight_sum", "weight_scale", "bias", "scale", "zero_point")
-        _set_pointers(arguments, layer, names)
-        fused = ctypes.c_int32()
-        plan, workspace = self._plan("probe_linear_plan", arguments, fused)
-        words = f"{plan}, fused" if fused.value else str(plan)
-        return Call(self, "probe_linear", arguments, workspace, out, (x, layer), words)
+        dtypes = DTYPES[str(x.dtype)], DTYPES[str(out.dtype)]
+        numbers = *(tile.numbers if tile else PLANNED), int(separate), 0
+        arguments = ProbeLinear(*numbers, x.data_ptr(), *dtypes, m, n, k, config, out=out.data_ptr())
+        layer.fill(arguments)
+        return Call(self, "probe_linear", arguments, out, (x, layer))
 
     def quantize(self, x: Tensor, q: Tensor, scale: Tensor, zero_point: Tensor, block: int = 0) -> None:
         """x [M, K] per_token into q int8 [M, K rounded up to 16], scale fp32 and zero_point int32 [M]."""
         numbers = ctypes.c_int32(DTYPES[str(x.dtype)]), ctypes.c_int64(x.shape[0]), ctypes.c_int64(x.shape[1])
-        outputs = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (q, scale, zero_point)]
-        pointer, rotation = ctypes.c_void_p(x.data_ptr()), ctypes.c_int32(block)
-        self.call("probe_quantize", pointer, *numbers, rotation, *outputs, stream_of(x.device))
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Operands of a forward, on the device: weight int8 [N, K rounded up to 16] with zeros beyond K,
-    weight_sum int32 and weight_scale fp32 [N], bias fp32 [N] or None; static: scale and zero_point [1]."""
-
-    weight: Tensor
-    weight_sum: Tensor
-    weight_scale: Tensor
-    bias: Tensor | None
-    scale: Tensor | None = None
-    zero_point: Tensor | None = None
+        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, q, scale, zero_point)]
+        self.call(
+            "probe_quantize", pointers[0], *numbers, ctypes.c_int32(block), *pointers[1:], stream_of(x.device)
+        )
 
 
 class Call:
@@ -226,39 +200,21 @@ class Call:
     """
 
     def __init__(
-        self,
-        probe: Probe,
-        name: str,
-        arguments: ctypes.Structure,
-        workspace: int,
-        out: Tensor,
-        keep: object,
-        plan: str,
+        self, probe: Probe, name: str, arguments: ctypes.Structure, out: Tensor, keep: object
     ) -> None:
         import torch
 
-        self._probe, self._name, self._arguments, self._keep = probe, name, arguments, keep
-        self.out, self.plan = out, plan
+        self._probe, self._name, self._arguments, self._keep, self.out = probe, name, arguments, keep, out
+        self.plan, size = probe.plan(name, arguments)
         # Garbage, as what torch's allocator hands out.
-        self.workspace = torch.full((max(workspace, 16),), 0x5A, dtype=torch.uint8, device=out.device)
+        self._workspace = torch.full((max(size, 16),), 0x5A, dtype=torch.uint8, device=out.device)
 
     def __call__(self) -> Tensor:
         """Launch on the current stream; returns ``out``."""
-        workspace = ctypes.c_void_p(self.workspace.data_ptr())
+        workspace = ctypes.c_void_p(self._workspace.data_ptr())
         arguments = ctypes.byref(self._arguments)
         self._probe.call(self._name, arguments, workspace, stream_of(self.out.device))
         return self.out
-
-
-def _numbers(tile: Tile | None) -> tuple[int, int, int, int]:
-    """ProbeTile's fields."""
-    return (KERNELS.index(tile.kernel), tile.m, tile.n, tile.parts) if tile else (-1, 0, 0, 0)
-
-
-def _set_pointers(arguments: ctypes.Structure, tensors: object, names: tuple[str, ...]) -> None:
-    for name in names:
-        tensor = getattr(tensors, name)
-        setattr(arguments, name, None if tensor is None else tensor.data_ptr())
 
 
 def stream_of(device: torch.device) -> ctypes.c_void_p:

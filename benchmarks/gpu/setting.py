@@ -24,7 +24,6 @@ class Setting:
         small: sizes for a look at the code, not for a result.
         seed: everything random is drawn from it, anew for each entry.
         tile: the one to judge. distrusted: tiles that are not run because they hung or crashed before.
-        seconds: of random cases.
     """
 
     record: Recorder
@@ -34,7 +33,6 @@ class Setting:
     seed: int = 0
     tile: str = ""
     distrusted: tuple[str, ...] = ()
-    seconds: float = 0.0
 
     @property
     def on_card(self) -> bool:

@@ -38,7 +38,6 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tile", default="")
     parser.add_argument("--distrust", nargs="*", default=[])
-    parser.add_argument("--seconds", type=float, default=0.0)
     given = parser.parse_args(words)
     record = Recorder(given.entries)
     start = time.monotonic()
@@ -62,7 +61,6 @@ def main(words: Sequence[str]) -> int:
             given.seed,
             given.tile,
             tuple(given.distrust),
-            given.seconds,
         )
     )
     return 0

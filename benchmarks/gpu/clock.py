@@ -59,7 +59,8 @@ def host_us(
             start = time.perf_counter()
             for _ in range(calls):
                 call()
-            _wait(device)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             return (time.perf_counter() - start) * 1e6 / calls
 
         sample()
@@ -131,8 +132,3 @@ def _loop_us(calls: Sequence[Call]) -> float:
     for call in calls:
         call()
     return (time.perf_counter() - start) * 1e6 / len(calls)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -14,6 +14,7 @@ from dynquant import reference
 from dynquant.config import Config
 from dynquant.config import rotation_block as largest_block
 
+from .contenders import Operands
 from .correctness import (
     DTYPES,
     EMPTY,
@@ -25,11 +26,11 @@ from .correctness import (
     guarded,
     make_layer,
 )
-from .probe import EPILOGUES, TILES, Layer, Probe, Tile, padded
+from .probe import EPILOGUES, TILES, Probe, Tile, padded
 from .setting import Setting
 
 DEEP = (6, 33, 70_000)  # more k than an int32 accumulator is exact for: parts
-LARGE = (4096, 4096, 512)
+LARGE = ((4096, 4096, 512), (384, 640, 16384))  # many tiles a block, many steps a tile
 
 
 def gemm(setting: Setting) -> None:
@@ -39,8 +40,8 @@ def gemm(setting: Setting) -> None:
     shapes = SMALL_SHAPES if setting.small else (*SHAPES, *([] if tile.kernel == "wgmma" else [DEEP]))
     for shape in shapes:
         setting.judge(tile.name, list(shape), partial(_one_shape, setting, probe, tile, shape))
-    if not setting.small:
-        setting.judge(tile.name, list(LARGE), partial(_large_shape, setting, probe, tile))
+    for shape in () if setting.small else LARGE:
+        setting.judge(tile.name, list(shape), partial(_large_shape, setting, probe, tile, shape))
 
 
 def _one_shape(setting: Setting, probe: Probe, tile: Tile, shape: tuple[int, int, int], judge: Judge) -> None:
@@ -79,20 +80,18 @@ def _one_shape(setting: Setting, probe: Probe, tile: Tile, shape: tuple[int, int
             judge.true(is_whole(), f"{what}: something was written outside the output")
 
 
-def _large_shape(setting: Setting, probe: Probe, tile: Tile, judge: Judge) -> None:
-    """Many tiles a block; computed on the card, where a product in fp64 is as exact."""
-    m, n, k = LARGE
-    q, weight = (
-        torch.randint(-127, 128, (rows, k), dtype=torch.int8, device=setting.device) for rows in (m, n)
-    )
-    exact = q.double() @ weight.double().t()
-    layer = Layer(weight, weight, weight, None)  # of which accumulators read the weight alone
-    out, is_whole = guarded((m, n), torch.int32, setting.device)
-    for turn in range(3):
-        out.fill_(-1)
-        call = probe.product(q, layer, k, out, tile)
-        judge.same(call(), exact.to(torch.int32), f"{call.plan}: accumulators, call {turn}")
-    judge.true(is_whole(), f"{tile}: something was written outside the accumulators")
+def _large_shape(
+    setting: Setting, probe: Probe, tile: Tile, shape: tuple[int, int, int], judge: Judge
+) -> None:
+    """Expected values from the card, where a product in fp64 is exact; several calls."""
+    operands = Operands(*shape, setting.device)
+    for dtype, expected in ((torch.int32, operands.accumulators), (torch.bfloat16, operands.product)):
+        out, is_whole = guarded(shape[:2], dtype, setting.device)
+        call = probe.product(operands.q, operands.layers[0], shape[2], out, tile)
+        for turn in range(3):
+            out.fill_(-1)
+            judge.same(call(), expected, f"{call.plan}: {dtype}, call {turn}")
+        judge.true(is_whole(), f"{tile}: something was written outside the output")
 
 
 def quantize(setting: Setting) -> None:

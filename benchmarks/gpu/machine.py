@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import platform
 import shutil
@@ -64,7 +65,8 @@ def describe(setting: Setting) -> None:
 
     import dynquant
 
-    entry: dict[str, object] = {"torch": torch.__version__, "cuda": torch.version.cuda}
+    torchao = "installed" if importlib.util.find_spec("torchao") else "not installed: no rival"
+    entry: dict[str, object] = {"torch": torch.__version__, "cuda": torch.version.cuda, "torchao": torchao}
     if setting.on_card:
         properties = torch.cuda.get_device_properties(0)
         entry |= {

@@ -125,20 +125,18 @@ class Runner:
         stages, entries = self.results["stages"], self.results["entries"]
         return all(stage["status"] == "ok" for stage in stages) and not any(map(is_bad, entries))
 
-    def run(self, stages: Sequence[Stage], at_once: int = 1) -> list[dict[str, Any]]:
-        """Run stages, so many at a time, to their end; returns their outcomes."""
-        waiting, mine = list(stages), list[Running]()
-        while True:
-            alive = sum(running.outcome is None for running in mine)
-            while waiting and alive < at_once and time.monotonic() < self.deadline:
-                mine.append(self.start(waiting.pop(0)))
-                alive += 1
-            if alive == 0:
-                break
+    def run(self, stages: Sequence[Stage], at_once: int = 1) -> None:
+        """Run stages, ``at_once`` at a time, to their end."""
+        waiting, alive = list(stages), list[Running]()
+        while waiting or alive:
+            while waiting and len(alive) < at_once and time.monotonic() < self.deadline:
+                alive.append(self.start(waiting.pop(0)))
+            if not alive:
+                stage = waiting.pop(0)
+                self._note({"stage": stage.name, "status": "left out", "reason": "the budget is used up"})
+                continue
             self._pump()
-        for stage in waiting:
-            self._note({"stage": stage.name, "status": "left out", "reason": "the budget is used up"})
-        return [running.outcome or {} for running in mine]
+            alive = [running for running in alive if running.outcome is None]
 
     def start(self, stage: Stage) -> Running:
         """Start a stage beside the others."""
@@ -156,10 +154,8 @@ class Runner:
     def flush(self) -> None:
         """Write the result file, whole at every moment."""
         self.results["seconds"] = round(time.monotonic() - self._start, 1)
-        draft = self._folder / "draft.json"
-        draft.write_text(json.dumps(self.results, indent=1) + "\n")
-        part = self._file.with_suffix(".part")  # on the file system of the result, which a rename needs
-        shutil.copyfile(draft, part)
+        part = self._file.with_suffix(".part")
+        part.write_text(json.dumps(self.results, indent=1) + "\n")
         os.replace(part, self._file)
 
     def close(self) -> None:
@@ -197,10 +193,8 @@ class Runner:
         self._archive()
 
     def _archive(self) -> None:
-        part = self._folder / "logs.tar.gz"
+        part = self._logs.with_suffix(".part")
         with tarfile.open(part, "w:gz") as archive:
             for log in sorted(self._folder.glob("*.log")):
                 archive.add(log, log.name)
-        copy = self._logs.with_suffix(".part")
-        shutil.copyfile(part, copy)
-        os.replace(copy, self._logs)
+        os.replace(part, self._logs)

@@ -88,8 +88,12 @@ def verdict(met: float | None) -> str:
     return "not measured" if met is None else "met" if met >= 1 else "NOT met"
 
 
-def markdown(results: Results) -> str:
-    """The whole report; what was not run is absent."""
+def markdown(results: Results, *, last_first: bool = False) -> str:
+    """The whole report; what was not run is absent.
+
+    Args:
+        last_first: tables in reverse, for a terminal that shows the end.
+    """
     lines = [f"# {results['card']}, {results['date']}\n"]
     for facts in (*entries(results, "machine"), results.get("card_before"), results.get("card_after")):
         if facts:
@@ -125,7 +129,8 @@ def markdown(results: Results) -> str:
         ("Launches a forward", ("activations", "M", "launches", ""), launches),
         ("Stages", ("", "status", "s", "ready s", "reason"), map(_stage, results["stages"])),
     ]
-    return "\n".join(lines + [text for table in tables if (text := _table(*table))])
+    texts = [text for table in tables if (text := _table(*table))]
+    return "\n".join(lines + (texts[::-1] if last_first else texts))
 
 
 def _table(title: str, heads: Sequence[str], rows: Iterable[Row]) -> str:

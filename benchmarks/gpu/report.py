@@ -14,6 +14,16 @@ Results = dict[str, Any]
 Row = Sequence[object]
 Value = Callable[[Entry], float | None]
 RIVAL = "bf16 linear"
+SHOWN = 3  # places up to which forced kernels are shown
+RATIOS = "µs, the fastest first; x: speed against bf16, for quantization time against the copy"
+TIMED = {
+    "large": "Large products",
+    "few rows": "Few rows: GEMMs and forwards",
+    "middle": "Whole forwards",
+    "quantize": "Quantization and a copy of as many bytes",
+    "layer": "Layers under a graph",
+    "eager": "Layers, eager calls",
+}
 
 
 def write(paths: Sequence[Path]) -> list[Path]:
@@ -99,7 +109,6 @@ def markdown(results: Results, *, last_first: bool = False) -> str:
         if facts:
             lines.append(f"- {', '.join(f'{k} {v}' for k, v in facts.items() if k not in ('kind', 'stage'))}")
     lines += [f"- `{results['command']}`\n", *([f"{results['error']}\n"] if "error" in results else [])]
-    shape = "M, N, K"
     launches = [
         (e["activations"], e["M"], e.get("count", "-"), ", ".join(e.get("names", [])) or e["error"])
         for e in entries(results, "launches")
@@ -107,25 +116,7 @@ def markdown(results: Results, *, last_first: bool = False) -> str:
     tables: list[tuple[str, Sequence[str], Iterable[Row]]] = [
         ("Targets", ("", "target", "measured", ""), [(*t[:3], verdict(t[3])) for t in targets(results)]),
         ("Judged", ("what", "cases", "differ", "first fault"), _judged(results)),
-        ("Large products", (shape, "contender", "µs", "TOPS", ""), _contenders(results, "large")),
-        (
-            "Few rows: GEMM against reading the weight",
-            (shape, "plan", "µs", "weight read µs", ""),
-            map(_few_rows, entries(results, "few rows")),
-        ),
-        (
-            "Whole forwards: the plan's choice, and the fastest of all kernels",
-            (shape, "plan", "µs", "fastest", "µs", "bf16 µs", "speed"),
-            map(_choice, entries(results, "few rows", "middle")),
-        ),
-        ("Other builds, time against the product's", (shape, "build", ""), _variants(results)),
-        (
-            "Quantization against a copy of as many bytes",
-            ("M, K", "rotation", "µs", "copy µs", ""),
-            map(_quantize, entries(results, "quantize")),
-        ),
-        ("Layers under a graph", (shape, "contender", "µs", "speed", ""), _contenders(results, "layer")),
-        ("Layers, eager calls", (shape, "contender", "µs", "speed", ""), _contenders(results, "eager")),
+        *((title, ("", RATIOS), _times(results, kind)) for kind, title in TIMED.items()),
         ("Launches a forward", ("activations", "M", "launches", ""), launches),
         ("Stages", ("", "status", "s", "ready s", "reason"), map(_stage, results["stages"])),
     ]
@@ -156,50 +147,24 @@ def _judged(results: Results) -> list[Row]:
     return list(lines.values())
 
 
-def _contenders(results: Results, kind: str) -> list[Row]:
-    return [
-        (
-            *(_shape(e), name, _us(times.get("us"))),
-            f"{times['tops']:.0f}" if "tops" in times else _x(ratio(e, RIVAL, name)),
-            str(times.get("left_out") or times.get("plan") or "")[:200],
-        )
-        for e in entries(results, kind)
-        for name, times in e.get("times", {}).items()
-    ]
-
-
-def _few_rows(entry: Entry) -> Row:
-    times = _us(us(entry, "dynquant bf16")), _us(entry.get("weight_read_us"))
-    return _shape(entry), _plan(entry, "dynquant bf16"), *times, _x(of_weight_read(entry))
-
-
-def _quantize(entry: Entry) -> Row:
-    times = [_us(us(entry, name)) for name in ("dynquant", "copy")]
-    return _shape(entry), entry["rotation"], *times, _x(ratio(entry, "dynquant", "copy"))
-
-
-def _choice(entry: Entry) -> Row:
-    own = "dynquant forward"
-    forwards = {
-        n: t["us"] for n, t in entry.get("times", {}).items() if "us" in t and n.startswith(("forced", own))
-    }
-    best = min(forwards, key=lambda name: forwards[name], default="-")
-    times = _us(us(entry, own)), best, _us(forwards.get(best)), _us(us(entry, RIVAL))
-    return _shape(entry), _plan(entry, own), *times, _x(ratio(entry, RIVAL, own))
-
-
-def _variants(results: Results) -> list[Row]:
-    """Contenders that are named after another library, each against the product's of the same kind."""
-    found: list[Row] = []
-    for entry in results["entries"]:
-        for name in entry.get("times", {}):
-            library, _, kind = name.partition(" ")
-            own = f"dynquant {kind}".strip()
-            if library not in ("dynquant", "copy") and own in entry["times"]:
-                found.append(
-                    (f"{entry['kind']} {_shape(entry)} {kind}", library, _x(ratio(entry, name, own)))
-                )
-    return found
+def _times(results: Results, kind: str) -> list[Row]:
+    """A line an entry: contenders with what ran and the ratio to a copy or to bf16."""
+    rows: list[Row] = []
+    for entry in entries(results, kind):
+        times = entry.get("times", {})
+        words = []
+        for place, (number, name) in enumerate(sorted((t["us"], n) for n, t in times.items() if "us" in t)):
+            if (place >= SHOWN and name.startswith("forced")) or (name == "copy" and kind != "quantize"):
+                continue
+            value = ratio(entry, name, "copy") if kind == "quantize" else ratio(entry, RIVAL, name)
+            more = [times[name]["plan"]] if "plan" in times[name] and not name.startswith("forced") else []
+            more += [f"{times[name]['tops']:.0f} TOPS"] if "tops" in times[name] else []
+            more += [f"{value:.2f} x"] if value and name not in (RIVAL, "copy") else []
+            words.append(f"{name} **{number:.2f}**" + (f" ({'; '.join(more)})" if more else ""))
+        words += [f"{name}: {t['left_out'][:100]}" for name, t in times.items() if "left_out" in t]
+        read = f"; weight read {entry['weight_read_us']:.2f} µs" if "weight_read_us" in entry else ""
+        rows.append((_shape(entry) + read, ", ".join(words) or entry["error"]))
+    return rows
 
 
 def _stage(outcome: dict[str, Any]) -> Row:
@@ -207,21 +172,8 @@ def _stage(outcome: dict[str, Any]) -> Row:
     return outcome["stage"], outcome["status"], *numbers, outcome["reason"][-300:]
 
 
-def _plan(entry: Entry, name: str) -> str:
-    return str(entry.get("times", {}).get(name, {}).get("plan", "-"))
-
-
-def _us(value: float | None) -> str:
-    """Three or four digits, whatever the size."""
-    return "-" if value is None else f"{value:.2f}" if value < 100 else f"{value:.0f}"
-
-
-def _x(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f} x"
-
-
 def _shape(entry: Entry) -> str:
-    return ", ".join(str(entry[name]) for name in ("M", "N", "K", "dtype") if name in entry)
+    return ", ".join(str(entry[name]) for name in ("M", "N", "K", "dtype", "rotation") if name in entry)
 
 
 def draw(results: Results, path: Path) -> None:

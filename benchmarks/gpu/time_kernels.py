@@ -13,8 +13,11 @@ from typing import Any
 
 import torch
 
+from dynquant import reference
+
 from .clock import Call
 from .contenders import Operands, Race, copies, copy_calls
+from .correctness import difference
 from .probe import Probe, Tile
 from .setting import Setting
 
@@ -136,6 +139,12 @@ def quantize(setting: Setting) -> None:
         scale, zero_point = torch.empty(m, device=device), torch.empty(m, dtype=torch.int32, device=device)
 
         def calls(library: Probe) -> list[Call]:
+            library.quantize(inputs[0], q, scale, zero_point, block)
+            rows = reference.rotate(inputs[0], block) if block else inputs[0]
+            qparams = reference.choose_qparams(*reference.min_max(rows, True))
+            found = difference(q[:, :k], reference.quantize(rows, *qparams))
+            if found is not None:
+                raise RuntimeError(f"a wrong result: {found}")
             return [partial(library.quantize, x, q, scale, zero_point, block) for x in inputs]
 
         for name, library in opened.items():

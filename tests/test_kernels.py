@@ -514,7 +514,7 @@ def wrong_arguments() -> dict[str, tuple[str, tuple[object, ...], str]]:
         ),
         "complex": ("linear_dynamic", (torch.ones(2, 8) * 1j, *good[1:], 0), "expected x of dtype"),
         "scalar": ("linear_dynamic", (torch.tensor(1.0), *good[1:], 0), "at least 1 dimension"),
-        "config": ("linear_dynamic", (*good, 1 << 12), "config 4096 has bits"),
+        "config": ("linear_dynamic", (*good, 1 << 17), "config 131072 has bits"),
         "negative config": ("linear_dynamic", (*good, -1), "config -1 has bits"),
         "rotation": (
             "linear_dynamic",

@@ -42,10 +42,11 @@ JUDGED_AT_ONCE = 4
 
 
 class Suite:
-    """The stages of both parts."""
+    """The stages of both parts; an empty ``arch`` is a rehearsal."""
 
-    def __init__(self, runner: Runner, probes: list[Path], *, rehearse: bool) -> None:
-        self._runner, self._probes, self._rehearse = runner, probes, rehearse
+    def __init__(self, runner: Runner, probes: list[Path], arch: str) -> None:
+        self._runner, self._probes, self._arch = runner, probes, arch
+        self._rehearse = not arch
         self._distrusted: list[str] = []
 
     def stage(self, name: str, limit_s: float, *words: str, label: str = "") -> Stage:
@@ -85,7 +86,7 @@ class Suite:
         if self._rehearse:
             return None
         jobs = str(max(len(os.sched_getaffinity(0)) - JUDGED_AT_ONCE, 1))
-        environment = (("DYNQUANT_CUDA", "1"), ("TORCH_CUDA_ARCH_LIST", "9.0a"), ("MAX_JOBS", jobs))
+        environment = (("DYNQUANT_CUDA", "1"), ("TORCH_CUDA_ARCH_LIST", self._arch), ("MAX_JOBS", jobs))
         command = (sys.executable, "setup.py", "build_ext", "--inplace")
         return self._runner.start(Stage("build extension", command, 600.0, False, environment))
 
@@ -98,7 +99,8 @@ class Suite:
         warm = self._runner.start(self.stage("machine", 60.0))
         if not self._probes:
             self._probes = [ROOT / "build" / "gpu" / "dynquant_probe.so"]
-            command = (sys.executable, "-m", "benchmarks.gpu.build", "--probe", str(self._probes[0]))
+            words = ["benchmarks.gpu.build", "--probe", str(self._probes[0]), "--arch", self._arch]
+            command = (sys.executable, "-m", *words)
             if not self._runner.wait(self._runner.start(Stage("build probe", command, 150.0, False))):
                 raise SystemExit(1)
         if not self._runner.wait(warm) and (warm.outcome or {}).get("ready_s") is None:
@@ -140,7 +142,7 @@ def main(words: Sequence[str]) -> int:
             print(path)
         return 0
     try:
-        card = "cpu rehearsal" if options.rehearse else machine.card_name()
+        card, arch = ("cpu rehearsal", "") if options.rehearse else machine.card()
     except RuntimeError as error:
         print(f"gpu_suite: {error}", file=sys.stderr)
         return NOTHING_TO_RUN_ON
@@ -159,7 +161,7 @@ def main(words: Sequence[str]) -> int:
     stem = f"{re.sub(r'[^a-z0-9]+', '-', card.lower()).strip('-')}-part{options.part}"
     start = time.monotonic()
     runner = Runner(options.out, stem, options.budget - RESERVE_S, head)
-    suite = Suite(runner, options.probe, rehearse=options.rehearse)
+    suite = Suite(runner, options.probe, arch)
     try:
         suite.part_1() if options.part == 1 else suite.part_2()
     except SystemExit:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .setting import Setting
 
+COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR = 75, 76  # of CUdevice_attribute
 SMI_FIELDS = {
     "driver": "driver_version",
     "sm_clock_mhz": "clocks.sm",
@@ -24,8 +25,8 @@ SMI_FIELDS = {
 }
 
 
-def card_name() -> str:
-    """The first card, asked of the driver.
+def card() -> tuple[str, str]:
+    """Name and architecture (as in TORCH_CUDA_ARCH_LIST) of the first card, asked of the driver.
 
     Raises:
         RuntimeError: where there is none; its sentence names what is missing.
@@ -40,9 +41,13 @@ def card_name() -> str:
     status = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
     if status or count.value == 0:
         raise RuntimeError(f"no CUDA device: the driver sees none, status {status}{hidden}")
-    if driver.cuDeviceGet(ctypes.byref(device), 0) or driver.cuDeviceGetName(name, 256, device):
-        return "gpu"
-    return name.value.decode()
+    driver.cuDeviceGet(ctypes.byref(device), 0)
+    driver.cuDeviceGetName(name, 256, device)
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    driver.cuDeviceGetAttribute(ctypes.byref(major), COMPUTE_CAPABILITY_MAJOR, device)
+    driver.cuDeviceGetAttribute(ctypes.byref(minor), COMPUTE_CAPABILITY_MINOR, device)
+    suffix = "a" if (major.value, minor.value) == (9, 0) else ""
+    return name.value.decode() or "gpu", f"{major.value}.{minor.value}{suffix}"
 
 
 def card_state() -> dict[str, str]:

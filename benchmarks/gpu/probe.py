@@ -17,6 +17,8 @@ EPILOGUES = ("none", "relu", "gelu", "gelu_tanh", "silu")
 ERRORS = {
     1: "invalid value",
     2: "out of memory",
+    35: "no driver, or too old a one",
+    100: "no device",
     209: "no kernel image for this device",
     700: "illegal address",
     701: "too many resources for a launch",

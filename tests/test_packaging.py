@@ -9,8 +9,10 @@ import shutil
 import stat
 import subprocess
 import sys
+import tarfile
 import time
 import venv
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +244,25 @@ def test_build_0_gives_the_pure_python_package(source: Path, torch_folder: Path,
     assert "Tag: py3-none-any" in wheel.read_text()
     assert (seen["path"], seen["warnings"]) == ("reference", [])
     assert seen["reason"].startswith("dynquant._C is not built")
+
+
+def test_tests_and_fixtures_stay_out_of_wheels_and_sdists(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkout"
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    for name in ("tests", "benchmarks"):
+        shutil.copytree(ROOT / name, folder / name)
+    for command in ("bdist_wheel", "sdist"):
+        run(sys.executable, "setup.py", "--quiet", command, cwd=folder, DYNQUANT_BUILD="0")
+    (wheel,) = (folder / "dist").glob("*.whl")
+    (sdist,) = (folder / "dist").glob("*.tar.gz")
+    with zipfile.ZipFile(wheel) as archive:
+        in_wheel = {name.split("/")[0] for name in archive.namelist()}
+    with tarfile.open(sdist) as archive:
+        in_sdist = {name.split("/")[1] for name in archive.getnames() if "/" in name}
+    version = dynquant.__version__
+    assert in_wheel == {"dynquant", f"dynquant_int8-{version}.dist-info"}
+    assert {"dynquant", "csrc", "build_backend"} <= in_sdist
+    assert not in_sdist & {"tests", "benchmarks"}
 
 
 def test_editable_install_and_rebuild_after_a_header_changed(

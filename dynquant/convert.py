@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
-from tqdm import tqdm
 
 from .fuse import fuse as fuse_layers
 from .guard import check_arguments, kept_float
 from .measure import measure_layers, pair_layers
 from .nn.linear import QLinear, layer_config
+from .progress import layer_bar
 from .qtensor import QTensor
 from .report import Report, make_report
 from .sample import Sample, measuring
@@ -174,18 +174,20 @@ def convert(selected: Collection[Selected]) -> list[tuple[nn.Module, nn.Module]]
     """Each selected module with its quantized counterpart; the model is not touched."""
     pairs = []
     weights: dict[int, QTensor] = {}
-    for item in tqdm(selected, desc="quantize_dynamic", unit="layer", delay=1):
-        try:
-            layer = _from_float(item)
-        except (ValueError, TypeError, RuntimeError, AssertionError) as error:
-            reason = str(error).removeprefix("dynquant: ")
-            raise ValueError(f"quantize_dynamic: {label(item.name)}: {reason}") from error
-        parameter = item.module._parameters.get("weight")
-        if isinstance(layer, QLinear) and parameter is not None:
-            tied = weights.setdefault(id(parameter), layer.weight)
-            if tied.config == layer.weight.config:
-                layer.weight = tied
-        pairs.append((item.module, layer))
+    with layer_bar("quantize_dynamic", len(selected)) as advance:
+        for item in selected:
+            try:
+                layer = _from_float(item)
+            except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+                reason = str(error).removeprefix("dynquant: ")
+                raise ValueError(f"quantize_dynamic: {label(item.name)}: {reason}") from error
+            parameter = item.module._parameters.get("weight")
+            if isinstance(layer, QLinear) and parameter is not None:
+                tied = weights.setdefault(id(parameter), layer.weight)
+                if tied.config == layer.weight.config:
+                    layer.weight = tied
+            pairs.append((item.module, layer))
+            advance()
     return pairs
 
 

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from tqdm import tqdm
 
 from .fuse import type_name
 from .hugging_face import CONV1D
 from .nn.linear import QLinear
+from .progress import layer_bar
 from .sample import Sample
 from .selection import default_mapping, label
 from .timing import compare
@@ -161,8 +161,8 @@ def measure_layers(
     Returns:
         By name. Layers that were not reached have 0 calls.
     """
-    with tqdm(total=len(pairs), desc="measuring", unit="layer", delay=1) as bar:
-        meters = {pair.name: _Meter(pair, bar.update, timed) for pair in pairs}
+    with layer_bar("measuring", len(pairs)) as advance:
+        meters = {pair.name: _Meter(pair, advance, timed) for pair in pairs}
         with _watched(model, meters):
             sample.run(model, "the float model")
     return {name: meter.measured() for name, meter in meters.items()}

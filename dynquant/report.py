@@ -8,12 +8,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console, Group
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor, nn
 
 from .info import isa
@@ -22,6 +19,10 @@ from .nn.linear import QLinear
 from .nn.shared_input import SharingLinear
 from .sample import Sample, measuring
 from .selection import Left, default_mapping, select
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
 
 NOT_REACHED = "not reached by the sample"
 
@@ -147,6 +148,8 @@ class Report:
         return f"<Report of {self.model.type}: {len(self.layers)} layers int8, {len(self.skipped)} float>"
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         console = Console(file=io.StringIO(), width=10_000, color_system=None)
         console.width = max(console.measure(table).maximum for table in self._tables())
         with console.capture() as text:
@@ -154,6 +157,8 @@ class Report:
         return text.get().rstrip()
 
     def __rich__(self) -> Group:
+        from rich.console import Group
+
         return Group(*self._tables())
 
     def _tables(self) -> list[Table]:
@@ -176,6 +181,9 @@ class Report:
 
     def table(self) -> Table:
         """One row a converted layer, the whole model above; what all schemes have in common is said once."""
+        from rich.markup import escape
+        from rich.table import Table
+
         common = [
             word
             for word in (self.layers[0].scheme if self.layers else ())
@@ -207,6 +215,9 @@ class Report:
 
     def skipped_table(self) -> Table:
         """One row a layer that stays float."""
+        from rich.markup import escape
+        from rich.table import Table
+
         table = Table(title="Left float")
         for heading in ("layer", "type", "kB", "why"):
             table.add_column(heading, justify="right" if heading == "kB" else "left", overflow="fold")

@@ -8,13 +8,13 @@ import statistics
 import sys
 import threading
 import time
+import timeit
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch.utils.benchmark import Timer
 
 T = TypeVar("T")
 
@@ -113,7 +113,7 @@ def sampler(call: Callable[[], object], *, threads: int, seconds: float) -> Call
         return lambda: once * 1e6
     if once < 0.01:
         once = min(_seconds(call) for _ in range(3))
-    timer = Timer("call()", globals={"call": call}, num_threads=threads)
+    timer = timeit.Timer("call()", timer=_now, globals={"call": call})
     number = max(1, round(seconds / once))
 
     def sample() -> float:
@@ -121,9 +121,18 @@ def sampler(call: Callable[[], object], *, threads: int, seconds: float) -> Call
         if once > LONG_SECONDS:
             return _seconds(call) * 1e6
         with torch.inference_mode():
-            return timer.timeit(number).mean * 1e6
+            timer.timeit(max(number // 100, 2))  # warm caches and threads again after what ran in between
+            return timer.timeit(number) / number * 1e6
 
     return sample
+
+
+def _now() -> float:
+    """Seconds, once an accelerator has done what it was given. As torch.utils.benchmark's timer, whose import
+    takes setuptools and longer than all of dynquant's."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return timeit.default_timer()
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
 
 from ..timing import keep_freed_memory
-from . import encoder, regression, show
+from . import encoder, regression
 from .sentences import SENTENCES
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def run(png: Path, *, threads: int | None = None, console: Console | None = None) -> None:
@@ -18,6 +21,10 @@ def run(png: Path, *, threads: int | None = None, console: Console | None = None
     Raises:
         ModuleNotFoundError: after the first part, where the encoder's packages are not installed.
     """
+    from rich.console import Console
+
+    from . import show
+
     if console is None:
         console = Console()
         if not console.is_terminal:  # a log: no window to fit the tables into

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from build_backend.torch_location import builds_extension, runtime_requirement, stop
 
 COMPILING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "install", "develop"}
-DEPENDENCIES = [runtime_requirement(), "tqdm>=4.60", "rich>=13", "typer>=0.12"]
+DEPENDENCIES = [runtime_requirement(), "tqdm>=4.60"]
 
 # sdist and metadata commands must work without torch, so only a command that compiles imports it.
 if builds_extension() and not COMPILING.isdisjoint(sys.argv[1:]):

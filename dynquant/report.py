@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .extras import MissingPackageError, needs
 from .info import isa
 from .measure import Measured, MeasuredModel, Pair, measure_layers, measure_models, pair_layers, tensors_in
 from .nn.linear import QLinear
@@ -148,8 +149,11 @@ class Report:
         return f"<Report of {self.model.type}: {len(self.layers)} layers int8, {len(self.skipped)} float>"
 
     def __str__(self) -> str:
-        from rich.console import Console
-
+        try:
+            with needs("the table", extra="report"):
+                from rich.console import Console
+        except MissingPackageError as error:  # print() must not fail
+            return f"{self.summary()}\n{self.conditions()}\n({error})"
         console = Console(file=io.StringIO(), width=10_000, color_system=None)
         console.width = max(console.measure(table).maximum for table in self._tables())
         with console.capture() as text:
@@ -180,10 +184,14 @@ class Report:
         return f"sample: {self.sample}; {self.isa}, {threads}"
 
     def table(self) -> Table:
-        """One row a converted layer, the whole model above; what all schemes have in common is said once."""
-        from rich.markup import escape
-        from rich.table import Table
+        """One row a converted layer, the whole model above; what all schemes have in common is said once.
 
+        Raises:
+            MissingPackageError: where rich is not installed.
+        """
+        with needs("Report.table", extra="report"):
+            from rich.markup import escape
+            from rich.table import Table
         common = [
             word
             for word in (self.layers[0].scheme if self.layers else ())
@@ -214,10 +222,14 @@ class Report:
         return table
 
     def skipped_table(self) -> Table:
-        """One row a layer that stays float."""
-        from rich.markup import escape
-        from rich.table import Table
+        """One row a layer that stays float.
 
+        Raises:
+            MissingPackageError: where rich is not installed.
+        """
+        with needs("Report.skipped_table", extra="report"):
+            from rich.markup import escape
+            from rich.table import Table
         table = Table(title="Left float")
         for heading in ("layer", "type", "kB", "why"):
             table.add_column(heading, justify="right" if heading == "kB" else "left", overflow="fold")
@@ -248,16 +260,10 @@ class Report:
         """A DataFrame with one row a layer: the converted ones, then those left float, with ``reason`` set.
 
         Raises:
-            ModuleNotFoundError: in one sentence, where pandas is not installed.
+            MissingPackageError: where pandas is not installed.
         """
-        try:
+        with needs("Report.to_pandas", extra="report", instead="; to_dict() and to_json() do without"):
             import pandas
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "dynquant: Report.to_pandas needs the package pandas, which is not installed; to_dict() and "
-                "to_json() do without",
-                name="pandas",
-            ) from error
         parts = self.to_dict()
         rows = [{**layer, "reason": None} for layer in parts["layers"]]
         rows += [
@@ -277,16 +283,10 @@ class Report:
         """A picture: for each layer its speed against float, its SQNR and its size.
 
         Raises:
-            ModuleNotFoundError: in one sentence, where matplotlib is not installed.
+            MissingPackageError: where matplotlib is not installed.
         """
-        try:
+        with needs("Report.save_png", extra="report", instead="; print(report) shows the same figures"):
             from .report_plot import plot
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "dynquant: Report.save_png needs the package matplotlib, which is not installed; "
-                "print(report) shows the same figures",
-                name="matplotlib",
-            ) from error
         plot(self, Path(path))
 
 

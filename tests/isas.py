@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 import dynquant
+
+_LIST = Path(__file__).resolve().parents[1] / "csrc" / "cpu" / "isa.h"
+EVERY_ISA = re.findall(r"ISA\((\w+), k", _LIST.read_text())
+"""Compiled into an extension for x86-64."""
 
 ISAS = dynquant.available_isas() or ["reference"]
 

@@ -41,6 +41,10 @@ EXTENSION = _extension.extension
 # ---- probes ----
 
 
+needs_probes = pytest.mark.skipif(EXTENSION is None, reason=f"no probes: {_extension.status}")
+
+
+@needs_probes
 def test_probes_measure_something_on_every_isa_that_is_here() -> None:
     assert set(roofline.int8_isas()) == {isa for isa in dynquant.available_isas() if isa != "scalar"}
     for isa in roofline.int8_isas():
@@ -51,6 +55,13 @@ def test_probes_measure_something_on_every_isa_that_is_here() -> None:
     assert all(value > 0 for value in roofline.peaks(1, 0.001).values())
 
 
+def test_without_the_extension_nothing_can_be_probed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_extension, "extension", None)
+    assert roofline.int8_isas() == roofline.read_patterns() == []
+    assert roofline.peaks(1, 0.001) == {}
+
+
+@needs_probes
 @pytest.mark.parametrize(
     ("name", "arguments", "sentence"),
     [
@@ -66,9 +77,6 @@ def test_probes_measure_something_on_every_isa_that_is_here() -> None:
     ],
 )
 def test_probes_refuse_in_a_sentence(name: str, arguments: tuple[Any, ...], sentence: str) -> None:
-    if EXTENSION is None:
-        assert roofline.int8_isas() == roofline.read_patterns() == []
-        return
     with pytest.raises(ValueError, match=sentence):
         getattr(EXTENSION, name)(*arguments)
 
@@ -142,6 +150,7 @@ def test_what_is_timed_waits_for_threads_that_run() -> None:
     assert time.monotonic() - start < 10, "nothing is left to wait for"
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="keeping freed memory is told to glibc alone")
 def test_freed_memory_is_kept() -> None:
     """The same buffers again cost no fresh pages, under settings that else give each back to the system."""
     program = """
@@ -161,8 +170,6 @@ assert sys.argv[1] != "kept" or keep_freed_memory()
 fresh_pages()
 print(fresh_pages())
 """
-    if platform.libc_ver()[0] != "glibc":
-        return
 
     def pages(how: str) -> int:
         command = [sys.executable, "-c", program, how]

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from nets import CountInt8, Net, assert_unchanged, converted, net, state
 from same_bits import assert_same_bits
-from test_qtensor import CountInt8
 from torch import Tensor, nn
 from torch.ao.quantization import (
     default_dynamic_qconfig,
@@ -26,48 +26,7 @@ from dynquant import Config, QLinear, quantize_dynamic
 NAN = float("nan")
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(12, 16)
-        self.norm = nn.LayerNorm(16)
-        self.block = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16, bias=False))
-        self.dropout = nn.Dropout(0.5)
-        self.head = nn.Linear(16, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.dropout(self.block(self.norm(self.fc1(x)))))
-
-
-def net() -> Net:
-    torch.manual_seed(0)
-    return Net()
-
-
-def converted(model: nn.Module) -> list[str]:
-    return [
-        name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, QLinear)
-    ]
-
-
 EVERY = ["fc1", "block.0", "block.2", "head"]
-
-
-def state(model: nn.Module) -> dict[str, object]:
-    """Everything that a conversion could have changed in a model."""
-    modules = {name: (id(module), module.training) for name, module in model.named_modules()}
-    tensors = {name: (id(value), value.clone()) for name, value in model.named_parameters()}
-    attributes = {name: sorted(vars(module)) for name, module in model.named_modules()}
-    return {"modules": modules, "tensors": tensors, "attributes": attributes}
-
-
-def assert_unchanged(model: nn.Module, before: dict[str, object]) -> None:
-    after = state(model)
-    assert after["modules"] == before["modules"]
-    assert after["attributes"] == before["attributes"]
-    for name, (identity, value) in before["tensors"].items():
-        assert after["tensors"][name][0] == identity
-        assert_same_bits(after["tensors"][name][1], value)
 
 
 def test_every_linear_is_converted_and_nothing_else():

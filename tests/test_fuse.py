@@ -12,13 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import transformers
+from nets import CountInt8, Written
 from same_bits import assert_same_bits
-from test_qtensor import CountInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dynquant
-from dynquant import QLinear, reference_epilogue
+from dynquant import QLinear
 from dynquant.fuse import RULES, Rule, epilogue_of
 from dynquant.hugging_face import SAME_INPUT, THEN
 from dynquant.nn.shared_input import SharingLinear
@@ -31,17 +31,6 @@ ACTIVATIONS = [
     (nn.GELU(approximate="tanh"), "gelu_tanh"),
     (nn.SiLU(), "silu"),
 ]
-
-
-class Written(nn.Module):
-    """An activation as the reference writes it, in the place of torch's own."""
-
-    def __init__(self, epilogue: str) -> None:
-        super().__init__()
-        self.function = getattr(reference_epilogue, epilogue)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x.float()).to(x.dtype)
 
 
 def as_written(model: nn.Module) -> nn.Module:

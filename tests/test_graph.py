@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from nets import Written
 from same_bits import assert_same_bits
-from test_fuse import Written
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 

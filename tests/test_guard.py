@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from nets import assert_unchanged, converted, net, state
 from reporting import X, names, reasons, reported
 from same_bits import assert_same_bits
-from test_convert import assert_unchanged, converted, net, state
 from torch import nn
 
 import dynquant

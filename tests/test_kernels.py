@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from isas import ISAS, forced
+from isas import EVERY_ISA, ISAS, forced
 from same_bits import assert_same_bits
 
 import dynquant
-from dynquant import reference
+from dynquant import _extension, reference
 from dynquant.config import EPILOGUES, Config, rotation_block
 
 ops = torch.ops.dynquant
@@ -87,6 +87,18 @@ class Layer:
         expected = reference.linear_static(x, *self.arguments, *qparams, self.config)
         actual = ops.linear_static(x, *self.arguments, *qparams, self.config)
         assert_same_bits(actual, expected, "linear_static")
+
+
+@pytest.mark.parametrize("name", EVERY_ISA)
+def test_an_isa_is_among_those_compared_below(name: str) -> None:
+    """One line of the summary for each whose kernels this machine cannot run."""
+    if _extension.extension is None:
+        pytest.skip(f"kernels not compared with the reference: {_extension.status}")
+    if name not in dynquant.available_isas():
+        pytest.skip(f"kernels of {name} not compared with the reference: this CPU lacks it")
+    with forced(name):
+        assert dynquant.isa() == name
+    assert name in ISAS
 
 
 def random_x(*shape: int, seed: int = 1) -> torch.Tensor:
@@ -574,6 +586,6 @@ def test_errors_are_sentences(name: str, through: str) -> None:
 
 def test_an_isa_that_is_not_there() -> None:
     if dynquant.isa() == "reference":
-        return
+        pytest.skip(f"no kernels to choose from: {_extension.status}")
     with pytest.raises(ValueError, match="expected an instruction set that this CPU has .*got 'avx3'"):
         dynquant._C.set_isa("avx3")

@@ -8,21 +8,11 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from nets import CountInt8
 from same_bits import assert_same_bits
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynquant import Config, QLinear, QTensor
-
-
-class CountInt8(TorchDispatchMode):
-    """Counts the int8 linear calls that run inside."""
-
-    calls = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls += func is torch.ops.dynquant.linear_dynamic.default
-        return func(*args, **(kwargs or {}))
 
 
 def quantized(n: int = 6, k: int = 8, dtype: torch.dtype = torch.float32, **scheme) -> QTensor:

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from nets import Net, assert_unchanged, converted, net, state
 from reporting import X, decibels, names, reasons, reported
 from same_bits import assert_same_bits
-from test_convert import Net, assert_unchanged, converted, net, state
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations

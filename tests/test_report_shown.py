@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from nets import net
 from reporting import X, reported
 from rich.console import Console
-from test_convert import net
 from torch import nn
 
 import dynquant

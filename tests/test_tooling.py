@@ -11,8 +11,8 @@ import pytest
 import safetensors.torch as safetensors
 import torch
 import torch.nn.functional as F
+from nets import CountInt8
 from same_bits import assert_same_bits
-from test_qtensor import CountInt8
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 

@@ -22,10 +22,10 @@ CSRC = Path(__file__).resolve().parent.parent / "csrc"
 SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
 # Of each file the kernels (a part of their mangled names) and the instructions that each must have; a "*"
 # stands for what differs between architectures.
+SMALL = ["IMMA.16832.S8.S8", "LDG.E.NA.128.CONSTANT*"]
 INSTRUCTIONS = {
-    "gemm_dp4a": {"gemm_small_kernel": ["IDP.4A.S8.S8", "LDG.E.NA.128.CONSTANT*"]},
-    "gemm_small_mma_sm80": {"gemm_small_kernel": ["IMMA.16832.S8.S8", "LDG.E.NA.128.CONSTANT*"]},
-    "gemm_mma_sm80": {"gemm_mma_kernel": ["IMMA.16832.S8.S8", "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128*"]},
+    "gemm_small": {"gemm_small_kernel": SMALL},
+    "gemm_mma": {"gemm_mma_kernel": ["IMMA.16832.S8.S8", "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128*"]},
     "gemm_wgmma_sm90": {
         f"gemm_wgmma_kernelILi{columns}E": [
             f"IGMMA.64x{columns}x32.S8.S8",
@@ -35,11 +35,12 @@ INSTRUCTIONS = {
             "USETMAXREG.DEALLOC.CTAPOOL",
             "USETMAXREG.TRY_ALLOC.CTAPOOL",
         ]
-        for columns in (64, 128, 256)
+        for columns in (32, 64, 128, 256)
     },
-    "linear_small": {"linear_small_kernel": ["IDP.4A.S8.S8", "LDG.E.NA.128.CONSTANT*"]},
+    "linear_small": {"linear_small_kernel": SMALL},
     "quantize": {
-        name: ["LDG.E.NA.128.CONSTANT*"] for name in ("quantize_kernel", "range_kernel", "rotate_kernel")
+        name: ["LDG.E.NA.128.CONSTANT*"]
+        for name in ("quantize_held_kernel", "quantize_any_kernel", "range_kernel", "rotate_kernel")
     },
 }
 

@@ -269,12 +269,12 @@ def test_writing_outside_of_an_output_shows() -> None:
 def test_probe_plans_and_forces(library: Path) -> None:
     probe = Probe(library)
     assert (probe.capability, probe.code) == (90, 90)
-    assert {tile.kernel for tile in probe.tiles()} == {"small_dp4a", "small_mma", "mma", "wgmma"}
+    assert {tile.kernel for tile in probe.tiles()} == {"small", "mma", "wgmma"}
     q = padded(torch.randint(-128, 128, (5, 40), dtype=torch.int8))
     layer = correctness.make_layer(20, 40, Config()).on(CPU)
     out = torch.empty(5, 20, dtype=torch.int32)
     expected = (q.double() @ layer.weight.double().t()).to(torch.int32)
-    for tile, plan in ((None, "small_mma 8x16"), (Tile("mma", 64, 64), "mma 64x64")):
+    for tile, plan in ((None, "small 8x16"), (Tile("mma", 64, 64), "mma 64x64")):
         call = probe.product(q, layer, 40, out.zero_(), tile)
         assert call.plan == plan
         assert torch.equal(call(), expected)
@@ -427,6 +427,16 @@ def test_targets_are_met_and_missed(tmp_path: Path) -> None:
         in text
     )
     assert "| time large | timed out | 1.0 | - | a / b c |" in text
+
+
+@pytest.mark.parametrize(("n", "judged"), [(4096, "NOT met"), (4095, "met")])
+def test_small_weights_are_not_judged_by_their_bytes(n: int, judged: str) -> None:
+    results_of = example(90.0)
+    slow = {"kind": "few rows", "M": 1, "N": n, "K": 4096, "weight_read_us": 1.0, "error": ""}
+    results_of["entries"].append(slow | {"times": {"dynquant bf16": {"us": 5.0}}})
+    (found,) = [target for target in report.targets(results_of) if "weights from 16 MiB" in target[0]]
+    assert report.verdict(found[-1]) == judged
+    assert "weight at a copy's speed 1.00 µs" in report.markdown(results_of)
 
 
 def test_card_state_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-KERNELS = ("small_dp4a", "small_mma", "mma", "wgmma")
+KERNELS = ("small", "mma", "wgmma")
 DTYPES = {"torch.float32": 0, "torch.bfloat16": 1, "torch.float16": 2, "torch.int32": 3}
 EPILOGUES = ("none", "relu", "gelu", "gelu_tanh", "silu")
 ERRORS = {
@@ -52,10 +52,9 @@ class Tile:
 
 # Every kernel and tile that gemm_plan.h can choose.
 TILES = (
-    *(Tile("small_dp4a", m, 16) for m in (1, 4)),
-    *(Tile("small_mma", 8 * i, 16 * i) for i in (1, 2)),
+    *(Tile("small", m, 16) for m in (8, 16, 32)),
     *(Tile("mma", size, size) for size in (64, 128)),
-    *(Tile("wgmma", 128, n) for n in (64, 128, 256)),
+    *(Tile("wgmma", 128, n) for n in (32, 64, 128, 256)),
 )
 PLANNED = (-1, 0, 0, 0)  # ProbeTile's fields for the plan's choice
 

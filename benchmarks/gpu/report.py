@@ -14,6 +14,8 @@ Results = dict[str, Any]
 Row = Sequence[object]
 Value = Callable[[Entry], float | None]
 RIVAL = "bf16 linear"
+# Smaller weights take a launch's time, not that of their bytes: they are shown, but not judged.
+JUDGED_WEIGHT_BYTES = 16 << 20
 SHOWN = 3  # places up to which forced kernels are shown
 RATIOS = "µs, the fastest first; x: speed against bf16, for quantization time against the copy"
 TIMED = {
@@ -53,7 +55,11 @@ def ratio(entry: Entry, over: str, under: str) -> float | None:
 
 
 def of_weight_read(entry: Entry) -> float | None:
-    """Our GEMM's time over that of reading the weight."""
+    """Our GEMM's time over that of reading the weight as fast as a large copy moves bytes; None for small
+    weights.
+    """
+    if entry["N"] * entry["K"] < JUDGED_WEIGHT_BYTES:
+        return None
     time = us(entry, "dynquant bf16")
     return time / entry["weight_read_us"] if time and "weight_read_us" in entry else None
 
@@ -74,7 +80,12 @@ def targets(results: Results) -> list[tuple[str, str, str, float | None]]:
     ]
     few = entries(results, "few rows")
     at_most: list[tuple[str, float, list[Entry], Value]] = [
-        ("GEMM, M ≤ 16, time against reading the weight", 1.3, few, of_weight_read),
+        (
+            "GEMM, M ≤ 16, weights from 16 MiB: time against their bytes at a copy's speed",
+            1.3,
+            few,
+            of_weight_read,
+        ),
         ("quantize, time against a copy", 1.15, rows, partial(ratio, over="dynquant", under="copy")),
     ]
     for activations, most in (("per_token", 2), ("per_tensor", 3)):
@@ -162,8 +173,9 @@ def _times(results: Results, kind: str) -> list[Row]:
             more += [f"{value:.2f} x"] if value and name not in (RIVAL, "copy") else []
             words.append(f"{name} **{number:.2f}**" + (f" ({'; '.join(more)})" if more else ""))
         words += [f"{name}: {t['left_out'][:100]}" for name, t in times.items() if "left_out" in t]
-        read = f"; weight read {entry['weight_read_us']:.2f} µs" if "weight_read_us" in entry else ""
-        rows.append((_shape(entry) + read, ", ".join(words) or entry["error"]))
+        read = entry.get("weight_read_us")
+        shape = _shape(entry) + (f"; weight at a copy's speed {read:.2f} µs" if read else "")
+        rows.append((shape, ", ".join(words) or entry["error"]))
     return rows
 
 
@@ -195,7 +207,12 @@ def draw(results: Results, path: Path) -> None:
     bars.set_title("large products, TOPS")
     speed: Value = partial(ratio, over=RIVAL, under="dynquant forward")
     for panel, title, kinds, value in (
-        (panels[0], "few rows: GEMM's time against reading the weight", ("few rows",), of_weight_read),
+        (
+            panels[0],
+            "few rows: GEMM's time, weight at a copy's speed = 1",
+            ("few rows",),
+            of_weight_read,
+        ),
         (panels[1], "whole forwards: speed, bf16 linear = 1", ("few rows", "middle"), speed),
     ):
         lines: dict[str, list[tuple[int, float]]] = {}

@@ -28,7 +28,7 @@ HOST = Path(__file__).resolve().parent / "cuda_host"
 SOURCES = ROOT / "csrc" / "cuda"
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-U_FORTIFY_SOURCE"]
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int32: 3}
-KERNELS = ("small_dp4a", "small_mma", "mma", "wgmma")
+KERNELS = ("small", "mma", "wgmma")
 
 
 def compiler() -> str | None:
@@ -98,7 +98,8 @@ class Memory:
         address = start if self._chance.random() < 0.5 else (end - size) // alignment * alignment
         if size == 0:
             return torch.empty(list(shape), dtype=dtype)
-        ctypes.memset(address, self._chance.randrange(256), size)
+        # All of the pages: what lies beside the tensor is no zero that could be read without a trace.
+        ctypes.memset(start, self._chance.randrange(1, 256), end - start)
         raw = (ctypes.c_char * size).from_address(address)
         return torch.frombuffer(raw, dtype=dtype).reshape(list(shape))
 
@@ -190,7 +191,7 @@ class CudaOnHost:
 
     def min_max(self, x: Tensor, per_token: bool) -> tuple[Tensor, Tensor]:
         memory = self._memory()
-        rows = self._rows(memory.copy(x))
+        rows = self._rows(memory.copy(x, self.alignment))
         count = x.shape[:-1].numel() if per_token else 1
         lo, hi = (memory.place([count], torch.float32) for _ in range(2))
         if per_token:
@@ -214,7 +215,7 @@ class CudaOnHost:
 
     def quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         memory = self._memory()
-        rows = self._rows(memory.copy(x))
+        rows = self._rows(memory.copy(x, self.alignment))
         per_row = ctypes.c_bool(scale.numel() == x.shape[:-1].numel())
         scale, zero_point = memory.copy(scale), memory.copy(zero_point)
         q = memory.place(x.shape, torch.int8)
@@ -226,7 +227,7 @@ class CudaOnHost:
     def rotate(self, x: Tensor, block: int) -> Tensor:
         memory = self._memory()
         out = memory.place(x.shape, torch.float32, 16)
-        self._call("rotate", *self._rows(memory.copy(x)), ctypes.c_int(block), _pointer(out))
+        self._call("rotate", *self._rows(memory.copy(x, self.alignment)), ctypes.c_int(block), _pointer(out))
         result = out.clone()
         memory.free()
         return result

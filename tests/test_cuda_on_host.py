@@ -19,12 +19,22 @@ from dynquant.config import EPILOGUES, Config
 from dynquant.config import rotation_block as largest_block
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SMALL_DP4A = [("small_dp4a", (rows, 16)) for rows in (1, 4)]
-SMALL_MMA = [("small_mma", (8, 16)), ("small_mma", (16, 32))]
+SMALL = [("small", (rows, 16)) for rows in (8, 16, 32)]
 MMA = [("mma", (64, 64)), ("mma", (128, 128))]
-WGMMA = [("wgmma", (128, columns)) for columns in (64, 128, 256)]
-# A warp holds rows up to 1024, blocks of 128, 256, 512 and 1024 threads up to 2048, 4096, 8192 and 16384; then chunks.
-ROW_SHAPES = [(5, 1), (11, 3), (9, 64), (3, 1000), (10, 1024), (3, 1025), (2, 4090), (2, 4097), (2, 8193), (1, 17000)]
+WGMMA = [("wgmma", (128, columns)) for columns in (32, 64, 128, 256)]
+# Groups of 32, 64 ... 512 threads hold rows up to 1024, 2048 ... 16384; longer ones are read twice.
+ROW_SHAPES = [
+    (5, 1),
+    (11, 3),
+    (9, 64),
+    (3, 1000),
+    (10, 1024),
+    (3, 1025),
+    (2, 4090),
+    (2, 4097),
+    (2, 8193),
+    (1, 17000),
+]
 PRODUCT_SHAPES = [(1, 1, 16), (3, 5, 7), (17, 33, 20), (40, 70, 144), (70, 130, 273), (9, 20, 0)]
 LINEAR_SHAPES = [(1, 3, 3), (4, 70, 129), (13, 40, 256), (50, 66, 100)]
 
@@ -62,7 +72,8 @@ def exact_product(q: Tensor, weight: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [*ROW_SHAPES, (0, 5), (4, 0)])
 def test_ranges_qparams_quantize(host: CudaOnHost, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    for make, per_token in itertools.product((torch.randn, awkward_rows), (True, False)):
+    cases = itertools.product((torch.randn, awkward_rows), (True, False), (1, 16))
+    for make, per_token, host.alignment in cases:
         x = torch.randn(shape).to(dtype) if make is torch.randn or 0 in shape else awkward_rows(*shape, dtype)
         lo, hi = host.min_max(x, per_token)
         for actual, expected in zip((lo, hi), reference.min_max(x, per_token), strict=True):
@@ -94,7 +105,7 @@ def test_quantize_with_qparams_that_do_not_fit(host: CudaOnHost, dtype: torch.dt
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block", [1, 2, 4, 8, 16, 32, 64, 128])
 def test_rotate(host: CudaOnHost, block: int, dtype: torch.dtype) -> None:
-    for m, blocks in ((1, 1), (3, 5), (7, 33)):
+    for (m, blocks), host.alignment in itertools.product(((1, 1), (3, 5), (7, 33)), (1, 16)):
         x = torch.randn(m, block * blocks).to(dtype)
         assert_same_bits(host.rotate(x, block), reference.rotate(x, block))
 
@@ -102,7 +113,7 @@ def test_rotate(host: CudaOnHost, block: int, dtype: torch.dtype) -> None:
 # ---- products ----
 
 
-@pytest.mark.parametrize(("kernel", "tile"), [*SMALL_DP4A, *SMALL_MMA, *MMA, *WGMMA])
+@pytest.mark.parametrize(("kernel", "tile"), [*SMALL, *MMA, *WGMMA])
 @pytest.mark.parametrize("shape", PRODUCT_SHAPES)
 def test_accumulators(
     host: CudaOnHost, kernel: str, tile: tuple[int, int], shape: tuple[int, int, int]
@@ -111,17 +122,15 @@ def test_accumulators(
     if kernel == "wgmma":
         k = max(k, 1)  # the plan sees to that
     q, weight = random_int8(m, k), random_int8(n, k)
-    if kernel == "small_dp4a":
-        q = q[: 2 * tile[0] + 1]
     expected = exact_product(q, weight)
     for parts, host.alignment in itertools.product((1,) if kernel == "wgmma" else (1, 3), (1, 16)):
         assert_same_bits(host.gemm(kernel, tile, parts, q, weight), expected, f"{parts} parts")
 
 
-@pytest.mark.parametrize(("kernel", "tile"), [*SMALL_DP4A, *SMALL_MMA, *MMA, *WGMMA])
+@pytest.mark.parametrize(("kernel", "tile"), [*SMALL, *MMA, *WGMMA])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_outputs(host: CudaOnHost, kernel: str, tile: tuple[int, int], dtype: torch.dtype) -> None:
-    """With rows of the output at multiples of 16 bytes and elsewhere, which wgmma writes by different code."""
+    """Rows of the output at multiples of 16 bytes and elsewhere: wgmma writes them by different code."""
     m = 2 * tile[0] + 1 if kernel.startswith("small") else 150
     for n, epilogue, host.alignment in itertools.product((72, 264, 37), ("none", "relu", "gelu"), (1, 16)):
         q, weight = random_int8(m, 48), random_int8(n, 48)
@@ -137,10 +146,10 @@ def test_outputs(host: CudaOnHost, kernel: str, tile: tuple[int, int], dtype: to
         assert_same_bits(actual, expected, f"N = {n}, {epilogue}, aligned to {host.alignment}")
 
 
-@pytest.mark.parametrize("columns", [64, 128, 256])
-@pytest.mark.parametrize("rows", [500, 300])
+@pytest.mark.parametrize("columns", [32, 64, 128, 256])
+@pytest.mark.parametrize("rows", [500, 300, 70, 17])
 def test_wgmma_takes_several_tiles_and_wraps_its_ring(host: CudaOnHost, rows: int, columns: int) -> None:
-    """Pairs of tiles along M, and where M has an odd number of tiles, along N."""
+    """Pairs of tiles along M, and where M has an odd number of tiles, along N; few rows are copied alone."""
     q, weight = random_int8(rows, 1152), random_int8(3 * columns + 8, 1152)
     assert_same_bits(host.gemm("wgmma", (128, columns), 1, q, weight), exact_product(q, weight))
 
@@ -148,7 +157,7 @@ def test_wgmma_takes_several_tiles_and_wraps_its_ring(host: CudaOnHost, rows: in
 @pytest.mark.parametrize("value", [-128, 127])
 def test_accumulators_of_extremes(host: CudaOnHost, value: int) -> None:
     q, weight = torch.full((33, 512), -128, dtype=torch.int8), torch.full((40, 512), value, dtype=torch.int8)
-    for kernel, tile in (SMALL_DP4A[1], SMALL_MMA[1], MMA[0], WGMMA[0]):
+    for kernel, tile in (SMALL[1], MMA[0], WGMMA[0]):
         assert_same_bits(host.gemm(kernel, tile, 1, q, weight), exact_product(q, weight), kernel)
 
 
@@ -198,13 +207,14 @@ def test_linear(host: CudaOnHost, capability: int, activations: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 2, 3, 4])
 def test_a_few_rows_take_one_launch(host: CudaOnHost, rows: int, dtype: torch.dtype) -> None:
-    """Rows of x that start at multiples of 16 bytes; 4096 elements of one are held in registers."""
+    """Rows of x that start at multiples of 16 bytes, held in registers up to 2048 or 4096 elements."""
     host.alignment = 16
-    for k, activations in itertools.product((16, 1008, 4112), ("per_token", "per_tensor")):
+    for k, activations in itertools.product((16, 1008, 2048, 4096), ("per_token", "per_tensor")):
         for rotation_block, static in itertools.product((0, largest_block(k)), (False, True)):
             config = Config(activations=activations, rotation_block=rotation_block, epilogue="silu")
             check_linear(host, torch.randn(rows, k).to(dtype), 21, config, static=static)
-            assert host.launches == 1
+            held = 4096 if rows == 1 else 1024 if rotation_block else 2048
+            assert (host.launches == 1) == (k <= held)
     x = awkward_rows(rows + 12, 64, dtype)
     for start in range(0, 12, rows):
         for config in (Config(), Config(activations="per_tensor")):
@@ -308,10 +318,12 @@ def test_every_plan_can_run(host: CudaOnHost, capability: int) -> None:
 
 def test_plans_for_a_card_with_132_multiprocessors(host: CudaOnHost) -> None:
     host.set_device(90, 132)
-    assert host.plan(1, 4096, 4096)[:4] == ("small_dp4a", 1, 16, 1)
-    assert host.plan(8, 4096, 4096)[:4] == ("small_mma", 8, 16, 1)
-    assert host.plan(16, 14336, 4096)[:4] == ("small_mma", 16, 32, 1)
-    assert host.plan(64, 4096, 4096)[:3] == ("mma", 64, 64)
+    assert host.plan(1, 4096, 4096)[:4] == ("small", 8, 16, 1)
+    assert host.plan(8, 4096, 4096)[:4] == ("small", 8, 16, 1)
+    assert host.plan(16, 4096, 4096)[:4] == ("small", 16, 16, 1)
+    assert host.plan(16, 14336, 4096)[:3] == ("wgmma", 128, 128)
+    assert host.plan(17, 4096, 4096)[:4] == ("small", 32, 16, 1)
+    assert host.plan(64, 4096, 4096)[:3] == ("wgmma", 128, 32)
     assert host.plan(256, 4096, 4096)[:3] == ("wgmma", 128, 64)
     assert host.plan(512, 4096, 4096)[:3] == ("wgmma", 128, 128)
     assert host.plan(4096, 4096, 4096)[:3] == ("wgmma", 128, 256)
@@ -370,18 +382,18 @@ def test_only_calls_that_a_graph_capture_allows() -> None:
 
 PLANTED = {
     "mma reads a stage that has not arrived": (
-        "gemm_mma_sm80.cu",
+        "gemm_mma.cu",
         "__syncthreads();  // the stage has arrived",
         "// the stage has arrived",
     ),
     "mma waits for one group of copies too few": (
-        "gemm_mma_sm80.cu",
+        "gemm_mma.cu",
         "copy_async_wait<kStages - 2>",
         "copy_async_wait<kStages - 1>",
     ),
-    "mma does not wait for the quantized rows": ("gemm_mma_sm80.cu", "ptx::wait_for_previous_kernel();", ""),
+    "mma does not wait for the quantized rows": ("gemm_mma.cu", "ptx::wait_for_previous_kernel();", ""),
     "small does not wait for the columns": (
-        "gemm_small_m.cuh",
+        "gemm_small.cuh",
         "ptx::copy_async_wait<0>();\n  __syncthreads();  // all warps",
         "__syncthreads();  // all warps",
     ),
@@ -396,12 +408,12 @@ PLANTED = {
         "// q is there",
     ),
     "mma overwrites stages with sums too early": (
-        "gemm_mma_sm80.cu",
+        "gemm_mma.cu",
         "ptx::copy_async_wait<0>();\n  __syncthreads();",
         "ptx::copy_async_wait<0>();",
     ),
     "small adds up sums that are not there": (
-        "gemm_small_m.cuh",
+        "gemm_small.cuh",
         "__syncthreads();  // all warps have stored",
         "// all warps have stored",
     ),
@@ -452,7 +464,9 @@ def exercise_once(host: CudaOnHost, file: str) -> None:
         for actual, expected in zip(host.min_max(x, True), reference.min_max(x, True), strict=True):
             assert_same_bits(actual, expected)
         return
-    kernel, tile = WGMMA[0] if "wgmma" in file else MMA[0] if "mma" in file else SMALL_MMA[0]
+    kernel, tile = WGMMA[2] if "wgmma" in file else MMA[0] if "mma" in file else SMALL[0]
+    if kernel == "mma":
+        host.set_device(100, 2)  # kernels overlap, and there is no wgmma
     q, weight = random_int8(70, 1152), random_int8(140, 1152)
     for parts, host.alignment in itertools.product((1,) if kernel == "wgmma" else (1, 2), (1, 16)):
         assert_same_bits(host.gemm(kernel, tile, parts, q, weight), exact_product(q, weight), kernel)

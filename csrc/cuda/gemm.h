@@ -36,10 +36,8 @@ struct PartialSums {
   int32_t* sums;      // [parts, m, n]
 };
 
-cudaError_t gemm_small_dp4a(const Gemm& args, const GemmPlan& plan, const PartialSums& partial, bool overlap,
-                            cudaStream_t stream);
-cudaError_t gemm_small_mma(const Gemm& args, const GemmPlan& plan, const PartialSums& partial, bool overlap,
-                           cudaStream_t stream);
+cudaError_t gemm_small(const Gemm& args, const GemmPlan& plan, const PartialSums& partial, bool overlap,
+                       cudaStream_t stream);
 cudaError_t gemm_mma(const Gemm& args, const GemmPlan& plan, const PartialSums& partial, bool overlap,
                      cudaStream_t stream);
 cudaError_t gemm_wgmma(const Gemm& args, const GemmPlan& plan, const Device& device, bool overlap,

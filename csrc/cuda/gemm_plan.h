@@ -27,10 +27,9 @@ struct GemmShape {
 };
 
 enum class GemmKernel : int {
-  kSmallDp4a,  // up to 4 rows of q a block, dot products by dp4a
-  kSmallMma,   // up to 16 rows of q a block, products by mma.sync
-  kMma,        // tiles by mma.sync, cp.async pipeline
-  kWgmma,      // tiles by wgmma, TMA pipeline: 9.0 exactly, k in one part
+  kSmall,  // few rows of q, the weight straight into registers, products by mma.sync
+  kMma,    // tiles by mma.sync, cp.async pipeline
+  kWgmma,  // tiles by wgmma, TMA pipeline: 9.0 exactly, k in one part
 };
 
 // Tiles of tile_m x tile_n outputs; of each, `parts` blocks sum up k_of_part of k, and the last one to finish adds
@@ -56,12 +55,7 @@ constexpr GemmPlan with_parts(GemmPlan plan, int64_t k, int64_t parts) {
 }
 
 constexpr GemmPlan plan_small(const GemmShape& shape, const Device& device) {
-  GemmPlan plan = {};
-  const bool mma = shape.m > 4;
-  plan.kernel = mma ? GemmKernel::kSmallMma : GemmKernel::kSmallDp4a;
-  plan.tile_m = shape.m <= 1 ? 1 : shape.m <= 4 ? 4 : shape.m <= 8 ? 8 : 16;
-  // 16 rows of q cost as much as 16 rows of weights: read them for 32.
-  plan.tile_n = mma && plan.tile_m == 16 ? 32 : 16;
+  GemmPlan plan = {GemmKernel::kSmall, shape.m <= 8 ? 8 : shape.m <= 16 ? 16 : 32, 16, 1, 0};
   // A few blocks alone cannot keep the memory busy, if each has much to read.
   const int64_t tiles = plan.tiles(shape);
   const bool few = 2 * tiles < device.multiprocessors;
@@ -86,24 +80,49 @@ constexpr bool wgmma_can(const GemmShape& shape, const Device& device) {
 // The two tiles of a cluster of wgmma lie along m and share the weight, or, where that would leave the last of an odd
 // number of them empty, along n and share q.
 constexpr bool wgmma_pairs_along_m(const GemmPlan& plan, const GemmShape& shape) {
-  return plan.tiles_m(shape) % kWgmmaCluster == 0 || plan.tiles_n(shape) % kWgmmaCluster != 0;
+  const int64_t m = plan.tiles_m(shape), n = plan.tiles_n(shape);
+  return m > 1 && (m % kWgmmaCluster == 0 || n % kWgmmaCluster != 0);
 }
 
 constexpr int64_t wgmma_pairs(const GemmPlan& plan, const GemmShape& shape) {
   const int64_t m = plan.tiles_m(shape), n = plan.tiles_n(shape);
-  return wgmma_pairs_along_m(plan, shape) ? (m + 1) / kWgmmaCluster * n : m * ((n + 1) / kWgmmaCluster);
+  constexpr int64_t more = kWgmmaCluster - 1;
+  return wgmma_pairs_along_m(plan, shape) ? (m + more) / kWgmmaCluster * n : m * ((n + more) / kWgmmaCluster);
+}
+
+// What a product takes, in units of 2.7 ns: fitted to whole forwards at K = 4096 on an H200. A wave of wgmma's tiles
+// takes as long as 37 columns and its own; one of tiles by mma.sync as long as 245 columns.
+constexpr int64_t cost(const GemmPlan& plan, const GemmShape& shape, const Device& device) {
+  const int64_t steps = (plan.k_of_part + 127) / 128;
+  if (plan.kernel == GemmKernel::kWgmma) {
+    const int64_t clusters = std::max(device.multiprocessors / kWgmmaCluster, 1);
+    return (wgmma_pairs(plan, shape) + clusters - 1) / clusters * (37 + plan.tile_n) * steps;
+  }
+  const int64_t waves =
+      (plan.tiles(shape) * plan.parts + device.multiprocessors - 1) / device.multiprocessors;
+  return waves * 245 * steps + (plan.parts > 1 ? 1500 : 0);
+}
+
+constexpr GemmPlan plan_wgmma(const GemmShape& shape, const Device& device) {
+  GemmPlan best = {};
+  for (int tile_n : {256, 128, 64, 32}) {
+    const GemmPlan plan = with_parts({GemmKernel::kWgmma, kWgmmaTileM, tile_n, 1, 0}, shape.k, 1);
+    if (best.tile_n == 0 || cost(plan, shape, device) < cost(best, shape, device)) best = plan;
+  }
+  return best;
 }
 
 constexpr GemmPlan plan_gemm(const GemmShape& shape, const Device& device) {
-  if (shape.m <= 16) return plan_small(shape, device);
-  if (wgmma_can(shape, device) && shape.m > kWgmmaTileM) {
-    // The widest tile that leaves few multiprocessors idle.
-    for (int tile_n : {256, 128, 64}) {
-      const GemmPlan plan = with_parts({GemmKernel::kWgmma, kWgmmaTileM, tile_n, 1, 0}, shape.k, 1);
-      if (8 * wgmma_pairs(plan, shape) >= 3 * device.multiprocessors) return plan;
-    }
+  const bool can = wgmma_can(shape, device);
+  if (shape.m <= 32) {
+    // From 9 rows on wgmma is ahead where the blocks of the small kernel take turns.
+    const GemmPlan small = plan_small(shape, device);
+    if (shape.m <= 8 || !can || small.tiles(shape) <= 2 * device.multiprocessors) return small;
   }
-  return plan_mma(shape, device);
+  const GemmPlan mma = plan_mma(shape, device);
+  if (!can) return mma;
+  const GemmPlan wgmma = plan_wgmma(shape, device);
+  return cost(wgmma, shape, device) <= cost(mma, shape, device) ? wgmma : mma;
 }
 
 // Counters (one for each tile), then the parts' int32 sums [parts, m, n]; nothing for a single part.

@@ -20,6 +20,8 @@
 //
 // filled[s] ends a phase when this block's producer has announced the stage's bytes and all have arrived;
 // emptied[s] when each of the 16 consumer warps of both blocks has read the stage: both producers write into it.
+#include <algorithm>
+
 #include "epilogue.cuh"
 #include "launch.h"
 #include "shared_layout.h"
@@ -48,8 +50,8 @@ struct RowStore;
 constexpr int kSliceColumns = 32;  // AnyStore's accumulators, so many columns at a time, padded
 constexpr int kSliceRow = kSliceColumns + 8;
 constexpr int kSliceBytes = kWarpRows * kSliceRow * sizeof(int32_t);
-constexpr int kRowBytes = 128;  // RowStore's outputs of a row at a time
-static_assert(kWarpRows * kRowBytes <= kSliceBytes && kSliceBytes % 128 == 0);
+constexpr int kMaxRowBytes = 128;  // RowStore's outputs of a row at a time
+static_assert(kWarpRows * kMaxRowBytes <= kSliceBytes && kSliceBytes % 128 == 0);
 
 template <int kTileN>
 struct Shared {
@@ -84,7 +86,9 @@ struct Tiles {
   uint32_t rows;  // of tiles, or pairs of them
   uint32_t columns;
   bool pairs_along_m;
-  int steps;  // of kStepK
+  int steps;      // of kStepK
+  int q_rows;     // that a block copies: all of its tile's, or half of them where the pair shares them
+  int box_bytes;  // that arrive for a stage
 };
 
 // Where a warp's sums go.
@@ -165,7 +169,6 @@ template <DType kDType>
 struct RowStore {
   static constexpr bool kHalf = kDType == DType::kBFloat16 || kDType == DType::kFloat16;
   static constexpr int kElementBytes = kHalf ? 2 : 4;
-  static constexpr int kPieceColumns = kRowBytes / kElementBytes;
 
   template <int kTileN>
   static __device__ __forceinline__ void write(const Output& output, const WarpTile& tile,
@@ -179,42 +182,53 @@ struct RowStore {
   }
 
  private:
-  // Pieces of 128 bytes a row, all 16 rows at once: to shared memory in the layout of the sums, from there as rows,
-  // of which each store of the warp writes four. In shared memory the 16-byte chunk c of row r stands in the place
-  // c ^ swizzle(r), so that neither side meets a bank twice.
+  // Pieces of kRowBytes a row, all 16 rows at once: to shared memory in the layout of the sums, from there as rows. In
+  // shared memory the 16-byte chunk c of row r stands in the place c ^ swizzle(r), so that neither side meets a bank
+  // twice.
+  template <int kTileN>
+  struct Piece {
+    static constexpr int kRowBytes = std::min(kMaxRowBytes, kTileN* kElementBytes);
+    static constexpr int kColumns = kRowBytes / kElementBytes;
+    static constexpr int kCount = kTileN / kColumns;
+    static constexpr int kChunks = kRowBytes / 16;
+    static constexpr int kRowsAtOnce = 32 / kChunks;  // that one store of the warp writes
+
+    static __device__ __forceinline__ int place(int row, int chunk) {
+      const int swizzle = !kHalf ? row % 4 * 2 : kChunks == 8 ? row % 8 : row / 2 % 4;
+      return row * kRowBytes + (chunk ^ swizzle) * 16;
+    }
+  };
+
   template <bool kRelu, int kTileN>
   static __device__ __forceinline__ void write_pieces(const Output& output, const WarpTile& tile,
                                                       const ColumnQparams<kTileN>& of_tile,
                                                       const int32_t (&sums)[kTileN / 2]) {
-    constexpr int kPieces = kTileN * kElementBytes / kRowBytes;
-    const int lane = tile.lane;
-    const int chunk = lane % 8;
+    using Piece = Piece<kTileN>;
+    const int chunk = tile.lane % Piece::kChunks;
+    const int first_row = tile.lane / Piece::kChunks;
     char* const first = static_cast<char*>(output.data) +
-                        ((tile.m + lane / 8) * output.n + tile.n) * kElementBytes + chunk * 16;
-    const int64_t four_rows = 4 * output.n * kElementBytes;
+                        ((tile.m + first_row) * output.n + tile.n) * kElementBytes + chunk * 16;
+    const int64_t next_rows = Piece::kRowsAtOnce * output.n * kElementBytes;
 #pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece) {
+    for (int piece = 0; piece < Piece::kCount; ++piece) {
       if constexpr (kHalf) {
         halves_to_slice<kRelu>(tile, of_tile, sums, piece);
       } else {
         words_to_slice<kRelu>(tile, of_tile, sums, piece);
       }
       __syncwarp();
-      const bool inside = tile.n + piece * kPieceColumns + chunk * (16 / kElementBytes) < output.n;
+      const bool inside = tile.n + piece * Piece::kColumns + chunk * (16 / kElementBytes) < output.n;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = 4 * i + lane / 8;
-        const uint4 v =
-            *reinterpret_cast<const uint4*>(tile.slice + row * kRowBytes + (chunk ^ swizzle(row)) * 16);
+      for (int i = 0; i < kWarpRows / Piece::kRowsAtOnce; ++i) {
+        const int row = i * Piece::kRowsAtOnce + first_row;
+        const uint4 v = *reinterpret_cast<const uint4*>(tile.slice + Piece::place(row, chunk));
         if (inside && tile.m + row < output.m) {
-          ptx::store_16_bytes(first + i * four_rows + piece * kRowBytes, v.x, v.y, v.z, v.w);
+          ptx::store_16_bytes(first + i * next_rows + piece * Piece::kRowBytes, v.x, v.y, v.z, v.w);
         }
       }
       __syncwarp();  // the slice has been read
     }
   }
-
-  static __device__ __forceinline__ int swizzle(int row) { return kHalf ? row % 8 : row % 4 * 2; }
 
   static __device__ __forceinline__ uint32_t pair(float low, float high) {
     return kDType == DType::kBFloat16 ? ptx::bfloat16_pair(low, high) : ptx::half_pair(low, high);
@@ -225,13 +239,13 @@ struct RowStore {
   static __device__ __forceinline__ void halves_to_slice(const WarpTile& tile,
                                                          const ColumnQparams<kTileN>& of_tile,
                                                          const int32_t (&sums)[kTileN / 2], int piece) {
-    const int row = tile.lane % 16;
+    constexpr int kGroups = Piece<kTileN>::kColumns / 8;
 #pragma unroll
-    for (int j = 0; j < 8; j += 2) {
+    for (int j = 0; j < kGroups; j += 2) {
       uint32_t words[4];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int group = piece * 8 + j + i;
+        const int group = piece * kGroups + j + i;
         const int32_t* const c = sums + 4 * group;
         const TwoColumns columns = two_columns(of_tile, 8 * group + tile.lane % 4 * 2);
 #pragma unroll
@@ -240,8 +254,8 @@ struct RowStore {
                                       dequantized<kRelu>(c[2 * below + 1], tile.rows[below], columns, 1));
         }
       }
-      const int chunk = (j + tile.lane / 16) ^ swizzle(row);
-      ptx::store_matrices(tile.slice + row * kRowBytes + chunk * 16, words[0], words[1], words[2], words[3]);
+      ptx::store_matrices(tile.slice + Piece<kTileN>::place(tile.lane % 16, j + tile.lane / 16), words[0],
+                          words[1], words[2], words[3]);
     }
   }
 
@@ -266,8 +280,7 @@ struct RowStore {
           words.x = __float_as_int(dequantized<kRelu>(words.x, tile.rows[below], columns, 0));
           words.y = __float_as_int(dequantized<kRelu>(words.y, tile.rows[below], columns, 1));
         }
-        *reinterpret_cast<int2*>(tile.slice + row * kRowBytes + (chunk ^ swizzle(row)) * 16 +
-                                 tile.lane % 2 * 8) = words;
+        *reinterpret_cast<int2*>(tile.slice + Piece<kTileN>::place(row, chunk) + tile.lane % 2 * 8) = words;
       }
     }
   }
@@ -306,41 +319,59 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     ptx::barrier_init_fence();
   }
+  if (threadIdx.x == kConsumers) {
+    ptx::prefetch_tensor_map(&q_map);
+    ptx::prefetch_tensor_map(&weight_map);
+  }
   ptx::cluster_sync();
-  ptx::wait_for_previous_kernel();
 
   if (warp >= kConsumerWarps) {
     ptx::give_registers<40>();
     if (threadIdx.x == kConsumers) {
-      ptx::prefetch_tensor_map(&q_map);
-      ptx::prefetch_tensor_map(&weight_map);
       constexpr uint16_t kBoth = (1 << kCluster) - 1;
-      const int half_of_q = tiles.pairs_along_m ? 0 : static_cast<int>(rank) * (kTileM / kCluster);
-      const int half_of_weight = tiles.pairs_along_m ? static_cast<int>(rank) * (kTileN / kCluster) : 0;
+      const int first_q = tiles.pairs_along_m ? 0 : static_cast<int>(rank) * tiles.q_rows;
+      const int first_weight = tiles.pairs_along_m ? static_cast<int>(rank) * (kTileN / kCluster) : 0;
+      const auto copy_weight = [&](int stage, const TileIndex& tile, int step) {
+        int8_t* const weight = shared + stage * Layout::kStage + Layout::kQ + first_weight * kStepK;
+        const int32_t n = static_cast<int32_t>(tile.n) * kTileN + first_weight;
+        ptx::barrier_arrive_expect(filled + stage, static_cast<uint32_t>(tiles.box_bytes));
+        if (tiles.pairs_along_m) {
+          ptx::copy_box_to_cluster(weight, &weight_map, step * kStepK, n, filled + stage, kBoth);
+        } else {
+          ptx::copy_box(weight, &weight_map, step * kStepK, n, filled + stage);
+        }
+      };
+      const auto copy_q = [&](int stage, const TileIndex& tile, int step) {
+        int8_t* const q = shared + stage * Layout::kStage + first_q * kStepK;
+        const int32_t m = static_cast<int32_t>(tile.m) * kTileM + first_q;
+        if (tiles.pairs_along_m) {
+          ptx::copy_box(q, &q_map, step * kStepK, m, filled + stage);
+        } else {
+          ptx::copy_box_to_cluster(q, &q_map, step * kStepK, m, filled + stage, kBoth);
+        }
+      };
+      // The weight never comes from the kernel before.
+      int early = tiles.steps < kStages ? tiles.steps : kStages;
+      for (int step = 0; step < early; ++step) copy_weight(step, tile_of(cluster), step);
+      ptx::wait_for_previous_kernel();
       Ring<kStages> ring;
       for (uint32_t index = cluster; index < total; index += clusters) {
         const TileIndex tile = tile_of(index);
-        const int32_t m = static_cast<int32_t>(tile.m) * kTileM + half_of_q;
-        const int32_t n = static_cast<int32_t>(tile.n) * kTileN + half_of_weight;
         for (int step = 0; step < tiles.steps; ++step) {
-          int8_t* const q = shared + ring.stage * Layout::kStage + half_of_q * kStepK;
-          int8_t* const weight = shared + ring.stage * Layout::kStage + Layout::kQ + half_of_weight * kStepK;
-          uint64_t* const barrier = filled + ring.stage;
-          ptx::barrier_wait(emptied + ring.stage, ring.parity ^ 1);
-          ptx::barrier_arrive_expect(barrier, Layout::kStage);
-          if (tiles.pairs_along_m) {
-            ptx::copy_box(q, &q_map, step * kStepK, m, barrier);
-            ptx::copy_box_to_cluster(weight, &weight_map, step * kStepK, n, barrier, kBoth);
+          if (early > 0) {
+            --early;
           } else {
-            ptx::copy_box_to_cluster(q, &q_map, step * kStepK, m, barrier, kBoth);
-            ptx::copy_box(weight, &weight_map, step * kStepK, n, barrier);
+            ptx::barrier_wait(emptied + ring.stage, ring.parity ^ 1);
+            copy_weight(ring.stage, tile, step);
           }
+          copy_q(ring.stage, tile, step);
           ring.advance();
         }
       }
     }
   } else {
     ptx::take_registers<232>();
+    ptx::wait_for_previous_kernel();
     const int warpgroup = warp / 4;
     auto* const columns = reinterpret_cast<ColumnQparams<kTileN>*>(shared + Layout::kColumns) + 2 * warpgroup;
     const auto release = [&](int stage) {
@@ -350,6 +381,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     int turn = 0;  // of the two places for columns: slower warps may still read the other
     for (uint32_t index = cluster; index < total; index += clusters) {
       const TileIndex tile = tile_of(index);
+      if (int64_t{tile.m} * kTileM + warpgroup * 64 >= output.m) {  // nothing but to let the stages go
+        for (int step = 0; step < tiles.steps; ++step) {
+          ptx::barrier_wait(filled + ring.stage, ring.parity);
+          __syncwarp();  // no lane may still wait for a stage that the first lanes give away
+          release(ring.stage);
+          ring.advance();
+        }
+        continue;
+      }
       WarpTile mine = {};
       mine.m = int64_t{tile.m} * kTileM + warp * kWarpRows;
       mine.n = int64_t{tile.n} * kTileN;
@@ -399,19 +439,23 @@ cudaError_t launch_wgmma(const Gemm& args, const GemmPlan& plan, const Device& d
                          cudaStream_t stream) {
   const GemmShape shape = {args.m, args.n, args.k};
   const bool along_m = wgmma_pairs_along_m(plan, shape);
-  const int rows_of_q = along_m ? kTileM : kTileM / kCluster;
-  const int rows_of_weight = along_m ? kTileN / kCluster : kTileN;
-  CUtensorMap q_map, weight_map;
-  cudaError_t error = encode_tensor_map(&q_map, args.q, args.m, args.k, args.row_bytes, rows_of_q);
-  if (error == cudaSuccess) {
-    error = encode_tensor_map(&weight_map, args.weight, args.n, args.k, args.row_bytes, rows_of_weight);
-  }
-  if (error != cudaSuccess) return error;
   Tiles tiles = {};
   tiles.rows = static_cast<uint32_t>(ceil_div(plan.tiles_m(shape), along_m ? kCluster : 1));
   tiles.columns = static_cast<uint32_t>(ceil_div(plan.tiles_n(shape), along_m ? 1 : kCluster));
   tiles.pairs_along_m = along_m;
   tiles.steps = static_cast<int>(ceil_div(args.k, kStepK));
+  // Of few rows no more than there are, by the 8 rows in which the swizzle repeats: rows outside the matrix are slow to
+  // copy. What a stage then holds below them goes into sums that are not written.
+  const int64_t rows_of_tile = std::min<int64_t>(args.m, kTileM);
+  tiles.q_rows = static_cast<int>(round_up(ceil_div(rows_of_tile, along_m ? 1 : kCluster), 8));
+  tiles.box_bytes = (tiles.q_rows * (along_m ? 1 : kCluster) + kTileN) * kStepK;
+  const int rows_of_weight = along_m ? kTileN / kCluster : kTileN;
+  CUtensorMap q_map, weight_map;
+  cudaError_t error = encode_tensor_map(&q_map, args.q, args.m, args.k, args.row_bytes, tiles.q_rows);
+  if (error == cudaSuccess) {
+    error = encode_tensor_map(&weight_map, args.weight, args.n, args.k, args.row_bytes, rows_of_weight);
+  }
+  if (error != cudaSuccess) return error;
   const int64_t clusters =
       std::min<int64_t>(int64_t{tiles.rows} * tiles.columns, device.multiprocessors / kCluster);
   Launch how{dim3(static_cast<unsigned>(clusters * kCluster)), kThreads, Shared<kTileN>::kBytes};
@@ -449,7 +493,8 @@ cudaError_t gemm_wgmma(const Gemm& args, const GemmPlan& plan, const Device& dev
                        cudaStream_t stream) {
   if (plan.tile_n == 256) return with_store<256>(args, plan, device, overlap, stream);
   if (plan.tile_n == 128) return with_store<128>(args, plan, device, overlap, stream);
-  return with_store<64>(args, plan, device, overlap, stream);
+  if (plan.tile_n == 64) return with_store<64>(args, plan, device, overlap, stream);
+  return with_store<32>(args, plan, device, overlap, stream);
 }
 
 }  // namespace dynquant::cuda

@@ -86,7 +86,7 @@ cudaError_t quantize_x(const Linear& args, const LinearPlan& plan, const LinearW
     if (error != cudaSuccess) return error;
     rows.ranges = pieces.ranges;
   }
-  return quantize_rows(rows, device, kernels_overlap(device) && rows.range_count > 0, stream);
+  return quantize_rows(rows, device, kernels_overlap(device), stream);
 }
 
 }  // namespace
@@ -100,8 +100,7 @@ cudaError_t gemm(const Gemm& args, const GemmPlan& plan, const Device& device, v
     partial.sums = reinterpret_cast<int32_t*>(static_cast<char*>(workspace) + counter_bytes(plan, shape));
   }
   switch (plan.kernel) {
-    case GemmKernel::kSmallDp4a: return gemm_small_dp4a(args, plan, partial, overlap, stream);
-    case GemmKernel::kSmallMma: return gemm_small_mma(args, plan, partial, overlap, stream);
+    case GemmKernel::kSmall: return gemm_small(args, plan, partial, overlap, stream);
     case GemmKernel::kMma: return gemm_mma(args, plan, partial, overlap, stream);
     default: return gemm_wgmma(args, plan, device, overlap, stream);
   }
@@ -110,7 +109,7 @@ cudaError_t gemm(const Gemm& args, const GemmPlan& plan, const Device& device, v
 LinearPlan plan_linear(const Linear& args, const Device& device) {
   LinearPlan plan = {};
   plan.gemm = plan_gemm(shape_of(args), device);
-  plan.fused = linear_small_can(args, plan.gemm);
+  plan.fused = linear_small_can(args, plan.gemm, device);
   if (!plan.fused) {
     Carver carver(nullptr);
     carve(args, plan.gemm, carver);
@@ -132,7 +131,7 @@ cudaError_t linear(const Linear& args, const LinearPlan& plan, const Device& dev
   output.weight_sum = args.weight_sum;
   output.bias = args.bias;
   output.function = args.config.epilogue;
-  if (plan.fused) return linear_small(args, output, stream);
+  if (plan.fused) return linear_small(args, output, kernels_overlap(device), stream);
 
   Carver carver(workspace);
   const LinearWorkspace pieces = carve(args, plan.gemm, carver);

@@ -1,7 +1,6 @@
 // A whole forward of up to 4 rows in one kernel. Every block quantizes x into its own shared memory, while its first
-// weights are on their way: x is a few kilobytes that L2 holds, and a second launch would cost more than reading them
-// once a block.
-#include "gemm_small_m.cuh"
+// weights are on their way: x is a few kilobytes that L2 holds.
+#include "gemm_small.cuh"
 #include "linear_small.h"
 #include "row_chunk.cuh"
 
@@ -17,91 +16,79 @@ struct Args {
   const int32_t* given_zero_point;
 };
 
-template <class Dot>
+using Dot = Mma<8>;
+
+template <int kRows, bool kRotated>
+constexpr int64_t kLongestRow = linear_small_k(kRows, kRotated);
+
+template <int kRows>
 struct Shared {
   SmallShared<Dot> tile;
-  Range ranges[kSmallWarps][Dot::kTileM];
-  float scale[Dot::kTileM];
-  int32_t zero_point[Dot::kTileM];
-  alignas(16) int8_t q[16];  // [x.m, row_bytes]; the launch gives the rest
+  Range ranges[kSmallWarps];
+  float scale[kRows];
+  int32_t zero_point[kRows];
+  alignas(16) int8_t q[16];  // [x.m, q_stride]; the launch gives the rest
 
   static size_t bytes(int64_t m, int64_t row_bytes) {
-    return sizeof(Shared) + static_cast<size_t>(m * row_bytes);
+    return sizeof(Shared) + static_cast<size_t>(m * q_stride(row_bytes));
+  }
+
+  // 64 bytes more than a multiple of 128, so that neighbouring rows lie in different banks.
+  static __host__ __device__ int64_t q_stride(int64_t row_bytes) {
+    return (row_bytes + 127) / 128 * 128 + 64;
   }
 };
 
-template <class T, class Dot>
-__device__ __forceinline__ void quantize_x(const Args& a, Shared<Dot>& shared) {
-  using Part = Chunk<T, kSmallThreads>;
-  constexpr int kRows = Dot::kTileM;
+// kRows groups of threads hold a row each, so that all rows wait for memory at once.
+template <class T, int kRows, bool kRotated>
+__device__ __forceinline__ void quantize_x(const Args& a, Shared<kRows>& shared) {
+  constexpr int kThreads = kSmallThreads / kRows;
+  constexpr int kWarps = kThreads / kWarp;
+  constexpr int kOfThread = kRows == 1 || kRotated ? 16 : 32;
+  using Part = Chunk<T, kThreads, kOfThread, kRotated>;
+  static_assert(Part::kElements == kLongestRow<kRows, kRotated>);
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
-  const int64_t k = a.x.k;
-  const int rows = static_cast<int>(a.x.m);
-  const auto row_of_x = [&](int row) { return static_cast<const T*>(a.x.data) + row * k; };
+  const int row = threadIdx.x / kThreads;
+  const bool inside = row < a.x.m;
+  const int k = inside ? static_cast<int>(a.x.k) : 0;
+  const T* const x = static_cast<const T*>(a.x.data) + (inside ? row : 0) * a.x.k;
 
   Part part;
-  Range range[kRows] = {};
-  for (int64_t start = 0; start < k; start += Part::kElements) {
-#pragma unroll
-    for (int row = 0; row < kRows; ++row) {  // the last row again instead of those that are not there
-      part.load_aligned(row_of_x(row < rows ? row : rows - 1), start, k, a.rotation_block);
-      part.widen_range(range[row]);
-    }
-  }
-#pragma unroll
-  for (int row = 0; row < kRows; ++row) {
-    range[row] = widen_across_lanes<kWarp>(range[row]);
-    if (lane == 0) shared.ranges[warp][row] = range[row];
-  }
+  Range range = {0.0f, 0.0f};
+  part.load(x, k, true, a.rotation_block);
+  part.widen_range(range);
+  range = widen_across_lanes<kWarp>(range);
+  if (lane == 0) shared.ranges[warp] = range;
   __syncthreads();  // the ranges of all warps are there
-  Range of_tensor = {0.0f, 0.0f};
-#pragma unroll
-  for (int row = 0; row < kRows; ++row) {
-    range[row] = widen_across_lanes<kSmallWarps>(shared.ranges[lane % kSmallWarps][row]);
-    widen(of_tensor, range[row]);
-  }
+  range = a.per_tensor ? widen_across_lanes<kSmallWarps>(shared.ranges[lane % kSmallWarps])
+                       : widen_across_lanes<kWarps>(shared.ranges[row * kWarps + lane % kWarps]);
 
-#pragma unroll
-  for (int row = 0; row < kRows; ++row) {
-    // Chosen number by number: a choice between two structs would put both into local memory.
-    const Range chosen = {a.per_tensor ? of_tensor.lo : range[row].lo,
-                          a.per_tensor ? of_tensor.hi : range[row].hi};
-    Qparams qparams = choose(chosen);
-    if (a.given_scale != nullptr) {
-      qparams = is_finite(range[row]) ? Qparams{*a.given_scale, *a.given_zero_point} : no_qparams();
-    }
-    if (threadIdx.x == row) {
-      shared.scale[row] = qparams.scale;
-      shared.zero_point[row] = qparams.zero_point;
-    }
-    const float inverse_scale = 1.0f / qparams.scale;
-#pragma unroll 1
-    for (int64_t start = 0; row < rows && start < a.product.row_bytes; start += Part::kElements) {
-      const bool in_registers = kRows == 1 && k <= Part::kElements;
-      if (!in_registers) part.load_aligned(row_of_x(row), start, k, a.rotation_block);
-#pragma unroll
-      for (int i = 0; i < Part::kVectors; ++i) {
-        store_vector(part.v[i], qparams, inverse_scale, shared.q + row * a.product.row_bytes,
-                     Part::first_of(start, i), k, a.product.row_bytes, true);
-      }
-    }
+  const bool given = a.given_scale != nullptr;
+  Qparams qparams = choose(range);
+  if (given) qparams = is_finite(range) ? Qparams{*a.given_scale, *a.given_zero_point} : no_qparams();
+  if (inside && threadIdx.x % kThreads == 0) {
+    shared.scale[row] = qparams.scale;
+    shared.zero_point[row] = qparams.zero_point;
   }
+  const Quantizer by = quantizer_of(qparams, !given);
+  int8_t* const q = shared.q + row * shared.q_stride(a.product.row_bytes);
+  if (inside) store_chunk(part, by, q, k, static_cast<int>(a.product.row_bytes), true);
   __syncthreads();  // q is there
 }
 
-template <class T, class Dot>
-__global__ void __launch_bounds__(kSmallThreads, Dot::kResident)
-    linear_small_kernel(const __grid_constant__ Args a) {
-  auto& shared = *ptx::dynamic_shared<Shared<Dot>>();
+template <class T, int kRows, bool kRotated>
+__global__ void __launch_bounds__(kSmallThreads, 2) linear_small_kernel(const __grid_constant__ Args a) {
+  // Before anything is read: weights may come from the kernel before this one.
+  ptx::wait_for_previous_kernel();
+  auto& shared = *ptx::dynamic_shared<Shared<kRows>>();
   const int64_t n = blockIdx.x * int64_t{Dot::kTileN};
-  const int row_bytes = static_cast<int>(a.product.row_bytes);
   const int last_row = static_cast<int>(a.x.m) - 1;
+  const int row = min(Dot::q_row(0, threadIdx.x % 32), last_row);
+  const int8_t* const q = shared.q + row * shared.q_stride(a.product.row_bytes);
   sum_small_tile<Dot>(
-      a.product, n, 0, a.product.k, shared.tile, [&] { quantize_x<T>(a, shared); },
-      [&](int i, int k) {
-        return *reinterpret_cast<const uint4*>(shared.q + (i < last_row ? i : last_row) * row_bytes + k);
-      });
+      a.product, n, 0, a.product.k, shared.tile, [&] { quantize_x<T, kRows, kRotated>(a, shared); },
+      [&](int, int k) { return *reinterpret_cast<const uint4*>(q + k); });
   Output output = a.product.output;
   output.scale = shared.scale;
   output.zero_point = shared.zero_point;
@@ -111,18 +98,21 @@ __global__ void __launch_bounds__(kSmallThreads, Dot::kResident)
       [&](int row, int group, int32_t (&values)[kGroup]) { shared.tile.load(row, group, values); });
 }
 
-template <class Dot>
-cudaError_t launch_linear_small(const Args& args, cudaStream_t stream) {
-  const Launch how{dim3(static_cast<unsigned>(ceil_div(args.product.n, Dot::kTileN))), kSmallThreads,
-                   Shared<Dot>::bytes(args.x.m, args.product.row_bytes)};
+template <int kRows>
+cudaError_t launch_linear_small(const Args& args, bool overlap, cudaStream_t stream) {
+  Launch how{dim3(static_cast<unsigned>(ceil_div(args.product.n, Dot::kTileN))), kSmallThreads,
+             Shared<kRows>::bytes(args.x.m, args.product.row_bytes)};
+  how.overlap = overlap;
   return with_element_type(args.x.dtype, [&](auto element) {
-    return launch<linear_small_kernel<decltype(element), Dot>>(how, stream, args);
+    using T = decltype(element);
+    if (args.rotation_block > 1) return launch<linear_small_kernel<T, kRows, true>>(how, stream, args);
+    return launch<linear_small_kernel<T, kRows, false>>(how, stream, args);
   });
 }
 
 }  // namespace
 
-cudaError_t linear_small(const Linear& args, const Output& output, cudaStream_t stream) {
+cudaError_t linear_small(const Linear& args, const Output& output, bool overlap, cudaStream_t stream) {
   Args a = {};
   a.product.weight = args.weight;
   a.product.row_bytes = padded_k(args.x.k);
@@ -132,10 +122,11 @@ cudaError_t linear_small(const Linear& args, const Output& output, cudaStream_t 
   a.product.output = output;
   a.x = args.x;
   a.rotation_block = args.config.rotation_block;
-  a.per_tensor = args.config.per_tensor;
+  a.per_tensor = args.config.per_tensor && args.scale == nullptr;
   a.given_scale = args.scale;
   a.given_zero_point = args.zero_point;
-  return args.x.m == 1 ? launch_linear_small<Dp4a<1>>(a, stream) : launch_linear_small<Dp4a<4>>(a, stream);
+  return args.x.m == 1 ? launch_linear_small<1>(a, overlap, stream)
+                       : launch_linear_small<4>(a, overlap, stream);
 }
 
 }  // namespace dynquant::cuda

@@ -80,6 +80,44 @@ __device__ __forceinline__ float max_nan(float a, float b) {
   return r;
 }
 
+// The same of two numbers at once, bfloat16 or half.
+__device__ __forceinline__ uint32_t min_nan_bfloat16_pair(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+
+__device__ __forceinline__ uint32_t max_nan_bfloat16_pair(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+
+__device__ __forceinline__ uint32_t min_nan_half_pair(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+
+__device__ __forceinline__ uint32_t max_nan_half_pair(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+
+// Four integers to int8, each the nearest that int8 has, the first in the lowest byte.
+__device__ __forceinline__ uint32_t saturated_bytes(int32_t a, int32_t b, int32_t c, int32_t d) {
+  uint32_t r;
+  asm("{\n"
+      ".reg .b32 upper;\n"
+      "cvt.pack.sat.s8.s32.b32 upper, %4, %3, 0;\n"
+      "cvt.pack.sat.s8.s32.b32 %0, %2, %1, upper;\n"
+      "}"
+      : "=r"(r)
+      : "r"(a), "r"(b), "r"(c), "r"(d));
+  return r;
+}
+
 __device__ __forceinline__ float float_from_half(uint16_t bits) {
   float r;
   asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(bits));
@@ -294,6 +332,20 @@ __device__ __forceinline__ void keep_registers(int32_t (&r)[kCount]) {
 //   c: 4*j + 0, 1 = row 16*w + lane/4, columns 8*j + 2*(lane%4), + 1      4*j + 2, 3 = the row 8 further down
 template <int kN>
 __device__ void wgmma_64xNx32(int32_t (&c)[kN / 2], uint64_t a, uint64_t b, bool accumulate);
+
+template <>
+__device__ __forceinline__ void wgmma_64xNx32<32>(int32_t (&c)[16], uint64_t a, uint64_t b, bool accumulate) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %18, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k32.s32.s8.s8 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+      "%16, %17, p;\n"
+      "}"
+      : DYNQUANT_OPERANDS_16(0)
+      : "l"(a), "l"(b), "r"(static_cast<int32_t>(accumulate)));
+}
 
 template <>
 __device__ __forceinline__ void wgmma_64xNx32<64>(int32_t (&c)[32], uint64_t a, uint64_t b, bool accumulate) {

@@ -11,25 +11,22 @@ namespace {
 
 // A warp shares its block with others; a larger group is a block.
 template <int kThreads>
-constexpr int kBlockSize = kThreads == kWarp ? 128 : kThreads;
-
-// Blocks that a multiprocessor shall hold at least: 64 registers a thread, up to 102 where a warp has a row for
-// itself (at 80 it spills for some architectures).
-template <int kThreads>
-constexpr int kResident = kThreads == kWarp ? 5 : 1024 / kThreads;
+constexpr int kBlockSize = kThreads < 128 ? 128 : kThreads;
 
 constexpr int kFlatThreads = 256;
+constexpr int kOfFlatThread = 16;
 
 // x as one long row; a rotation's blocks do not care, since they divide k.
-template <class T>
-__global__ void __launch_bounds__(kFlatThreads, kResident<kFlatThreads>)
+template <class T, bool kAny>
+__global__ void __launch_bounds__(kFlatThreads, kAny ? 4 : 6)
     range_kernel(const T* x, int64_t count, bool aligned, int block, Range* ranges) {
   ptx::let_next_kernel_start();
-  using Part = Chunk<T, kFlatThreads>;
+  using Part = Chunk<T, kFlatThreads, kOfFlatThread, kAny>;
   Range range = {0.0f, 0.0f};
-  for (int64_t start = blockIdx.x * Part::kElements; start < count; start += gridDim.x * Part::kElements) {
+  for (int64_t start = int64_t{blockIdx.x} * Part::kElements; start < count;
+       start += int64_t{gridDim.x} * Part::kElements) {
     Part part;
-    part.load(x, start, count, aligned, block);
+    part.load(x + start, within<Part>(count, start), aligned, block);
     part.widen_range(range);
   }
   range = widen_across_group<kFlatThreads>(range);
@@ -73,33 +70,87 @@ __global__ void __launch_bounds__(kFlatThreads)
 
 // ---- quantization ----
 
-template <class T, int kThreads>
-__global__ void __launch_bounds__(kBlockSize<kThreads>, kResident<kThreads>)
-    quantize_kernel(const QuantizeRows a, bool x_aligned, bool q_aligned) {
-  using Part = Chunk<T, kThreads>;
-  constexpr int kRows = kBlockSize<kThreads> / kThreads;
+// Both kernels below begin so. In this order: the kernel after this one reads weights before it waits, and only what
+// came before this one may have written them.
+__device__ __forceinline__ void start_quantization(const QuantizeRows& a) {
   ptx::wait_for_previous_kernel();
   ptx::let_next_kernel_start();
-
   if (blockIdx.x == 0) {
     for (int64_t i = threadIdx.x; i < a.counter_count; i += blockDim.x) {
       a.counters[i] = 0;
     }
   }
+}
+
+__device__ __forceinline__ Qparams qparams_of(const QuantizeRows& a, const Range& range, int64_t row) {
+  if (a.from == QparamsFrom::kRow || a.from == QparamsFrom::kRanges) return choose(range);
+  const int64_t i = a.given_per_row ? row : 0;
+  return is_finite(range) ? Qparams{a.given_scale[i], a.given_zero_point[i]} : no_qparams();
+}
+
+__device__ __forceinline__ Quantizer quantizer_of(const QuantizeRows& a, const Qparams& qparams) {
+  return quantizer_of(qparams, a.from == QparamsFrom::kRow || a.from == QparamsFrom::kRanges);
+}
+
+// Threads that hold a row, 32 elements each.
+constexpr int kOfHoldingThread = 32;
+
+// Rows that their threads hold, a row for each group of kThreads: x and q aligned, no rotation, k <= 32 * kThreads.
+// There are some 10 instructions an element, and a copy leaves time for 15.
+template <class T, int kThreads>
+__global__ void __launch_bounds__(kBlockSize<kThreads>, (sizeof(T) == 2 ? 1280 : 1024) / kBlockSize<kThreads>)
+    quantize_held_kernel(const __grid_constant__ QuantizeRows a) {
+  using Part = Chunk<T, kThreads, kOfHoldingThread, false>;
+  constexpr int kRows = kBlockSize<kThreads> / kThreads;
+  start_quantization(a);
+  const int64_t row = int64_t{blockIdx.x} * kRows + threadIdx.x / kThreads;
+  const bool inside =
+      row < a.x.m;  // all of a group goes on: groups of two warps meet at the block's barriers
+  const int k = inside ? static_cast<int>(a.x.k) : 0;
+  Part part;
+  part.load(static_cast<const T*>(a.x.data) + (inside ? row : 0) * a.x.k, k, true, 0);
+  Range range = {0.0f, 0.0f};
+  if (a.from == QparamsFrom::kRanges) {
+    range = widen_all<kThreads>(a.ranges, a.range_count);
+  } else {
+    part.widen_range(range);
+    range = widen_across_group<kThreads>(range);
+  }
+  if (!inside) return;
+  const Qparams qparams = qparams_of(a, range, row);
+  if (threadIdx.x % kThreads == 0 && (a.from != QparamsFrom::kRanges || row == 0)) {
+    a.scale[row] = qparams.scale;
+    a.zero_point[row] = qparams.zero_point;
+  }
+  const int bytes = static_cast<int>(a.row_bytes);
+  store_chunk(part, quantizer_of(a, qparams), a.q + row * bytes, k, bytes, true);
+}
+
+// The longest row that a group of threads holds in the kernel below, which takes any.
+template <int kThreads>
+constexpr int kOfThread = kThreads == kWarp ? 32 : 16;
+
+template <class T, int kThreads>
+__global__ void __launch_bounds__(kBlockSize<kThreads>, kThreads == kWarp ? 5 : 1024 / kThreads)
+    quantize_any_kernel(const __grid_constant__ QuantizeRows a, bool x_aligned, bool q_aligned) {
+  using Part = Chunk<T, kThreads, kOfThread<kThreads>, true>;
+  constexpr int kRows = kBlockSize<kThreads> / kThreads;
+  start_quantization(a);
   const bool scan = a.from == QparamsFrom::kRow || a.from == QparamsFrom::kStatic;
   Range of_tensor = {0.0f, 0.0f};
   if (a.from == QparamsFrom::kRanges) of_tensor = widen_all<kThreads>(a.ranges, a.range_count);
 
   const int64_t k = a.x.k;
+  const bool in_registers = scan && k <= Part::kElements;
   const bool leader = threadIdx.x % kThreads == 0;
-  for (int64_t row = blockIdx.x * int64_t{kRows} + threadIdx.x / kThreads; row < a.x.m;
-       row += gridDim.x * int64_t{kRows}) {
+  for (int64_t row = int64_t{blockIdx.x} * kRows + threadIdx.x / kThreads; row < a.x.m;
+       row += int64_t{gridDim.x} * kRows) {
     const T* x = static_cast<const T*>(a.x.data) + row * k;
     Part part;
     Range range = of_tensor;
     if (scan) {
       for (int64_t start = 0; start < k; start += Part::kElements) {
-        part.load(x, start, k, x_aligned, a.rotation_block);
+        part.load(x + start, within<Part>(k, start), x_aligned, a.rotation_block);
         part.widen_range(range);
       }
       range = widen_across_group<kThreads>(range);
@@ -108,49 +159,42 @@ __global__ void __launch_bounds__(kBlockSize<kThreads>, kResident<kThreads>)
       if (leader) write_range(range, a.lo + row, a.hi + row);
       continue;
     }
-    Qparams qparams;
-    if (a.from == QparamsFrom::kRow || a.from == QparamsFrom::kRanges) {
-      qparams = choose(range);
-    } else {
-      const int64_t i = a.given_per_row ? row : 0;
-      qparams = is_finite(range) ? Qparams{a.given_scale[i], a.given_zero_point[i]} : no_qparams();
-    }
+    const Qparams qparams = qparams_of(a, range, row);
     if (leader && (scan || (a.from == QparamsFrom::kRanges && row == 0))) {
       a.scale[row] = qparams.scale;
       a.zero_point[row] = qparams.zero_point;
     }
-    const float inverse_scale = 1.0f / qparams.scale;
+    const Quantizer by = quantizer_of(a, qparams);
+    int8_t* const q = a.q + row * a.row_bytes;
     for (int64_t start = 0; start < a.row_bytes; start += Part::kElements) {
-      const bool in_registers = scan && k <= Part::kElements;
-      if (!in_registers) part.load(x, start, k, x_aligned, a.rotation_block);
-#pragma unroll
-      for (int i = 0; i < Part::kVectors; ++i) {
-        store_vector(part.v[i], qparams, inverse_scale, a.q + row * a.row_bytes, Part::first_of(start, i), k,
-                     a.row_bytes, q_aligned);
-      }
+      const int count = within<Part>(k, start);
+      if (!in_registers) part.load(x + start, count, x_aligned, a.rotation_block);
+      store_chunk(part, by, q + start, count, within<Part>(a.row_bytes, start), q_aligned);
     }
   }
 }
 
 template <class T>
-__global__ void __launch_bounds__(kFlatThreads, kResident<kFlatThreads>)
+__global__ void __launch_bounds__(kFlatThreads, 4)
     rotate_kernel(const T* x, int64_t count, bool aligned, int block, float* out) {
-  using Part = Chunk<T, kFlatThreads>;
-  for (int64_t start = blockIdx.x * Part::kElements; start < count; start += gridDim.x * Part::kElements) {
+  using Part = Chunk<T, kFlatThreads, kOfFlatThread, true>;
+  for (int64_t start = int64_t{blockIdx.x} * Part::kElements; start < count;
+       start += int64_t{gridDim.x} * Part::kElements) {
     Part part;
-    part.load(x, start, count, aligned, block);
+    part.load(x + start, within<Part>(count, start), aligned, block);
 #pragma unroll
     for (int i = 0; i < Part::kVectors; ++i) {
-      const int64_t first = Part::first_of(start, i);
+      const int64_t first = start + Part::first_of(i);
+      float v[kVector<T>];
+      part.vector(i, v);
 #pragma unroll
       for (int j = 0; j < kVector<T>; j += 4) {
         if (first + j + 4 <= count) {
-          *reinterpret_cast<float4*>(out + first + j) =
-              make_float4(part.v[i][j], part.v[i][j + 1], part.v[i][j + 2], part.v[i][j + 3]);
+          *reinterpret_cast<float4*>(out + first + j) = make_float4(v[j], v[j + 1], v[j + 2], v[j + 3]);
         } else {
 #pragma unroll
           for (int l = 0; l < 4; ++l) {
-            if (first + j + l < count) out[first + j + l] = part.v[i][j + l];
+            if (first + j + l < count) out[first + j + l] = v[j + l];
           }
         }
       }
@@ -163,24 +207,54 @@ __global__ void __launch_bounds__(kFlatThreads, kResident<kFlatThreads>)
 constexpr size_t kReductionBytes = kWarp * sizeof(Range);
 
 int64_t flat_blocks(int64_t count, const Device& device) {
-  const int64_t chunks = ceil_div(count, kRowOf<kFlatThreads>);
-  return std::min<int64_t>({chunks, device.multiprocessors * int64_t{8}, kMaxRanges});
+  const int64_t chunks = ceil_div(count, kFlatThreads * kOfFlatThread);
+  return std::min<int64_t>({chunks, device.multiprocessors * int64_t{6}, kMaxRanges});
 }
 
-template <int kThreads>
+template <class T>
+bool has_vectors(const T* x, int64_t count) {
+  return is_aligned(x) && count * static_cast<int64_t>(sizeof(T)) % 16 == 0;
+}
+
+template <class T, int kThreads>
+cudaError_t launch_held(const QuantizeRows& args, bool overlap, cudaStream_t stream) {
+  constexpr int kBlock = kBlockSize<kThreads>;
+  Launch how{dim3(static_cast<unsigned>(ceil_div(args.x.m, kBlock / kThreads))), kBlock, kReductionBytes};
+  how.overlap = overlap;
+  return launch<quantize_held_kernel<T, kThreads>>(how, stream, args);
+}
+
+template <class T, int kThreads>
+cudaError_t launch_any(const QuantizeRows& args, const Device& device, bool overlap, cudaStream_t stream) {
+  constexpr int kBlock = kBlockSize<kThreads>;
+  const int64_t wanted = ceil_div(args.x.m, kBlock / kThreads);
+  const int64_t resident = device.multiprocessors * int64_t{2048 / kBlock};
+  const bool q_aligned = is_aligned(args.q) && args.row_bytes % 16 == 0;
+  Launch how{dim3(static_cast<unsigned>(std::min(wanted, resident))), kBlock, kReductionBytes};
+  how.overlap = overlap;
+  return launch<quantize_any_kernel<T, kThreads>>(
+      how, stream, args, has_vectors(static_cast<const T*>(args.x.data), args.x.k), q_aligned);
+}
+
+template <class T>
 cudaError_t launch_quantize(const QuantizeRows& args, const Device& device, bool overlap,
                             cudaStream_t stream) {
-  return with_element_type(args.x.dtype, [&](auto element) {
-    using T = decltype(element);
-    constexpr int kBlock = kBlockSize<kThreads>;
-    const int64_t wanted = ceil_div(args.x.m, kBlock / kThreads);
-    const int64_t resident = device.multiprocessors * int64_t{2048 / kBlock};
-    const bool x_aligned = is_aligned(args.x.data) && args.x.k * sizeof(T) % 16 == 0;
-    const bool q_aligned = is_aligned(args.q) && args.row_bytes % 16 == 0;
-    Launch how{dim3(static_cast<unsigned>(std::min(wanted, resident))), kBlock, kReductionBytes};
-    how.overlap = overlap;
-    return launch<quantize_kernel<T, kThreads>>(how, stream, args, x_aligned, q_aligned);
-  });
+  const int64_t k = args.x.k;
+  const bool held = has_vectors(static_cast<const T*>(args.x.data), k) && args.rotation_block <= 1 &&
+                    args.lo == nullptr && args.from != QparamsFrom::kGiven && is_aligned(args.q) &&
+                    args.row_bytes % 16 == 0 && args.x.m < int64_t{1} << 31;
+  if (held) {
+    if (k <= 32 * kOfHoldingThread) return launch_held<T, 32>(args, overlap, stream);
+    if (k <= 64 * kOfHoldingThread) return launch_held<T, 64>(args, overlap, stream);
+    if (k <= 128 * kOfHoldingThread) return launch_held<T, 128>(args, overlap, stream);
+    if (k <= 256 * kOfHoldingThread) return launch_held<T, 256>(args, overlap, stream);
+    if (k <= 512 * kOfHoldingThread) return launch_held<T, 512>(args, overlap, stream);
+  }
+  if (k <= 32 * kOfThread<32>) return launch_any<T, 32>(args, device, overlap, stream);
+  if (k <= 128 * kOfThread<128>) return launch_any<T, 128>(args, device, overlap, stream);
+  if (k <= 256 * kOfThread<256>) return launch_any<T, 256>(args, device, overlap, stream);
+  if (k <= 512 * kOfThread<512>) return launch_any<T, 512>(args, device, overlap, stream);
+  return launch_any<T, 1024>(args, device, overlap, stream);
 }
 
 }  // namespace
@@ -220,18 +294,20 @@ cudaError_t find_ranges(const Rows& x, int rotation_block, const Device& device,
   return with_element_type(x.dtype, [&](auto element) {
     using T = decltype(element);
     const Launch how{dim3(*count), kFlatThreads, kReductionBytes};
-    return launch<range_kernel<T>>(how, stream, static_cast<const T*>(x.data), elements, is_aligned(x.data),
-                                   rotation_block, ranges);
+    const T* const first = static_cast<const T*>(x.data);
+    const bool aligned = has_vectors(first, elements);
+    if (rotation_block > 1 || !aligned) {
+      return launch<range_kernel<T, true>>(how, stream, first, elements, aligned, rotation_block, ranges);
+    }
+    return launch<range_kernel<T, false>>(how, stream, first, elements, true, 0, ranges);
   });
 }
 
 cudaError_t quantize_rows(const QuantizeRows& args, const Device& device, bool overlap, cudaStream_t stream) {
   if (args.x.m == 0) return cudaSuccess;
-  if (args.x.k <= kRowOf<32>) return launch_quantize<32>(args, device, overlap, stream);
-  if (args.x.k <= kRowOf<128>) return launch_quantize<128>(args, device, overlap, stream);
-  if (args.x.k <= kRowOf<256>) return launch_quantize<256>(args, device, overlap, stream);
-  if (args.x.k <= kRowOf<512>) return launch_quantize<512>(args, device, overlap, stream);
-  return launch_quantize<1024>(args, device, overlap, stream);
+  return with_element_type(args.x.dtype, [&](auto element) {
+    return launch_quantize<decltype(element)>(args, device, overlap, stream);
+  });
 }
 
 cudaError_t min_max_rows(const Rows& x, float* lo, float* hi, cudaStream_t stream) {
@@ -291,8 +367,8 @@ cudaError_t rotate(const Rows& x, int block, float* out, cudaStream_t stream) {
   return with_element_type(x.dtype, [&](auto element) {
     using T = decltype(element);
     const Launch how{dim3(static_cast<unsigned>(flat_blocks(count, device))), kFlatThreads};
-    return launch<rotate_kernel<T>>(how, stream, static_cast<const T*>(x.data), count, is_aligned(x.data),
-                                    block, out);
+    const T* const first = static_cast<const T*>(x.data);
+    return launch<rotate_kernel<T>>(how, stream, first, count, has_vectors(first, count), block, out);
   });
 }
 

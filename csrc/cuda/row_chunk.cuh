@@ -10,6 +10,8 @@
 // A block of the rotation (at most 128 elements) lies within one vector of neighbouring lanes of one warp.
 #pragma once
 
+#include <type_traits>
+
 #include "ptx.cuh"
 #include "quantize.h"
 #include "unaligned.cuh"
@@ -17,14 +19,6 @@
 namespace dynquant::cuda {
 
 constexpr int kWarp = 32;
-
-// What a thread keeps of a row: a warp alone takes more than its share of a block of 1024 threads could be.
-template <int kThreads>
-constexpr int kElementsPerThread = kThreads == kWarp ? 32 : 16;
-
-// The longest row that a group of threads holds.
-template <int kThreads>
-constexpr int64_t kRowOf = kThreads * int64_t{kElementsPerThread<kThreads>};
 
 // ---- elements ----
 
@@ -55,6 +49,21 @@ __device__ __forceinline__ void unpack(const uint4& raw, float (&v)[kVector<T>])
       v[2 * i + 1] = to_float(T{static_cast<uint16_t>(word[i] >> 16)});
     }
   }
+}
+
+// The smaller and the larger elements of two words, NaN where one is; a word holds one float or two 16-bit elements.
+template <class T>
+__device__ __forceinline__ uint32_t min_of_words(uint32_t a, uint32_t b) {
+  if constexpr (std::is_same_v<T, BFloat16>) return ptx::min_nan_bfloat16_pair(a, b);
+  if constexpr (std::is_same_v<T, Float16>) return ptx::min_nan_half_pair(a, b);
+  return __float_as_uint(ptx::min_nan(__uint_as_float(a), __uint_as_float(b)));
+}
+
+template <class T>
+__device__ __forceinline__ uint32_t max_of_words(uint32_t a, uint32_t b) {
+  if constexpr (std::is_same_v<T, BFloat16>) return ptx::max_nan_bfloat16_pair(a, b);
+  if constexpr (std::is_same_v<T, Float16>) return ptx::max_nan_half_pair(a, b);
+  return __float_as_uint(ptx::max_nan(__uint_as_float(a), __uint_as_float(b)));
 }
 
 // Walsh-Hadamard transform of each `block` elements of neighbouring lanes: strides 1, 2, 4 ... block/2, each
@@ -100,7 +109,7 @@ __device__ __forceinline__ Range widen_across_lanes(Range range) {
   return range;
 }
 
-// The range of a group of kThreads threads (a warp, or the block), in all of them.
+// The range of a group of kThreads threads, in all of them; all groups of the block call this.
 template <int kThreads>
 __device__ __forceinline__ Range widen_across_group(Range range) {
   range = widen_across_lanes<kWarp>(range);
@@ -110,7 +119,7 @@ __device__ __forceinline__ Range widen_across_group(Range range) {
     __syncthreads();  // what the last call left has been read
     if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = range;
     __syncthreads();
-    range = widen_across_lanes<kWarps>(of_warp[threadIdx.x % kWarps]);
+    range = widen_across_lanes<kWarps>(of_warp[threadIdx.x / kThreads * kWarps + threadIdx.x % kWarps]);
   }
   return range;
 }
@@ -119,57 +128,85 @@ __device__ __forceinline__ bool is_finite(const Range& range) {
   return range.hi <= 3.402823466e38f && range.lo >= -3.402823466e38f;
 }
 
-// What a group of kThreads threads holds of a row.
-template <class T, int kThreads>
+// What a group of kThreads threads holds of a row: 16-byte vectors as they were read, or, with kAny, floats, which may
+// be rotated and come from any address, but take twice the registers of 16-bit elements.
+template <class T, int kThreads, int kOfThread, bool kAny>
 struct Chunk {
-  static constexpr int kVectors = kElementsPerThread<kThreads> / kVector<T>;
-  static constexpr int64_t kElements = kRowOf<kThreads>;
+  static constexpr int kVectors = kOfThread / kVector<T>;
+  static constexpr int kElements = kThreads * kOfThread;
+  using Vector = std::conditional_t<kAny, float[kVector<T>], uint4>;
 
-  float v[kVectors][kVector<T>];
+  Vector vectors[kVectors];
 
-  static __device__ __forceinline__ int64_t first_of(int64_t start, int vector) {
-    return start + (vector * kThreads + static_cast<int>(threadIdx.x) % kThreads) * kVector<T>;
+  // The first element of a vector of this thread.
+  static __device__ __forceinline__ int first_of(int vector) {
+    return (vector * kThreads + static_cast<int>(threadIdx.x) % kThreads) * kVector<T>;
   }
 
-  // Elements from `start` on, 0 beyond k, rotated by blocks. The row starts at a multiple of 16 bytes, and k elements
-  // are one.
-  __device__ __forceinline__ void load_aligned(const T* row, int64_t start, int64_t k, int block) {
-    load_vectors(row, start, k, block, [](const T* first) { return ptx::load_once(first); });
-  }
-
-  // The same of any row.
-  __device__ __forceinline__ void load(const T* row, int64_t start, int64_t k, bool aligned, int block) {
-    if (aligned && k % kVector<T> == 0) {
-      load_aligned(row, start, k, block);
+  // `count` elements at `from` and 0 beyond, rotated by blocks. `aligned`: `from` is a multiple of 16 bytes, and so are
+  // `count` elements; without kAny always so.
+  __device__ __forceinline__ void load(const T* from, int count, bool aligned, int block) {
+    if (!kAny || aligned) {
+      load_vectors(from, count, block, [](const T* first) { return ptx::load_once(first); });
     } else {
-      load_vectors(row, start, k, block, [&](const T* first) { return load_unaligned(first, row, row + k); });
+      load_vectors(from, count, block,
+                   [&](const T* first) { return load_unaligned(first, from, from + count); });
+    }
+  }
+
+  __device__ __forceinline__ void vector(int i, float (&v)[kVector<T>]) const {
+    if constexpr (kAny) {
+#pragma unroll
+      for (int j = 0; j < kVector<T>; ++j) v[j] = vectors[i][j];
+    } else {
+      unpack<T>(vectors[i], v);
     }
   }
 
   __device__ __forceinline__ void widen_range(Range& range) const {
+    if constexpr (kAny) {
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
+      for (int i = 0; i < kVectors; ++i) {
 #pragma unroll
-      for (int j = 0; j < kVector<T>; ++j) {
-        widen(range, Range{v[i][j], v[i][j]});
+        for (int j = 0; j < kVector<T>; ++j) widen(range, Range{vectors[i][j], vectors[i][j]});
       }
+    } else {
+      uint32_t lo = vectors[0].x, hi = lo;
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
+        const uint32_t words[4] = {vectors[i].x, vectors[i].y, vectors[i].z, vectors[i].w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          lo = min_of_words<T>(lo, words[j]);
+          hi = max_of_words<T>(hi, words[j]);
+        }
+      }
+      float lows[kVector<T>], highs[kVector<T>];
+      unpack<T>(make_uint4(lo, lo, lo, lo), lows);
+      unpack<T>(make_uint4(hi, hi, hi, hi), highs);
+#pragma unroll
+      for (int j = 0; j < kVector<T> / 4; ++j) widen(range, Range{lows[j], highs[j]});
     }
   }
 
  private:
   template <class Load>
-  __device__ __forceinline__ void load_vectors(const T* row, int64_t start, int64_t k, int block,
+  __device__ __forceinline__ void load_vectors(const T* from, int count, int block,
                                                const Load& load_16_bytes) {
+    const T* const mine = from + first_of(0);
     uint4 raw[kVectors];
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      const int64_t first = first_of(start, i);
-      raw[i] = first < k ? load_16_bytes(row + first) : make_uint4(0, 0, 0, 0);
+      raw[i] = first_of(i) < count ? load_16_bytes(mine + i * kThreads * kVector<T>) : make_uint4(0, 0, 0, 0);
     }
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      unpack<T>(raw[i], v[i]);
-      if (block > 1) transform(v[i], block);
+      if constexpr (kAny) {
+        unpack<T>(raw[i], vectors[i]);
+        transform(vectors[i], block);
+      } else {
+        vectors[i] = raw[i];
+      }
     }
   }
 };
@@ -193,50 +230,94 @@ __device__ __forceinline__ Qparams choose(const Range& range) {
 
 // ---- quantization ----
 
-// A float whose lowest byte is the int8.
-__device__ __forceinline__ uint32_t quantized(float x, float inverse_scale, float zero_point) {
-  const float steps = rintf(x * inverse_scale) + zero_point;
-  const float clamped = steps != steps ? 0.0f : fminf(fmaxf(steps, -128.0f), 127.0f);
-  return __float_as_uint(clamped +
-                         12582912.0f);  // 1.5 * 2^23: the integer moves to the low end of the mantissa
+// How a row becomes int8.
+struct Quantizer {
+  float inverse_scale;
+  int32_t zero_point;
+  // The qparams were chosen from a finite range that holds the row: |x * inverse_scale| is about 255 at most.
+  bool chosen;
+};
+
+__device__ __forceinline__ Quantizer quantizer_of(const Qparams& qparams, bool chosen) {
+  return {1.0f / qparams.scale, qparams.zero_point, chosen && qparams.scale == qparams.scale};
 }
 
-__device__ __forceinline__ uint32_t lowest_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
-}
+// 1.5 * 2^23: a sum with it is rounded to an integer, which stands in the low bits.
+constexpr float kToInteger = 12582912.0f;
 
-// kCount neighbouring elements, zeros beyond k. `aligned`: rows of q start at multiples of 16 bytes, and all of
-// row_bytes is written; otherwise k bytes are.
-template <int kCount>
-__device__ __forceinline__ void store_vector(const float (&v)[kCount], const Qparams& qparams,
-                                             float inverse_scale, int8_t* row, int64_t first, int64_t k,
-                                             int64_t row_bytes, bool aligned) {
-  const float zero_point = static_cast<float>(qparams.zero_point);
-  uint32_t q[kCount];
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    q[i] = quantized(v[i], inverse_scale, zero_point);
-  }
-  if (!aligned) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (first + i < k) row[first + i] = static_cast<int8_t>(q[i] & 0xff);
-    }
-    return;
-  }
-  if (first >= row_bytes) return;
-  if (first + kCount > k) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (first + i >= k) q[i] = 0;
-    }
-  }
-  const uint32_t low = lowest_bytes(q[0], q[1], q[2], q[3]);
-  if constexpr (kCount == 8) {
-    *reinterpret_cast<uint2*>(row + first) = make_uint2(low, lowest_bytes(q[4], q[5], q[6], q[7]));
+// q before it is limited to int8. kChosen: see Quantizer.
+template <bool kChosen>
+__device__ __forceinline__ int32_t quantized(float x, const Quantizer& by) {
+  const float steps = x * by.inverse_scale;
+  if constexpr (kChosen) {
+    return __float_as_int(steps + kToInteger) - __float_as_int(kToInteger) + by.zero_point;
   } else {
-    *reinterpret_cast<uint32_t*>(row + first) = low;
+    // Any steps, NaN and infinities among them, and a zero_point that may be no int8.
+    const float shifted = rintf(steps) + static_cast<float>(by.zero_point);
+    const float limited = shifted != shifted ? 0.0f : fminf(fmaxf(shifted, -128.0f), 127.0f);
+    return __float_as_int(limited + kToInteger) - __float_as_int(kToInteger);
   }
+}
+
+// A chunk of which `count` elements are there, to q. `aligned`: q is a multiple of 16 bytes, and zeros are written
+// beyond `count` up to `bytes`; otherwise `count` bytes are written.
+template <bool kChosen, class T, int kThreads, int kOfThread, bool kAny>
+__device__ __forceinline__ void store_chunk(const Chunk<T, kThreads, kOfThread, kAny>& chunk,
+                                            const Quantizer& by, int8_t* q, int count, int bytes,
+                                            bool aligned) {
+  constexpr int kCount = kVector<T>;
+  int8_t* const mine = q + chunk.first_of(0);
+#pragma unroll
+  for (int i = 0; i < chunk.kVectors; ++i) {
+    const int first = chunk.first_of(i);
+    if (first >= (aligned ? bytes : count)) break;
+    float v[kCount];
+    chunk.vector(i, v);
+    int32_t values[kCount];
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      values[j] = quantized<kChosen>(v[j], by);
+    }
+    if (first + kCount > count) {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) {
+        if (first + j >= count) values[j] = 0;
+      }
+    }
+    uint32_t words[kCount / 4];
+#pragma unroll
+    for (int j = 0; j < kCount / 4; ++j) {
+      words[j] = ptx::saturated_bytes(values[4 * j], values[4 * j + 1], values[4 * j + 2], values[4 * j + 3]);
+    }
+    int8_t* const target = mine + i * kThreads * kCount;
+    if (!aligned) {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) {
+        if (first + j < count) target[j] = static_cast<int8_t>(words[j / 4] >> (8 * (j % 4)));
+      }
+    } else if constexpr (kCount == 8) {
+      *reinterpret_cast<uint2*>(target) = make_uint2(words[0], words[1]);
+    } else {
+      *reinterpret_cast<uint32_t*>(target) = words[0];
+    }
+  }
+}
+
+template <class T, int kThreads, int kOfThread, bool kAny>
+__device__ __forceinline__ void store_chunk(const Chunk<T, kThreads, kOfThread, kAny>& chunk,
+                                            const Quantizer& by, int8_t* q, int count, int bytes,
+                                            bool aligned) {
+  if (by.chosen) {
+    store_chunk<true>(chunk, by, q, count, bytes, aligned);
+  } else {
+    store_chunk<false>(chunk, by, q, count, bytes, aligned);
+  }
+}
+
+// How much of something that is `all` long lies in the chunk that starts at `start`.
+template <class Part>
+__device__ __forceinline__ int within(int64_t all, int64_t start) {
+  return static_cast<int>(min(all - start, int64_t{Part::kElements}));
 }
 
 // ---- for launches ----

@@ -52,6 +52,43 @@ inline void wait_for_previous_kernel() {
 inline float min_nan(float a, float b) { return a != a ? a : (b != b ? b : std::fmin(a, b)); }
 inline float max_nan(float a, float b) { return a != a ? a : (b != b ? b : std::fmax(a, b)); }
 
+inline float float_from_half(uint16_t bits);
+
+// One of the two numbers of a word as a float; the pair is put together again from what is chosen.
+template <bool kMin, class ToFloat>
+uint32_t chosen_pair(uint32_t a, uint32_t b, const ToFloat& to_float) {
+  uint32_t chosen = 0;
+  for (int shift : {0, 16}) {
+    const uint16_t x = static_cast<uint16_t>(a >> shift), y = static_cast<uint16_t>(b >> shift);
+    const float of_x = to_float(x), of_y = to_float(y);
+    const bool first = of_x != of_x || (of_y == of_y && (kMin ? of_x <= of_y : of_x >= of_y));
+    chosen |= uint32_t{first ? x : y} << shift;
+  }
+  return chosen;
+}
+inline float float_from_bfloat16(uint16_t bits) { return __uint_as_float(uint32_t{bits} << 16); }
+inline uint32_t min_nan_bfloat16_pair(uint32_t a, uint32_t b) {
+  return chosen_pair<true>(a, b, float_from_bfloat16);
+}
+inline uint32_t max_nan_bfloat16_pair(uint32_t a, uint32_t b) {
+  return chosen_pair<false>(a, b, float_from_bfloat16);
+}
+inline uint32_t min_nan_half_pair(uint32_t a, uint32_t b) { return chosen_pair<true>(a, b, float_from_half); }
+inline uint32_t max_nan_half_pair(uint32_t a, uint32_t b) {
+  return chosen_pair<false>(a, b, float_from_half);
+}
+
+inline uint32_t saturated_bytes(int32_t a, int32_t b, int32_t c, int32_t d) {
+  uint32_t bytes = 0;
+  int shift = 0;
+  for (int32_t x : {a, b, c, d}) {
+    const int32_t limited = x < -128 ? -128 : x > 127 ? 127 : x;
+    bytes |= static_cast<uint32_t>(limited & 0xff) << shift;
+    shift += 8;
+  }
+  return bytes;
+}
+
 inline float float_from_half(uint16_t bits) {
   _Float16 x;
   std::memcpy(&x, &bits, 2);

@@ -7,9 +7,9 @@
 //                k:  0 ... 15 | 16 ... 31 | 32 ... 47 | 48 ... 63 |  64 ...
 //   weight row g         t=0  |    t=1    |    t=2    |    t=3    |  t=0 of the next 64
 //              g+8       t=0  |    t=1    |    t=2    |    t=3    |
-//   q row      g         t=0  |    t=1    |    t=2    |    t=3    |        (mma; with dp4a: every row)
+//   q row      g         t=0  |    t=1    |    t=2    |    t=3    |
 //
-// which is, up to the order of k (and a sum does not depend on it), the operand layout of mma.m16n8k32 as well.
+// which is, up to the order of k (and a sum does not depend on it), the operand layout of mma.m16n8k32.
 // Then the warps' sums meet in shared memory:  sums[warp][q row][weight row].
 #pragma once
 
@@ -21,10 +21,9 @@ namespace dynquant::cuda {
 constexpr int kSmallThreads = 256;
 constexpr int kSmallWarps = kSmallThreads / 32;
 
-// Dot: what multiplies. Sums of kTileM x kTileN outputs, spread over the lanes of a warp:
+// Dot (Mma below): what multiplies. Sums of kTileM x kTileN outputs, spread over the lanes of a warp:
 //   kSteps: 64 k each that are loaded at once             kRowsOfQ: rows of q that a lane loads, q_row(i, lane)
 //   multiply(weight vectors, q vectors)                   store(shared sums [kTileM][kTileN], lane)
-//   kResident: blocks that a multiprocessor shall hold at least
 template <class Dot>
 struct SmallShared {
   static constexpr int kTile = Dot::kTileM * Dot::kTileN;
@@ -119,43 +118,45 @@ __device__ __forceinline__ void sum_small_tile(const Gemm& a, int64_t n, int64_t
   __syncthreads();
 }
 
-// Each lane multiplies its 16 k of each of its weight rows with every row of q; the four lanes of a weight row add
-// up at the end.
-template <int kRowsOfQ_>
-struct Dp4a {
-  static constexpr int kTileM = kRowsOfQ_;
+// mma.sync: the weight's rows are the 16 rows of the instruction, q's the 8 columns. One row of q takes no longer than
+// 8: what is waited for is the weight.
+template <int kTileM_>
+struct Mma {
+  static constexpr int kTileM = kTileM_;
   static constexpr int kTileN = 16;
-  static constexpr int kRowsOfQ = kRowsOfQ_;
-  static constexpr int kSteps = kRowsOfQ == 1 ? 4 : 2;
-  static constexpr int kResident = 2;
+  static constexpr int kRowsOfQ = kTileM / 8;
+  static constexpr int kSteps = kTileM == 32 ? 1 : 2;
 
-  int32_t sums[kTileN / 8][kRowsOfQ];
+  int32_t sums[kTileN / 16][kRowsOfQ][4];
 
-  static __device__ __forceinline__ int q_row(int i, int) { return i; }
+  static __device__ __forceinline__ int q_row(int i, int lane) { return 8 * i + lane / 4; }
 
   __device__ __forceinline__ void multiply(const uint4 (&w)[kTileN / 8], const uint4 (&q)[kRowsOfQ]) {
 #pragma unroll
-    for (int i = 0; i < kTileN / 8; ++i) {
+    for (int i = 0; i < kTileN / 16; ++i) {
+      const uint4 &upper = w[2 * i], &lower = w[2 * i + 1];
+      // The instruction's k 4t ... 4t+3 and 16+4t ... are the first two words of each lane, then the last two.
+      const uint32_t first[4] = {upper.x, lower.x, upper.y, lower.y};
+      const uint32_t second[4] = {upper.z, lower.z, upper.w, lower.w};
 #pragma unroll
       for (int j = 0; j < kRowsOfQ; ++j) {
-        int32_t sum = sums[i][j];
-        sum = __dp4a(static_cast<int>(w[i].x), static_cast<int>(q[j].x), sum);
-        sum = __dp4a(static_cast<int>(w[i].y), static_cast<int>(q[j].y), sum);
-        sum = __dp4a(static_cast<int>(w[i].z), static_cast<int>(q[j].z), sum);
-        sums[i][j] = __dp4a(static_cast<int>(w[i].w), static_cast<int>(q[j].w), sum);
+        ptx::mma_16x8x32(sums[i][j], first, q[j].x, q[j].y);
+        ptx::mma_16x8x32(sums[i][j], second, q[j].z, q[j].w);
       }
     }
   }
 
   __device__ __forceinline__ void store(int32_t* shared, int lane) {
 #pragma unroll
-    for (int i = 0; i < kTileN / 8; ++i) {
+    for (int i = 0; i < kTileN / 16; ++i) {
 #pragma unroll
       for (int j = 0; j < kRowsOfQ; ++j) {
-        int32_t sum = sums[i][j];
-        sum += __shfl_xor_sync(~0u, sum, 1);
-        sum += __shfl_xor_sync(~0u, sum, 2);
-        if (lane % 4 == j % 4) shared[j * kTileN + 8 * i + lane / 4] = sum;
+#pragma unroll
+        for (int l = 0; l < 4; ++l) {
+          const int row_of_q = 8 * j + lane % 4 * 2 + l % 2;
+          const int row_of_weight = 16 * i + lane / 4 + l / 2 * 8;
+          shared[row_of_q * kTileN + row_of_weight] = sums[i][j][l];
+        }
       }
     }
   }
@@ -163,7 +164,7 @@ struct Dp4a {
 
 // q is in global memory, quantized by the kernel before.
 template <class Dot>
-__global__ void __launch_bounds__(kSmallThreads, Dot::kResident)
+__global__ void __launch_bounds__(kSmallThreads, 2)
     gemm_small_kernel(const __grid_constant__ Gemm a, const int64_t k_of_part, const int parts,
                       const PartialSums partial, const unsigned tiles_n) {
   // Both in x: the other dimensions of a grid end at 65,535.

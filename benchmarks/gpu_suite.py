@@ -1,13 +1,13 @@
 """Judges and times the CUDA kernels on this machine's card.
 
     python benchmarks/gpu_suite.py --part 1 --out DIR [--probe LIBRARY ...]
-    python benchmarks/gpu_suite.py --report DIR/CARD.json ...
+    python benchmarks/gpu_suite.py --report DIR/CARD-part1.json DIR/CARD-part2.json
 
 Part 1 judges every kernel and times it beside the libraries, then the ops of the extension, which is built
 meanwhile. Part 2 compares several builds of the kernels and whole layers; what may go wrong comes last. DIR
 receives CARD-partN.json, whole after every entry, and logs.tar.gz. The exit status is 0 where all is right, 1
-after a wrong result or a stage that failed, 2 where there is nothing to run on. --report writes CARD.md and
-CARD.png beside the first result file; it needs no card.
+after a wrong result or a stage that failed, 2 where there is nothing to run on. --report writes
+CARD.json, CARD.md and CARD.png beside the first result file; it needs no card.
 """
 
 from __future__ import annotations
@@ -150,10 +150,11 @@ def main(words: Sequence[str]) -> int:
     os.chdir(ROOT)
     os.environ["PYTHONPATH"] = str(ROOT)
     os.environ.setdefault("OMP_NUM_THREADS", "4")  # several processes at once, beside a build
+    shown = ["DIR" if before == "--out" else word for before, word in zip(["", *words], words, strict=False)]
     head = {
         "card": card,
         "part": options.part,
-        "command": shlex.join(["python", "benchmarks/gpu_suite.py", *words]),
+        "command": shlex.join(["python", "benchmarks/gpu_suite.py", *shown]),
         "date": datetime.date.today().isoformat(),
         "seed": int(time.time()) if options.seed is None else options.seed,
         "card_before": machine.card_state(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,14 +30,16 @@ TIMED = {
 
 
 def write(paths: Sequence[Path]) -> list[Path]:
-    """CARD.md and CARD.png beside the first of the result files, of one card, that are reported together."""
+    """CARD.json, .md and .png of one card's result files, CARD-part1.json and so on, beside the first."""
     parts = [json.loads(path.read_text()) for path in paths]
     lists = {name: [one for part in parts for one in part[name]] for name in ("stages", "entries")}
     results: Results = parts[0] | lists | {"command": "`, `".join(part["command"] for part in parts)}
-    text, picture = paths[0].with_suffix(".md"), paths[0].with_suffix(".png")
+    card = re.sub(r"-part\d$", "", paths[0].stem)
+    whole, text, picture = (paths[0].with_name(card + ending) for ending in (".json", ".md", ".png"))
+    whole.write_text(json.dumps(results, indent=1) + "\n")
     text.write_text(markdown(results))
     draw(results, picture)
-    return [text, picture]
+    return [whole, text, picture]
 
 
 def entries(results: Results, *kinds: str) -> list[Entry]:
@@ -116,9 +119,13 @@ def markdown(results: Results, *, last_first: bool = False) -> str:
         last_first: tables in reverse, for a terminal that shows the end.
     """
     lines = [f"# {results['card']}, {results['date']}\n"]
-    for facts in (*entries(results, "machine"), results.get("card_before"), results.get("card_after")):
-        if facts:
-            lines.append(f"- {', '.join(f'{k} {v}' for k, v in facts.items() if k not in ('kind', 'stage'))}")
+    found = (*entries(results, "machine"), results.get("card_before"), results.get("card_after"))
+    facts = [
+        f"- {', '.join(f'{k} {v}' for k, v in of.items() if k not in ('kind', 'stage'))}"
+        for of in found
+        if of
+    ]
+    lines += dict.fromkeys(facts)  # two parts on one machine tell the same
     lines += [f"- `{results['command']}`\n", *([f"{results['error']}\n"] if "error" in results else [])]
     launches = [
         (e["activations"], e["M"], e.get("count", "-"), ", ".join(e.get("names", [])) or e["error"])

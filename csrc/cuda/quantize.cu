@@ -96,7 +96,7 @@ __device__ __forceinline__ Quantizer quantizer_of(const QuantizeRows& a, const Q
 constexpr int kOfHoldingThread = 32;
 
 // Rows that their threads hold, a row for each group of kThreads: x and q aligned, no rotation, k <= 32 * kThreads.
-// There are some 10 instructions an element, and a copy leaves time for 15.
+// Written for few instructions: with 25 an element it took 1.4 times as long as a copy of as many bytes.
 template <class T, int kThreads>
 __global__ void __launch_bounds__(kBlockSize<kThreads>, (sizeof(T) == 2 ? 1280 : 1024) / kBlockSize<kThreads>)
     quantize_held_kernel(const __grid_constant__ QuantizeRows a) {
@@ -104,8 +104,7 @@ __global__ void __launch_bounds__(kBlockSize<kThreads>, (sizeof(T) == 2 ? 1280 :
   constexpr int kRows = kBlockSize<kThreads> / kThreads;
   start_quantization(a);
   const int64_t row = int64_t{blockIdx.x} * kRows + threadIdx.x / kThreads;
-  const bool inside =
-      row < a.x.m;  // all of a group goes on: groups of two warps meet at the block's barriers
+  const bool inside = row < a.x.m;  // a group without a row goes on to the block's barriers all the same
   const int k = inside ? static_cast<int>(a.x.k) : 0;
   Part part;
   part.load(static_cast<const T*>(a.x.data) + (inside ? row : 0) * a.x.k, k, true, 0);
@@ -126,7 +125,7 @@ __global__ void __launch_bounds__(kBlockSize<kThreads>, (sizeof(T) == 2 ? 1280 :
   store_chunk(part, quantizer_of(a, qparams), a.q + row * bytes, k, bytes, true);
 }
 
-// The longest row that a group of threads holds in the kernel below, which takes any.
+// Elements that a thread of the kernel below holds; it takes any rows.
 template <int kThreads>
 constexpr int kOfThread = kThreads == kWarp ? 32 : 16;
 

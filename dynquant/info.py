@@ -64,11 +64,15 @@ def info() -> Info:
     from . import __version__
 
     loaded = _extension.extension is not None
+    try:
+        runs_on = isa()
+    except ValueError as error:  # of DYNQUANT_ISA: what is told here must not fail for it
+        runs_on = f"none, {error} in DYNQUANT_ISA"
     return Info(
         version=__version__,
         path="extension" if loaded else "reference",
         reason=_extension.status,
-        isa=isa(),
+        isa=runs_on,
         available_isas=tuple(available_isas()),
         cuda=_cuda_sentence(loaded),
         torch=f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}",
@@ -80,10 +84,11 @@ def info() -> Info:
 def _cuda_sentence(loaded: bool) -> str:
     if not loaded:
         return "none, the reference runs on every device"
-    built = _extension.read_record()["cuda"]
-    if not built["built"]:
-        return f"not built; {built['reason']}" if built["reason"] else "not built"
-    text = f"built with nvcc {built['nvcc']} for {', '.join(built['architectures'])}"
+    built = _extension.read_record().get("cuda", {})
+    if not built.get("built"):
+        return f"not built; {built['reason']}" if built.get("reason") else "not built"
+    architectures = ", ".join(built.get("architectures", ())) or "architectures that the record does not name"
+    text = f"built with nvcc {built.get('nvcc', '(unknown)')} for {architectures}"
     if not torch.cuda.is_available():
         return f"{text}; no CUDA device here"
     devices = range(torch.cuda.device_count())

@@ -87,8 +87,18 @@ def _(q: Tensor, packed_weight: Tensor, weight_sum: Tensor) -> Tensor:
     return q.new_empty(q.shape[0], weight_sum.shape[0], dtype=torch.int32)
 
 
-def _fake_output(op: str, x: Tensor, weight_scale: Tensor, config: int) -> Tensor:
+def _fake_output(
+    op: str,
+    x: Tensor,
+    packed_weight: Tensor,
+    weight_sum: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    config: int,
+) -> Tensor:
     dtype = Config.decode(config).out_dtype or x.dtype
+    reference.check_operands(op, x, packed_weight, weight_sum, weight_scale, bias)
+    reference.check_packed_k(op, x, packed_weight)
     reference.check_k(op, x, config)
     return x.new_empty(*x.shape[:-1], weight_scale.shape[0], dtype=dtype)
 
@@ -102,7 +112,7 @@ def _(
     bias: Tensor | None,
     config: int,
 ) -> Tensor:
-    return _fake_output("linear_dynamic", x, weight_scale, config)
+    return _fake_output("linear_dynamic", x, packed_weight, weight_sum, weight_scale, bias, config)
 
 
 @_fake("linear_static")
@@ -116,7 +126,9 @@ def _(
     zero_point: Tensor,
     config: int,
 ) -> Tensor:
-    return _fake_output("linear_static", x, weight_scale, config)
+    reference.check_device("linear_static", "x", x, "scale", scale)
+    reference.check_device("linear_static", "x", x, "zero_point", zero_point)
+    return _fake_output("linear_static", x, packed_weight, weight_sum, weight_scale, bias, config)
 
 
 def _autograd_in_python() -> None:

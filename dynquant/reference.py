@@ -317,6 +317,14 @@ def check_linear(
     op: str, x: Tensor, packed_weight: Tensor, weight_sum: Tensor, weight_scale: Tensor, bias: Tensor | None
 ) -> None:
     """What every linear op requires of its tensors before it reads them."""
+    check_operands(op, x, packed_weight, weight_sum, weight_scale, bias)
+    check_packed(op, packed_weight, weight_scale.numel(), x.shape[-1])
+
+
+def check_operands(
+    op: str, x: Tensor, packed_weight: Tensor, weight_sum: Tensor, weight_scale: Tensor, bias: Tensor | None
+) -> None:
+    """Everything of :func:`check_linear` but the shape of the packed weight."""
     check_float(op, "x", x)
     n = weight_scale.numel()
     check_channels(op, "weight_scale", weight_scale, torch.float32, n)
@@ -331,7 +339,22 @@ def check_linear(
     ):
         if tensor is not None:
             check_device(op, "x", x, name, tensor)
-    check_packed(op, packed_weight, n, x.shape[-1])
+
+
+def check_packed_k(op: str, x: Tensor, packed_weight: Tensor) -> None:
+    """The packed weight is of as many inputs as x has, whatever its layout: on meta a layer keeps its own.
+
+    This and :func:`check_k` together know K.
+    """
+    k, panels = x.shape[-1], packed_weight.dim() == 4
+    unit = 4 if panels else ROW_ALIGNMENT
+    packed = packed_weight.shape[1] * (unit if panels else 1)
+    torch._check(
+        -(-k // unit) * unit == packed,
+        lambda: (
+            f"{op}: expected x.shape[-1] to fit packed_weight of shape {list(packed_weight.shape)}, got {k}"
+        ),
+    )
 
 
 def check_k(op: str, x: Tensor, config: int) -> None:

@@ -205,3 +205,35 @@ def test_weight_in_a_linear_function() -> None:
     refuses_others(
         lambda x: nn.functional.linear(x, weight), r"F\.linear: expected input\.shape\[-1\] .* got "
     )
+
+
+# ---- without values
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("other", [K + 16, K + 32, K - 1])
+def test_tracing_refuses_a_width_that_is_the_same_modulo_16(static: bool, other: int) -> None:
+    """There the config cannot tell; the shape of the packed weight does."""
+    made = layer(static=static)
+    words = rf"QLinear: expected input\.shape\[-1\] == in_features \({K}\), got {other}"
+    with pytest.raises(RuntimeError, match=words):
+        torch.export.export(made, (torch.randn(2, other),))
+    on_meta = copy.deepcopy(made).to("meta")
+    with pytest.raises(RuntimeError, match=words):
+        on_meta(torch.randn(2, other, device="meta"))
+    assert on_meta(torch.randn(2, K, device="meta")).shape == (2, N)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_meta_and_real_tensors_in_one_call_are_an_error(static: bool) -> None:
+    """Either way the fake kernel would run: it gave memory that nobody had written."""
+    here = layer(static=static)
+    there = copy.deepcopy(here).to("meta")
+    op = torch.ops.dynquant.linear_static if static else torch.ops.dynquant.linear_dynamic
+    for made, x in ((here, torch.randn(2, K, device="meta")), (there, torch.randn(2, K))):
+        with pytest.raises(RuntimeError, match="QLinear: expected input on"):
+            made(x)
+        packed_weight, weight_sum, weight_scale, qparams, config = made._packed
+        operands = packed_weight, weight_sum, weight_scale, made.bias, *(qparams or ())
+        with pytest.raises(RuntimeError, match="expected all tensors on one device"):
+            op(x, *operands, config)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import safetensors.torch as safetensors
 import torch
 import transformers
 from nets import CountInt8, Written
@@ -238,6 +239,18 @@ def test_the_wide_weight_is_that_of_one_wider_layer() -> None:
     wide = shared.q.shared.wide
     y = torch.ops.dynquant.linear_dynamic(x, *wide[:3], biases, wide.config)
     assert_same_bits(y, plain(x))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_file_holds_no_slices(scheme, tmp_path) -> None:
+    """safetensors' save_model refuses them, and torch.save would write the wide tensor with each."""
+    shared, plain = both(**scheme)
+    assert all(value.untyped_storage().nbytes() == value.nbytes for value in shared.state_dict().values())
+    safetensors.save_model(shared, str(tmp_path / "shared.safetensors"))
+    again = both(**scheme)[0]
+    safetensors.load_model(again, tmp_path / "shared.safetensors")
+    x = torch.randn(3, 24)
+    assert_same_bits(again(x), plain(x))
 
 
 def test_widths_that_are_no_whole_panels_compute_for_themselves() -> None:

@@ -291,7 +291,10 @@ class QLinear(nn.Module):
         ``format`` int64 [4]: (version, config, 1 + index in FLOAT_DTYPES of the dtype of ``.weight``, 0). A
         static layer has ``activation_scale`` fp32 [1] and ``activation_zero_point`` int32 [1] besides."""
         destination[prefix + "weight"] = self.weight.int_repr()
-        destination[prefix + "weight_scale"] = self.weight_scale
+        scale = self.weight_scale
+        if scale.untyped_storage().nbytes() != scale.nbytes:  # a slice, which safetensors' save_model refuses
+            scale = scale.clone()
+        destination[prefix + "weight_scale"] = scale
         super()._save_to_state_dict(destination, prefix, keep_vars)
         dtype = 1 + FLOAT_DTYPES.index(self.weight.dtype)
         scheme = [FORMAT_VERSION, self.config.encode(), dtype, 0]

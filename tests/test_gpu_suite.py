@@ -78,7 +78,7 @@ def test_part_1_from_a_bare_copy(library: Path, bare_copy: Path, tmp_path: Path)
     )
     assert gpu_suite.main(["--report", str(tmp_path / "cpu-rehearsal-part1.json")]) == 0
     assert (tmp_path / "cpu-rehearsal.md").read_text().index("## Targets") < 1000
-    assert (tmp_path / "cpu-rehearsal-part1.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "cpu-rehearsal.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_part_2_from_a_bare_copy(library: Path, bare_copy: Path, tmp_path: Path) -> None:

@@ -51,11 +51,14 @@ def _(x: Tensor, per_token: bool) -> tuple[Tensor, Tensor]:
 
 @_fake("choose_qparams")
 def _(lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+    reference.check_device("choose_qparams", "lo", lo, "hi", hi)
     return torch.empty_like(lo), torch.empty_like(lo, dtype=torch.int32)
 
 
 @_fake("quantize")
 def _(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    reference.check_device("quantize", "x", x, "scale", scale)
+    reference.check_device("quantize", "x", x, "zero_point", zero_point)
     return x.new_empty(x.shape, dtype=torch.int8)
 
 
@@ -84,6 +87,9 @@ def _(packed_weight: Tensor, n: int, k: int) -> Tensor:
 
 @_fake("int8_mm")
 def _(q: Tensor, packed_weight: Tensor, weight_sum: Tensor) -> Tensor:
+    reference.check_device("int8_mm", "q", q, "packed_weight", packed_weight)
+    reference.check_device("int8_mm", "q", q, "weight_sum", weight_sum)
+    reference.check_packed_k("int8_mm", q, packed_weight, "q")
     return q.new_empty(q.shape[0], weight_sum.shape[0], dtype=torch.int32)
 
 

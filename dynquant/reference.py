@@ -341,7 +341,7 @@ def check_operands(
             check_device(op, "x", x, name, tensor)
 
 
-def check_packed_k(op: str, x: Tensor, packed_weight: Tensor) -> None:
+def check_packed_k(op: str, x: Tensor, packed_weight: Tensor, name: str = "x") -> None:
     """The packed weight is of as many inputs as x has, whatever its layout: on meta a layer keeps its own.
 
     This and :func:`check_k` together know K.

@@ -237,3 +237,17 @@ def test_meta_and_real_tensors_in_one_call_are_an_error(static: bool) -> None:
         operands = packed_weight, weight_sum, weight_scale, made.bias, *(qparams or ())
         with pytest.raises(RuntimeError, match="expected all tensors on one device"):
             op(x, *operands, config)
+
+
+@pytest.mark.parametrize("of_meta", [0, 1])
+@pytest.mark.parametrize("op", ["choose_qparams", "quantize", "int8_mm"])
+def test_no_op_mixes_meta_and_real_tensors(op: str, of_meta: int) -> None:
+    packed_weight, weight_sum = reference.pack_weight(torch.ones(N, K, dtype=torch.int8))
+    arguments = {
+        "choose_qparams": (torch.zeros(3), torch.ones(3)),
+        "quantize": (torch.randn(3, K), *QPARAMS),
+        "int8_mm": (torch.ones(3, K, dtype=torch.int8), packed_weight, weight_sum),
+    }[op]
+    mixed = [value.to("meta") if i == of_meta else value for i, value in enumerate(arguments)]
+    with pytest.raises(RuntimeError, match=f"{op}: expected all tensors on one device"):
+        getattr(torch.ops.dynquant, op)(*mixed)

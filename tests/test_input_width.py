@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import copy
 import operator
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -251,3 +254,11 @@ def test_no_op_mixes_meta_and_real_tensors(op: str, of_meta: int) -> None:
     mixed = [value.to("meta") if i == of_meta else value for i, value in enumerate(arguments)]
     with pytest.raises(RuntimeError, match=f"{op}: expected all tensors on one device"):
         getattr(torch.ops.dynquant, op)(*mixed)
+
+
+@pytest.mark.parametrize("path", ["extension", "reference"])
+def test_what_is_no_tensor_is_told_alike(path: str) -> None:
+    program = "import dynquant; dynquant.QLinear(3, 2)(None)"
+    environment = os.environ | ({"DYNQUANT_ISA": "reference"} if path == "reference" else {})
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert "TypeError: QLinear: expected input to be a tensor, got NoneType" in done.stderr

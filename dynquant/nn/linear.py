@@ -197,7 +197,7 @@ class QLinear(nn.Module):
             if qparams is None:
                 return _linear_dynamic(x, packed_weight, weight_sum, weight_scale, bias, config)
             return _linear_static(x, packed_weight, weight_sum, weight_scale, bias, *qparams, config)
-        except RuntimeError as error:
+        except (AttributeError, RuntimeError) as error:  # the reference reads attributes before it checks
             raise self._explain(x, error) from None
 
     def _explain(self, x: Tensor, error: Exception) -> Exception:

@@ -89,7 +89,7 @@ def _(packed_weight: Tensor, n: int, k: int) -> Tensor:
 def _(q: Tensor, packed_weight: Tensor, weight_sum: Tensor) -> Tensor:
     reference.check_device("int8_mm", "q", q, "packed_weight", packed_weight)
     reference.check_device("int8_mm", "q", q, "weight_sum", weight_sum)
-    reference.check_packed_k("int8_mm", q, packed_weight, "q")
+    reference.check_packed_k("int8_mm", "q", q, packed_weight, weight_sum.shape[0])
     return q.new_empty(q.shape[0], weight_sum.shape[0], dtype=torch.int32)
 
 
@@ -104,7 +104,7 @@ def _fake_output(
 ) -> Tensor:
     dtype = Config.decode(config).out_dtype or x.dtype
     reference.check_operands(op, x, packed_weight, weight_sum, weight_scale, bias)
-    reference.check_packed_k(op, x, packed_weight)
+    reference.check_packed_k(op, "x", x, packed_weight, weight_scale.shape[0])
     reference.check_k(op, x, config)
     return x.new_empty(*x.shape[:-1], weight_scale.shape[0], dtype=dtype)
 

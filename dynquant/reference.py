@@ -341,19 +341,23 @@ def check_operands(
             check_device(op, "x", x, name, tensor)
 
 
-def check_packed_k(op: str, x: Tensor, packed_weight: Tensor, name: str = "x") -> None:
-    """The packed weight is of as many inputs as x has, whatever its layout: on meta a layer keeps its own.
-
-    This and :func:`check_k` together know K.
+def check_packed_k(op: str, name: str, x: Tensor, packed_weight: Tensor, n: int) -> None:
+    """The packed weight is of n channels and of as many inputs as x has, whatever its layout: on meta a layer
+    keeps its own. This and :func:`check_k` together know K.
     """
-    k, panels = x.shape[-1], packed_weight.dim() == 4
-    unit = 4 if panels else ROW_ALIGNMENT
-    packed = packed_weight.shape[1] * (unit if panels else 1)
+    p, panels = panel_width(n), packed_weight.dim() == 4
+    shape = list(packed_weight.shape)
+    channels = [-(-n // p), shape[1], p, 4] if panels else [n, *shape[1:2]]
+    check(
+        packed_weight.dtype == torch.int8 and len(shape) in (2, 4) and shape == channels,
+        f"{op}: expected packed_weight to be int8 as pack_weight makes it for N = {n}, got "
+        f"{packed_weight.dtype} of shape {shape}",
+    )
+    k, unit = x.shape[-1], 4 if panels else ROW_ALIGNMENT
+    packed = shape[1] * (unit if panels else 1)
     torch._check(
         -(-k // unit) * unit == packed,
-        lambda: (
-            f"{op}: expected x.shape[-1] to fit packed_weight of shape {list(packed_weight.shape)}, got {k}"
-        ),
+        lambda: f"{op}: expected {name}.shape[-1] to fit packed_weight of shape {shape}, got {k}",
     )
 
 

@@ -262,3 +262,23 @@ def test_what_is_no_tensor_is_told_alike(path: str) -> None:
     environment = os.environ | ({"DYNQUANT_ISA": "reference"} if path == "reference" else {})
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert "TypeError: QLinear: expected input to be a tensor, got NoneType" in done.stderr
+
+
+@pytest.mark.parametrize("shape", [(N,), (N, 16, 1), (1, 4, 64, 3), (2, 4, 64, 4), (N + 1, 16)])
+def test_a_fake_kernel_refuses_what_is_no_packed_weight(shape: tuple[int, ...]) -> None:
+    packed_weight = torch.empty(shape, dtype=torch.int8, device="meta")
+    weight_sum = torch.empty(N, dtype=torch.int32, device="meta")
+    x, scale = torch.empty(2, K, device="meta"), torch.empty(N, device="meta")
+    with pytest.raises(
+        RuntimeError, match="linear_dynamic: expected packed_weight to be int8 as pack_weight"
+    ):
+        torch.ops.dynquant.linear_dynamic(x, packed_weight, weight_sum, scale, None, 0)
+    with pytest.raises(RuntimeError, match="int8_mm: expected packed_weight to be int8 as pack_weight"):
+        torch.ops.dynquant.int8_mm(x.to(torch.int8), packed_weight, weight_sum)
+
+
+def test_a_fake_product_refuses_another_width_by_its_name() -> None:
+    packed_weight, weight_sum = reference.pack_weight(torch.ones(N, K, dtype=torch.int8))
+    q = torch.empty(3, K + 16, dtype=torch.int8, device="meta")
+    with pytest.raises(RuntimeError, match=rf"int8_mm: expected q\.shape\[-1\] to fit .*, got {K + 16}"):
+        torch.ops.dynquant.int8_mm(q, packed_weight.to("meta"), weight_sum.to("meta"))

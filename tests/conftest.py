@@ -1,8 +1,7 @@
-"""Makes ``benchmarks`` importable, last on the path: an installed dynquant stays ahead of the checkout's."""
+"""Fixtures for all tests.
 
-import sys
-from pathlib import Path
+pytest puts the repository root last on the path (``--import-mode=append`` in pyproject.toml): ``tests`` and
+``benchmarks`` are importable, and an installed dynquant stays ahead of the checkout's.
+"""
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-
-pytest_plugins = ["isas", "reporting"]
+pytest_plugins = ["tests.support.isas", "tests.support.reporting"]

@@ -4,7 +4,7 @@
 
 #define DYNQUANT_PRAGMA(text) _Pragma(#text)
 
-#if defined(DYNQUANT_EMULATED)  // tests/emulated: intrinsics as plain code, for a CPU that lacks them
+#if defined(DYNQUANT_EMULATED)  // tests/kernels/emulated: intrinsics as plain code, for a CPU that lacks them
 #define DYNQUANT_TARGET_BEGIN(features)
 #define DYNQUANT_TARGET_END
 #elif defined(__clang__)

@@ -1,0 +1,1 @@
+"""Tests of dynquant: a room for each kind, ``support`` for what several share."""

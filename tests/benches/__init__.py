@@ -1,0 +1,1 @@
+"""benchmarks/ and the commands of python -m dynquant."""

@@ -1,0 +1,1 @@
+"""Observers, calibrate and freeze."""

@@ -1,0 +1,1 @@
+"""Float models to int8 models: quantize_dynamic."""

@@ -1,0 +1,1 @@
+"""Eager fusion and graph rewriting."""

@@ -1,0 +1,1 @@
+"""The C++ and CUDA sources, without a card: emulated, compiled, disassembled."""

@@ -1,0 +1,137 @@
+"""What can be proven of an instruction set on a CPU without it: its arithmetic, encoding and isolation."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from dynquant import _extension
+from tests.support.paths import CPU_SOURCES, EMULATED_ISAS
+
+EMULATED = ("avxvnni", "avx512vl_vnni", "avx512vnni")
+NATIVE = ("scalar", "avx2", "pack", "dispatch")
+ISAS = ("scalar", "avx2", *EMULATED)
+FLAGS = ["-std=c++20", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi", f"-I{CPU_SOURCES}"]
+
+pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the vector kernels are for x86-64")
+
+
+def compile_object(folder: Path, name: str, *flags: str) -> Path:
+    target = folder / f"{name}.o"
+    command = [
+        os.environ.get("CXX", "g++"),
+        *FLAGS,
+        *flags,
+        "-c",
+        str(CPU_SOURCES / f"{name}.cpp"),
+        "-o",
+        str(target),
+    ]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return target
+
+
+def on_every_core(tasks: list[tuple[object, ...]]) -> list[Path]:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda task: compile_object(*task), tasks))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Each instruction set's file as the extension compiles it."""
+    folder = tmp_path_factory.mktemp("objects")
+    return dict(zip(ISAS, on_every_core([(folder, name, "-O3") for name in ISAS]), strict=True))
+
+
+def test_emulated_kernels_give_the_bits_of_the_scalar_ones(tmp_path: Path) -> None:
+    """AVX-VNNI and AVX512-VNNI over intrinsics written as loops, so that any x86-64 machine judges them."""
+    shim = str(EMULATED_ISAS / "intrinsics.h")
+    emulated = ["-O1", "-mavx2", "-mf16c", "-include", shim]
+    objects = on_every_core(
+        [(tmp_path, name, *emulated) for name in reversed(EMULATED)]
+        + [(tmp_path, name, "-O1") for name in NATIVE]
+    )
+    program = tmp_path / "compare"
+    source = str(EMULATED_ISAS / "compare.cpp")
+    command = [os.environ.get("CXX", "g++"), *FLAGS, "-O1", source, *map(str, objects), "-o", str(program)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    run = subprocess.run([str(program)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+    assert "all the same bits" in run.stdout
+
+
+def listing(path: Path) -> str:
+    command = ["objdump", "-d", "-w", str(path)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def disassemble(path: Path) -> list[tuple[str, str]]:
+    """(first bytes, instruction) of each instruction."""
+    return re.findall(r"^\s+[0-9a-f]+:\t((?:[0-9a-f]{2} )+)\s*\t(\S.*)$", listing(path), re.MULTILINE)
+
+
+def functions_with(path: Path, instruction: str) -> set[str]:
+    """Mangled names of the functions that hold an instruction."""
+    bodies = re.split(r"^[0-9a-f]+ <(\S+)>:$", listing(path), flags=re.MULTILINE)
+    return {name for name, body in zip(bodies[1::2], bodies[2::2], strict=True) if instruction in body}
+
+
+def is_evex(code: str) -> bool:
+    return code.startswith("62 ")
+
+
+def is_vex(code: str) -> bool:
+    return code.startswith(("c4 ", "c5 "))
+
+
+def test_encodings(objects: dict[str, Path]) -> None:
+    """Each file holds the instruction that it is named after, and none that its CPUs lack."""
+    assert shutil.which("objdump"), "objdump comes with the compiler's binutils"
+    code = {name: disassemble(path) for name, path in objects.items()}
+    for name in ("scalar", "avx2", "avxvnni"):
+        assert not [text for start, text in code[name] if is_evex(start)], (
+            f"{name} holds AVX-512 instructions"
+        )
+    assert not [text for start, text in code["scalar"] if is_vex(start)], "scalar holds AVX instructions"
+    assert any("vpmaddwd" in text and "ymm" in text for _, text in code["avx2"])
+    for name, path in objects.items():
+        contracted = functions_with(path, "vfm") | functions_with(path, "vfnm")
+        if name == "avx512vnni":  # its rotation multiplies by 1 or -1, which is exact
+            contracted = {function for function in contracted if "rotate_blocks" not in function}
+        assert not contracted, "a contraction changes bits"
+    assert any("vpdpbusd" in text and is_vex(start) for start, text in code["avxvnni"])
+    assert any(
+        "vpdpbusd" in text and "ymm" in text and is_evex(start) for start, text in code["avx512vl_vnni"]
+    )
+    assert any("vpdpbusd" in text and "zmm" in text for _, text in code["avx512vnni"])
+
+
+def test_nothing_leaks(objects: dict[str, Path]) -> None:
+    """A kernel file exports its table alone: a shared inline function could carry its code elsewhere."""
+    for name, path in objects.items():
+        listing = subprocess.run(
+            ["nm", "-C", "--defined-only", str(path)], check=True, capture_output=True, text=True
+        )
+        shared = [
+            line.split(maxsplit=2)[2] for line in listing.stdout.splitlines() if line.split()[1] in "TWVuBDR"
+        ]
+        assert len(shared) == 1, f"{name} exports {shared}"
+        assert shared[0].startswith("dynquant::cpu::k")
+
+
+def test_parallel_regions_are_compiled_in() -> None:
+    """at::parallel_for is a header: compiled without OpenMP it runs on one thread, and says nothing."""
+    if _extension.extension is None:
+        pytest.skip(f"no extension to look into: {_extension.status}")
+    library = str(_extension.extension.__file__)
+    listing = subprocess.run(
+        ["nm", "-D", "--undefined-only", library], check=True, capture_output=True, text=True
+    )
+    assert re.search("GOMP_parallel|__kmpc_fork_call", listing.stdout)

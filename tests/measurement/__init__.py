@@ -1,0 +1,1 @@
+"""Reports, accuracy and speed limits."""

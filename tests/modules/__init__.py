@@ -1,0 +1,1 @@
+"""QLinear and QTensor, alone and with the rest of PyTorch."""

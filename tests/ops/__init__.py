@@ -1,0 +1,1 @@
+"""torch.ops.dynquant against the reference: bits, layouts, widths, errors."""

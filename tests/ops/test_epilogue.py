@@ -1,0 +1,98 @@
+"""The epilogue functions: their error bound, special values, and the same bits on every instruction set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from dynquant import reference, reference_epilogue
+from dynquant.config import EPILOGUES, Config
+from tests.support.same_bits import assert_same_bits
+
+
+def exact_gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * torch.special.erfc(-x * math.sqrt(0.5))
+
+
+def exact_gelu_tanh(x: Tensor) -> Tensor:
+    return x / (1 + torch.exp(-math.sqrt(8 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def exact_silu(x: Tensor) -> Tensor:
+    return x / (1 + torch.exp(-x))
+
+
+EXACT: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": lambda x: x.clamp(min=0.0),
+    "gelu": exact_gelu,
+    "gelu_tanh": exact_gelu_tanh,
+    "silu": exact_silu,
+}
+
+
+def function(name: str) -> Callable[[Tensor], Tensor]:
+    return getattr(reference_epilogue, name)
+
+
+def dense_inputs() -> Tensor:
+    """Every bf16 pattern (each exponent, NaN, infinity), random fp32 patterns, and where the curves bend."""
+    generator = torch.Generator().manual_seed(0)
+    every_bf16 = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    patterns = torch.randint(-(2**31), 2**31, (1 << 16,), generator=generator).int().view(torch.float32)
+    bends = (torch.rand(3, 1 << 16, generator=generator) - 0.5) * torch.tensor([28.0, 8.0, 1.0])[:, None]
+    return torch.cat([every_bf16, patterns, bends.flatten()])
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_error_is_within_the_bound(name: str) -> None:
+    x = dense_inputs()
+    x = x[x.isfinite()]
+    exact = EXACT[name](x.double())
+    error = (function(name)(x).double() - exact).abs()
+    allowed = torch.clamp(exact.abs(), min=2.0**-10) * 2.0**-22
+    worst = int((error / allowed).argmax())
+    assert error[worst] <= allowed[worst], f"{name}({x[worst].item()!r}) is wrong by {error[worst].item()}"
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_special_values(name: str) -> None:
+    x = torch.tensor([math.nan, math.inf, -math.inf, 3e38, -3e38, 0.0, -0.0])
+    expected = torch.tensor([math.nan, math.inf, 0.0, 3e38, 0.0, 0.0, -0.0])
+    assert_same_bits(function(name)(x), expected, name)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_strides_do_not_matter(name: str) -> None:
+    x = torch.randn(6, 10)
+    assert_same_bits(function(name)(x.t()[::2]), function(name)(x.t()[::2].contiguous()), name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", EPILOGUES)
+def test_every_isa_has_the_bits_of_the_reference(isa: str, name: str, dtype: torch.dtype) -> None:
+    """A layer without inputs shows its bias, and so what the epilogue makes of it."""
+    bias = dense_inputs()
+    n = bias.shape[0]
+    packed, weight_sum = reference.pack_weight(torch.zeros(n, 0, dtype=torch.int8))
+    arguments = (packed, weight_sum, torch.ones(n), bias, Config(epilogue=name).encode())
+    x = torch.zeros(1, 0, dtype=dtype)
+    actual = torch.ops.dynquant.linear_dynamic(x, *arguments)
+    assert_same_bits(actual, reference.linear_dynamic(x, *arguments), f"{isa} {name}")
+    if name != "none":
+        assert_same_bits(actual, function(name)(0.0 + bias)[None].to(dtype), f"{isa} {name}")
+
+
+@pytest.mark.parametrize("n", [1, 7, 16, 24, 40, 100])
+@pytest.mark.parametrize("name", EPILOGUES)
+def test_every_width_of_a_layer(isa: str, name: str, n: int) -> None:
+    x, weight, bias = torch.randn(9, 36) * 3, torch.randn(n, 36) * 0.2, torch.randn(n)
+    config = Config(epilogue=name).encode()
+    q, scale = reference.quantize_weight(weight, config)
+    arguments = (*reference.pack_weight(q), scale, bias, config)
+    for rows in (x, x[:1], x.bfloat16()):
+        actual = torch.ops.dynquant.linear_dynamic(rows, *arguments)
+        assert_same_bits(actual, reference.linear_dynamic(rows, *arguments), f"{isa} {name} N={n}")

@@ -1,0 +1,1 @@
+"""Installation, imports and the layout of the repository."""

@@ -1,0 +1,1 @@
+"""Shared by several test files: no tests here."""

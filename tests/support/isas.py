@@ -1,0 +1,39 @@
+"""The instruction sets of this machine and how a test forces one; conftest.py makes the fixture known."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+
+import pytest
+
+import dynquant
+from tests.support.paths import ISA_LIST
+
+EVERY_ISA = re.findall(r"ISA\((\w+), k", ISA_LIST.read_text())
+"""Compiled into an extension for x86-64."""
+
+ISAS = dynquant.available_isas() or ["reference"]
+
+
+@contextlib.contextmanager
+def forced(isa: str) -> Iterator[str]:
+    before = dynquant.isa()
+    if before == isa == "reference":
+        yield isa
+        return
+    from dynquant import _C
+
+    _C.set_isa(isa)
+    try:
+        yield isa
+    finally:
+        _C.set_isa(before)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Forces one instruction set for the length of a test."""
+    with forced(request.param):
+        yield request.param

@@ -1,1 +1,1 @@
-"""dynquant beside its rivals and the machine's measured limits: ``python -m dynquant bench``."""
+"""Times of dynquant beside its baselines and the machine's measured limits: ``cpu`` and ``gpu``."""

@@ -52,9 +52,9 @@ def demo(
 def _benchmarks() -> ModuleType:
     """The package ``benchmarks`` of the repository, which is not part of an installed dynquant."""
     for folder in (Path(dynquant.__file__).parents[1], Path.cwd()):
-        if (folder / "benchmarks" / "suite.py").exists():
+        if (folder / "benchmarks" / "cpu" / "suite.py").exists():
             sys.path.insert(0, str(folder))
-            return importlib.import_module("benchmarks.suite")
+            return importlib.import_module("benchmarks.cpu.suite")
     raise _fail("bench: no benchmarks/ folder here; run this in a checkout of the repository")
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from build_backend import nvcc
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-PROBE = Path(__file__).resolve().parent / "probe.cu"
+ROOT = Path(__file__).resolve().parents[2]
+PROBE = ROOT / "benchmarks" / "gpu" / "probe.cu"
 
 
 def build_probe(library: Path, arch: str, sources: Path) -> None:

@@ -19,19 +19,19 @@ import pytest
 import torch
 
 import dynquant
-from benchmarks import (
-    additions,
-    busy,
-    figures,
+from benchmarks.cpu import (
+    baselines,
+    contention,
     kernels,
     linear,
     machine,
     memory,
+    option_cost,
     plot,
     report,
-    rivals,
     roofline,
     suite,
+    targets,
 )
 from dynquant import _extension, timing
 
@@ -191,20 +191,22 @@ def test_timing_quantiles() -> None:
 
 def _prepare(name: str) -> float:
     linear_layer, x = linear.layer_and_input(4, 16, 8)
-    return rivals.prepare(name, linear_layer, x, linear_layer(x).double(), 1)[1]
+    return baselines.prepare(name, linear_layer, x, linear_layer(x).double(), 1)[1]
 
 
-@pytest.mark.parametrize("name", [*rivals.OURS, "fp32", "bf16", "torch.ao x86"])
+@pytest.mark.parametrize("name", [*baselines.OURS, "fp32", "bf16", "torch.ao x86"])
 def test_a_contender_is_close_to_float(name: str) -> None:
     assert _prepare(name) < 0.05
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(rivals.RIVALS, "fp32", lambda layer, x, threads: lambda: torch.zeros(4, 8))
-    with pytest.raises(rivals.Unavailable, match="wrong result: relative error 1"):
+    monkeypatch.setitem(baselines.RIVALS, "fp32", lambda layer, x, threads: lambda: torch.zeros(4, 8))
+    with pytest.raises(baselines.Unavailable, match="wrong result: relative error 1"):
         _prepare("fp32")
-    monkeypatch.setitem(rivals.RIVALS, "fp32", lambda layer, x, threads: lambda: torch.full((4, 8), math.nan))
-    with pytest.raises(rivals.Unavailable, match="wrong result: relative error nan"):
+    monkeypatch.setitem(
+        baselines.RIVALS, "fp32", lambda layer, x, threads: lambda: torch.full((4, 8), math.nan)
+    )
+    with pytest.raises(baselines.Unavailable, match="wrong result: relative error nan"):
         _prepare("fp32")
 
 
@@ -214,12 +216,12 @@ def test_a_contender_that_fails_or_is_missing_is_left_out_with_a_word(
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     for name in ("onnxruntime", "torchao"):
-        with pytest.raises(rivals.Unavailable, match="not installed"):
+        with pytest.raises(baselines.Unavailable, match="not installed"):
             _prepare(name)
     monkeypatch.setitem(
-        rivals.RIVALS, "fp32", lambda layer, x, threads: lambda: torch.zeros(1) @ layer.weight
+        baselines.RIVALS, "fp32", lambda layer, x, threads: lambda: torch.zeros(1) @ layer.weight
     )
-    with pytest.raises(rivals.Unavailable, match="fails: RuntimeError: "):
+    with pytest.raises(baselines.Unavailable, match="fails: RuntimeError: "):
         _prepare("fp32")
 
 
@@ -242,14 +244,14 @@ def test_kernels_are_checked_and_reported() -> None:
 
 
 def test_additions_are_checked_and_reported() -> None:
-    (row,) = additions.run([(2, 8, 16)], rounds=1, seconds=0.0001, tell=lambda line: None)
+    (row,) = option_cost.run([(2, 8, 16)], rounds=1, seconds=0.0001, tell=lambda line: None)
     assert (row["M"], row["K"], row["N"], row["threads"]) == (2, 8, 16, 1)
     assert row["plain_us"] > 0
     assert set(row["epilogues"]) == {"relu", "gelu", "gelu_tanh", "silu"}
 
 
 def test_spinning_processes_spin_and_end() -> None:
-    with busy.spinning_processes(1) as processes:
+    with contention.spinning_processes(1) as processes:
         assert processes[0].poll() is None
         pid = processes[0].pid
     assert processes[0].returncode is not None
@@ -308,7 +310,7 @@ def test_a_tiny_run_writes_json_markdown_and_png(tmp_path: Path, capsys: pytest.
     assert "quick run" in text
     assert len(results["linear"]) == 4
     for row in results["linear"]:
-        assert set(linear.times(row)) == {*rivals.OURS, "fp32", "torch.ao x86"}
+        assert set(linear.times(row)) == {*baselines.OURS, "fp32", "torch.ao x86"}
     assert "against the best int8 rival" in capsys.readouterr().out
 
 
@@ -325,7 +327,7 @@ def _row(
         "threads": threads,
         "contenders": {name: {"us": value, "error": 0.01} for name, value in us.items()},
         "limits": {"int8_gops": 1.0, "read_gbs": 1.0},
-        "fractions": {name: {"int8": int8, "read": read} for name in us if name in rivals.OURS},
+        "fractions": {name: {"int8": int8, "read": read} for name in us if name in baselines.OURS},
     }
 
 
@@ -358,7 +360,7 @@ def _results(isas: list[str]) -> dict[str, Any]:
 
 
 def test_targets_are_judged_by_the_slower_scheme() -> None:
-    found = {f.what: f for f in figures.judge(_results(["scalar", "avx2", "avx512vnni"]))}
+    found = {f.what: f for f in targets.judge(_results(["scalar", "avx2", "avx512vnni"]))}
 
     def outcome(words: str) -> tuple[str, str]:
         figure = next(figure for what, figure in found.items() if words in what)
@@ -377,7 +379,7 @@ def test_targets_are_judged_by_the_slower_scheme() -> None:
 
 
 def test_targets_stated_for_vnni_are_not_judged_without_it() -> None:
-    found = figures.judge(_results(["scalar", "avx2"]))
+    found = targets.judge(_results(["scalar", "avx2"]))
     verdicts = {figure.what: figure.verdict for figure in found}
     means = [verdict for what, verdict in verdicts.items() if "geometric mean" in what]
     assert means == ["not measurable on this machine (no AVX512-VNNI; met by its own limits)"] * 2
@@ -385,7 +387,7 @@ def test_targets_stated_for_vnni_are_not_judged_without_it() -> None:
 
 
 def test_geometric_mean() -> None:
-    assert figures.geometric_mean([1.0, 4.0, 0.25, 16.0]) == pytest.approx(2.0)
+    assert targets.geometric_mean([1.0, 4.0, 0.25, 16.0]) == pytest.approx(2.0)
 
 
 def test_report_of_every_section(tmp_path: Path) -> None:
@@ -426,7 +428,7 @@ def test_report_of_every_section(tmp_path: Path) -> None:
         "encoder": {"sentences": 38, "threads": {"1": [version, other]}},
     }
     results["busy"] |= {"spinning": 2, "threads": 2}
-    text = report.markdown(results, figures.judge(results))
+    text = report.markdown(results, targets.judge(results))
     assert "10.0 (0.50 x, 1.00 x)" in text
     assert "1.010 bytes a weight" in text
     assert "| 16, 8, 768 | 50.0 | 2.0 (4 %) | 3.0 (6.0) |" in text

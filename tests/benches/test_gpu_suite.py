@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_suite
 from benchmarks.gpu import build, clock, correctness, cublaslt, machine, memcheck, report, results
+from benchmarks.gpu import suite as gpu_suite
 from benchmarks.gpu.contenders import Operands, Race
 from benchmarks.gpu.probe import Probe, Tile, padded
 from benchmarks.gpu.processes import Runner, Stage
@@ -30,6 +30,7 @@ from tests.support.paths import CUDA_SOURCES, ROOT
 from tests.support.same_bits import assert_same_bits
 
 CPU = torch.device("cpu")
+SUITE = Path("benchmarks", "gpu", "suite.py")
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +52,7 @@ def bare_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rehearse(tree: Path, out: Path, *words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(tree / "benchmarks" / "gpu_suite.py"), "--rehearse", "--out", str(out)]
+    command = [sys.executable, str(tree / SUITE), "--rehearse", "--out", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run([*command, *map(str, words)], capture_output=True, text=True, env=environment)
 
@@ -94,7 +95,14 @@ def test_part_2_from_a_bare_copy(library: Path, bare_copy: Path, tmp_path: Path)
 
 def test_without_a_device_it_stops_with_one_sentence(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "gpu_suite.py"), "--part", "1", "--out", str(tmp_path)],
+        [
+            sys.executable,
+            str(ROOT / SUITE),
+            "--part",
+            "1",
+            "--out",
+            str(tmp_path),
+        ],
         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,

@@ -1,7 +1,7 @@
 """Judges and times the CUDA kernels on this machine's card.
 
-    python benchmarks/gpu_suite.py --part 1 --out DIR [--probe LIBRARY ...]
-    python benchmarks/gpu_suite.py --report DIR/CARD-part1.json DIR/CARD-part2.json
+    python benchmarks/gpu/suite.py --part 1 --out DIR [--probe LIBRARY ...]
+    python benchmarks/gpu/suite.py --report DIR/CARD-part1.json DIR/CARD-part2.json
 
 Part 1 judges every kernel and times it beside the libraries, then the ops of the extension, which is built
 meanwhile. Part 2 compares several builds of the kernels and whole layers; what may go wrong comes last. DIR
@@ -25,9 +25,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-# This folder, which Python puts first, holds files with names such as report.py that are no modules of their
-# own.
+ROOT = Path(__file__).resolve().parents[2]
+# Python puts this folder first on the path; its modules are benchmarks.gpu.*, not top-level ones.
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
@@ -154,7 +153,7 @@ def main(words: Sequence[str]) -> int:
     head = {
         "card": card,
         "part": options.part,
-        "command": shlex.join(["python", "benchmarks/gpu_suite.py", *shown]),
+        "command": shlex.join(["python", "benchmarks/gpu/suite.py", *shown]),
         "date": datetime.date.today().isoformat(),
         "seed": int(time.time()) if options.seed is None else options.seed,
         "card_before": machine.card_state(),

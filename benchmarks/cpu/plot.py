@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .baselines import INT8_RIVALS, OURS
 from .linear import best_of, times
-from .rivals import INT8_RIVALS, OURS
 
 
 def plot(results: dict[str, Any], path: Path) -> None:

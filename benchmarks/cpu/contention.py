@@ -15,7 +15,7 @@ import torch
 
 from dynquant.timing import Timing, compare, take_turns
 
-from . import rivals
+from . import baselines
 from .linear import Row, layer_and_input
 
 ROWS: tuple[Row, ...] = ((1, 3, 3), (1, 768, 768), (8, 768, 3072), (32, 768, 3072), (128, 768, 768))
@@ -101,10 +101,10 @@ def run(
         left_out = {}
         for name in names:
             try:
-                calls[name], _ = rivals.prepare(name, linear, x, expected, threads)
-            except rivals.Unavailable as reason:
+                calls[name], _ = baselines.prepare(name, linear, x, expected, threads)
+            except baselines.Unavailable as reason:
                 left_out[name] = str(reason)
-        ours = {name: call for name, call in calls.items() if name in rivals.OURS}
+        ours = {name: call for name, call in calls.items() if name in baselines.OURS}
         one_thread = compare(ours, threads=1, rounds=5, seconds=seconds)
         torch.set_num_threads(threads)
         quiet = _measure(calls, rounds, seconds)

@@ -22,18 +22,18 @@ from dynquant import _extension
 from dynquant.timing import keep_freed_memory
 
 from . import (
-    additions,
-    busy,
+    baselines,
+    contention,
     encoder,
-    figures,
     kernels,
     linear,
     machine,
     memory,
+    option_cost,
     plot,
     report,
-    rivals,
     roofline,
+    targets,
 )
 
 SECTIONS = ("linear", "avx2", "additions", "kernels", "memory", "encoder", "busy")
@@ -105,11 +105,11 @@ def _default_threads() -> list[str]:
 
 
 def _ours() -> tuple[str, ...]:
-    return tuple(rivals.OURS)
+    return tuple(baselines.OURS)
 
 
 def _rivals() -> tuple[str, ...]:
-    return tuple(rivals.RIVALS)
+    return tuple(baselines.RIVALS)
 
 
 def _chosen(option: str, words: Sequence[str] | None, allowed: tuple[str, ...]) -> tuple[str, ...]:
@@ -180,7 +180,7 @@ def _run(options: Options) -> dict[str, Any]:
             results[section] = result
         _write(results, options)
     _tell(f"{time.perf_counter() - start:.0f} s; results in {options.out}")
-    for figure in figures.judge(results):
+    for figure in targets.judge(results):
         _tell(f"{figure.number}. {figure.what}: {figure.measured} (target {figure.target}): {figure.verdict}")
     return results
 
@@ -201,8 +201,8 @@ def _section(section: str, options: Options) -> Any:
     if section == "avx2":
         return _avx2(options)
     if section == "additions":
-        rows = [row for row in additions.ROWS if not options.quick or math.prod(row) < QUICK_LIMIT]
-        return additions.run(rows, rounds=rounds, seconds=seconds, tell=tell)
+        rows = [row for row in option_cost.ROWS if not options.quick or math.prod(row) < QUICK_LIMIT]
+        return option_cost.run(rows, rounds=rounds, seconds=seconds, tell=tell)
     if section == "kernels":
         largest = 1 << 20 if options.quick else None
         return kernels.run(
@@ -213,10 +213,15 @@ def _section(section: str, options: Options) -> Any:
     if section == "encoder":
         longer = 0.01 if options.quick else 0.3
         return encoder.run(options.threads, rounds=rounds, seconds=longer, quick=options.quick, tell=tell)
-    names = [name for name in busy.CONTENDERS if name in options.names]
+    names = [name for name in contention.CONTENDERS if name in options.names]
     turns = 3 if options.quick else 40
-    return busy.run(
-        options.rows or busy.ROWS, names, threads=max(options.threads), rounds=turns, seconds=0.05, tell=tell
+    return contention.run(
+        options.rows or contention.ROWS,
+        names,
+        threads=max(options.threads),
+        rounds=turns,
+        seconds=0.05,
+        tell=tell,
     )
 
 
@@ -235,7 +240,7 @@ def _write(results: dict[str, Any], options: Options) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     stem = options.out / (machine.file_stem(results["machine"]) + ("-quick" if options.quick else ""))
     report.write_json(results, stem.with_suffix(".json"))
-    stem.with_suffix(".md").write_text(report.markdown(results, figures.judge(results)))
+    stem.with_suffix(".md").write_text(report.markdown(results, targets.judge(results)))
     if "linear" in results:
         try:
             plot.plot(results, stem.with_suffix(".png"))

@@ -11,7 +11,7 @@ from torch import nn
 
 from dynquant.timing import Timing, sampler, take_turns
 
-from . import rivals, roofline
+from . import baselines, roofline
 
 Row = tuple[int, int, int]  # M, K, N
 
@@ -62,8 +62,8 @@ def measure(
     contenders: dict[str, dict[str, Any]] = {}
     for name in names:
         try:
-            call, error = rivals.prepare(name, linear, x, expected, threads)
-        except rivals.Unavailable as reason:
+            call, error = baselines.prepare(name, linear, x, expected, threads)
+        except baselines.Unavailable as reason:
             contenders[name] = {"left_out": str(reason)}
             continue
         contenders[name] = {"error": error}
@@ -86,7 +86,7 @@ def measure(
                 "gops": 2 * m * k * n / timing.median_us / 1e3,
                 "samples": len(timing.samples_us),
             }
-            if name in rivals.OURS:
+            if name in baselines.OURS:
                 fractions[name] = limits.fractions(m, k, n, timing.median_us)
     return {
         "M": m,

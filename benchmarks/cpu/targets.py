@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from .baselines import INT8_RIVALS, OURS
 from .linear import best_of, times
-from .rivals import INT8_RIVALS, OURS
 
 Results = dict[str, Any]
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .figures import Figure
+from .baselines import INT8_RIVALS, OURS
 from .linear import best_of, times
-from .rivals import INT8_RIVALS, OURS
+from .targets import Figure
 
 Results = dict[str, Any]
 

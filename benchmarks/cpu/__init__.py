@@ -1,0 +1,1 @@
+"""The CPU kernels, timed by ``python -m dynquant bench``."""

@@ -14,6 +14,8 @@ import torch
 
 import dynquant
 
+from ..shared.file_names import file_stem
+
 PACKAGES = ("torch", "onnxruntime", "torchao", "transformers", "numpy")
 FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 
@@ -72,11 +74,11 @@ def describe() -> dict[str, Any]:
     }
 
 
-def file_stem(machine: dict[str, Any]) -> str:
+def results_stem(machine: dict[str, Any]) -> str:
     """A file name for this machine's results: CPU name, family and model (cloud names hide them), ISA."""
     name = re.sub(r"\((r|tm)\)|cpu|processor|@.*", "", machine["cpu"].lower())
     parts = [name]
     if machine["cpu_family"] and machine["cpu_model"]:
         parts.append(f"f{machine['cpu_family']}m{machine['cpu_model']}")
     parts.append(machine["isa"])
-    return re.sub(r"[^a-z0-9]+", "-", " ".join(parts)).strip("-")
+    return file_stem(" ".join(parts))

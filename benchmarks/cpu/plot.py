@@ -5,19 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..shared.pictures import new_picture, save
 from .baselines import INT8_RIVALS, OURS
 from .linear import best_of, times
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
     """PNG (or what the suffix says) of the section "linear": a column of two panels for each thread count."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = results["linear"]
     counts = sorted({row["threads"] for row in rows})
-    figure = Figure(figsize=(9 * len(counts), 8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_picture(9 * len(counts), 8)
     panels = figure.subplots(2, len(counts), squeeze=False)
     for column, threads in enumerate(counts):
         speed, share = panels[0][column], panels[1][column]
@@ -46,5 +43,5 @@ def plot(results: dict[str, Any], path: Path) -> None:
             panel.set_xticks(list(places), labels, rotation=45, ha="right", fontsize=8)
     machine = results["machine"]
     torch_version = machine["versions"].get("torch", "?")
-    figure.suptitle(f"{machine['cpu']}, {machine['isa']}, torch {torch_version}, {machine['date']}")
-    figure.savefig(path, dpi=110)
+    title = f"{machine['cpu']}, {machine['isa']}, torch {torch_version}, {machine['date']}"
+    save(figure, title, path)

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..shared.tables import table
+from ..shared.targets import Target
 from .baselines import INT8_RIVALS, OURS
 from .linear import best_of, times
-from .targets import Figure
 
 Results = dict[str, Any]
 
@@ -17,12 +18,6 @@ Results = dict[str, Any]
 def write_json(results: Results, path: Path) -> None:
     """The results as they are."""
     path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
 
 
 def _us(value: float | None) -> str:
@@ -36,9 +31,9 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.0f} %"
 
 
-def markdown(results: Results, figures: Sequence[Figure]) -> str:
+def markdown(results: Results, targets: Sequence[Target]) -> str:
     """The whole report; sections that were not run are absent."""
-    parts = [_head(results), _figures(figures)]
+    parts = [_head(results), _targets(targets)]
     if results.get("linear"):
         parts.append("## One linear layer\n")
         parts += [_linear(results["linear"], threads) for threads in _threads(results["linear"])]
@@ -82,9 +77,9 @@ def _head(results: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _figures(figures: Sequence[Figure]) -> str:
-    rows = [[f.number, f.what, f.target, f.measured, f.verdict] for f in figures]
-    return "## Targets\n\n" + _table(("", "what", "target", "measured", "verdict"), rows)
+def _targets(targets: Sequence[Target]) -> str:
+    rows = [[t.number, t.name, t.goal, t.measured, t.verdict] for t in targets]
+    return "## Targets\n\n" + table(("", "what", "target", "measured", "verdict"), rows)
 
 
 def _threads(rows: Sequence[Results]) -> list[int]:
@@ -118,7 +113,7 @@ def _linear(rows: Sequence[Results], threads: int) -> str:
         "those of the slower of per_token and per_tensor. The limit is the measured int8 peak or the time to "
         "read the weight once, whichever is nearer.\n\n"
     )
-    text += _table(heads, body)
+    text += table(heads, body)
     reasons = dict.fromkeys(
         f"{name}: {entry['left_out']}"
         for row in rows
@@ -138,7 +133,7 @@ def _errors(rows: Sequence[Results]) -> str:
             if "error" in entry:
                 errors.setdefault(name, []).append(entry["error"])
     body = [[name, f"{100 * min(values):.2f} - {100 * max(values):.2f} %"] for name, values in errors.items()]
-    return "Relative error of the output against float64, normal data:\n\n" + _table(("", "error"), body)
+    return "Relative error of the output against float64, normal data:\n\n" + table(("", "error"), body)
 
 
 def _additions(rows: Sequence[Results]) -> str:
@@ -161,7 +156,7 @@ def _additions(rows: Sequence[Results]) -> str:
         "1 thread, medians of the differences between calls in turns; in brackets the rotation's share of "
         "the call and the time of torch's own function on the same output.\n\n"
     )
-    return "## What options add\n\n" + note + _table(heads, body)
+    return "## What options add\n\n" + note + table(heads, body)
 
 
 def _kernels(kernels: Sequence[Results]) -> str:
@@ -183,7 +178,7 @@ def _kernels(kernels: Sequence[Results]) -> str:
         "Rates count the bytes read and written once, or two operations a multiply-accumulate; the limit is "
         "the best read probe over the input's bytes, or the int8 peak.\n\n"
     )
-    return "## Each op alone\n\n" + note + _table(heads, body)
+    return "## Each op alone\n\n" + note + table(heads, body)
 
 
 def _memory(memory: Results) -> str:
@@ -191,7 +186,7 @@ def _memory(memory: Results) -> str:
     growth = memory["process_growth_4096x4096"]
     return (
         "## Memory\n\n"
-        + _table(("weight [N, K]", "resident int8 bytes a weight"), body)
+        + table(("weight [N, K]", "resident int8 bytes a weight"), body)
         + f"\nA fresh process grows by {growth:.3f} bytes a weight for each further 4096 x 4096 layer.\n"
     )
 
@@ -217,7 +212,7 @@ def _encoder(encoder: Results) -> str:
             cosines = [f"{version['min_cosine']:.4f}", f"{version['mean_cosine']:.4f}"]
             body.append([version["name"], *columns, *sizes, *cosines])
         heads = ("", *workloads, "weights MB", "of it Linear", "min cosine", "mean cosine")
-        text += f"\n{threads} thread{'s' if threads != '1' else ''}:\n\n" + _table(heads, body)
+        text += f"\n{threads} thread{'s' if threads != '1' else ''}:\n\n" + table(heads, body)
     return text
 
 
@@ -236,5 +231,5 @@ def _busy(busy: Results) -> str:
     return (
         "## Busy machine\n\n"
         f"{busy['spinning']} spinning processes, {busy['threads']} threads: median µs alone → median beside "
-        "them (90th percentile).\n\n" + _table(("M, K, N", *names), body)
+        "them (90th percentile).\n\n" + table(("M, K, N", *names), body)
     )

@@ -180,8 +180,8 @@ def _run(options: Options) -> dict[str, Any]:
             results[section] = result
         _write(results, options)
     _tell(f"{time.perf_counter() - start:.0f} s; results in {options.out}")
-    for figure in targets.judge(results):
-        _tell(f"{figure.number}. {figure.what}: {figure.measured} (target {figure.target}): {figure.verdict}")
+    for target in targets.judge(results):
+        _tell(f"{target.number}. {target.name}: {target.measured} (target {target.goal}): {target.verdict}")
     return results
 
 
@@ -238,7 +238,7 @@ def _avx2(options: Options) -> list[dict[str, Any]] | None:
 
 def _write(results: dict[str, Any], options: Options) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
-    stem = options.out / (machine.file_stem(results["machine"]) + ("-quick" if options.quick else ""))
+    stem = options.out / (machine.results_stem(results["machine"]) + ("-quick" if options.quick else ""))
     report.write_json(results, stem.with_suffix(".json"))
     stem.with_suffix(".md").write_text(report.markdown(results, targets.judge(results)))
     if "linear" in results:

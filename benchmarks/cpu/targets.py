@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from ..shared.targets import Target
 from .baselines import INT8_RIVALS, OURS
 from .linear import best_of, times
 
 Results = dict[str, Any]
 
 TORCH_AO = tuple(name for name in INT8_RIVALS if name.startswith("torch.ao "))
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One target."""
-
-    number: str
-    what: str
-    target: str
-    measured: str
-    met: bool | None  # None: the rows it needs were not measured
-    verdict: str
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -72,7 +60,7 @@ class _Judge:
 
     def __init__(self, results: Results) -> None:
         self.isas: Sequence[str] = results["machine"]["available_isas"]
-        self.figures: list[Figure] = []
+        self.targets: list[Target] = []
 
     def add(
         self, number: str, what: str, target: str, measured: str, met: bool | None, *, for_vnni: bool = False
@@ -84,7 +72,7 @@ class _Judge:
             verdict = f"not measurable on this machine (no AVX512-VNNI; {outcome} by its own limits)"
         else:
             verdict = "met" if met else "missed"
-        self.figures.append(Figure(number, what, target, measured, met, verdict))
+        self.targets.append(Target(what, target, measured, met, verdict, number))
 
     def lowest_fraction(
         self,
@@ -104,7 +92,7 @@ class _Judge:
         self.add(number, what, text, measured, met, for_vnni=for_vnni)
 
 
-def judge(results: Results) -> list[Figure]:
+def judge(results: Results) -> list[Target]:
     """All figures, from the sections that were run."""
     judge = _Judge(results)
     rows = results.get("linear", [])
@@ -116,7 +104,7 @@ def judge(results: Results) -> list[Figure]:
     _weight_figures(judge, results)
     _encoder_figures(judge, results.get("encoder", {}))
     _busy_figures(judge, results.get("busy", {}))
-    return judge.figures
+    return judge.targets
 
 
 def _roofline_figures(judge: _Judge, rows: Sequence[Results]) -> None:

@@ -13,9 +13,9 @@ from torch import Tensor
 from dynquant import reference
 from dynquant.config import Config
 
+from ..shared.bits import difference
 from . import cublaslt, probe
 from .clock import Call, measure
-from .correctness import difference
 from .probe import Layer, Probe, Tile, padded
 from .results import short
 from .setting import Setting

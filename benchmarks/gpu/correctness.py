@@ -12,6 +12,7 @@ from torch import Tensor
 from dynquant import reference
 from dynquant.config import Config
 
+from ..shared.bits import difference
 from . import probe
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,39 +37,7 @@ SMALL_SHAPES = ((3, 40, 144), (17, 31, 100))  # for a look at the code
 EMPTY = ((0, 5, 3), (5, 0, 3), (5, 4, 0), (1, 1, 0), (40, 20, 0))
 # Rows that a warp, blocks of 128, 256, 512 and 1024 threads hold, and longer ones; odd and even lengths.
 ROW_LENGTHS = (1, 3, 64, 1000, 1024, 1025, 2048, 2049, 4090, 4096, 4097, 8192, 8193, 16384, 16385, 40000)
-_INTEGER_OF = {
-    torch.float64: torch.int64,
-    torch.float32: torch.int32,
-    torch.bfloat16: torch.int16,
-    torch.float16: torch.int16,
-}
 FAULTS_KEPT = 5
-
-
-def difference(actual: Tensor, expected: Tensor) -> dict[str, Any] | None:
-    """None where NaN stands in the same places and everything else is equal as integers; else what differs,
-    and the first place. ``torch.equal`` would call NaN unequal to itself and -0 equal to 0."""
-    if actual.shape != expected.shape or actual.dtype != expected.dtype:
-        kinds = [f"{tensor.dtype} {list(tensor.shape)}" for tensor in (actual, expected)]
-        return {"actual": kinds[0], "expected": kinds[1]}
-    actual, expected = actual.detach().contiguous(), expected.detach().to(actual.device).contiguous()
-    if actual.dtype in _INTEGER_OF:
-        integer = _INTEGER_OF[actual.dtype]
-        equal = (actual.view(integer) == expected.view(integer)) | (actual.isnan() & expected.isnan())
-    else:
-        equal = actual == expected
-    if bool(equal.all()):
-        return None
-    wrong = (~equal).nonzero()
-    first = tuple(wrong[0].tolist())
-    return {
-        "differ": len(wrong),
-        "of": equal.numel(),
-        "at": list(first),
-        "last_at": wrong[-1].tolist(),
-        "actual": repr(actual[first].item()),
-        "expected": repr(expected[first].item()),
-    }
 
 
 @dataclass

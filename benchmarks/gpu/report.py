@@ -9,12 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .results import Entry, is_bad
+from ..shared.pictures import new_picture, save
+from ..shared.tables import table
+from ..shared.targets import Target
+from .results import BASELINE, Entry, is_bad
 
 Results = dict[str, Any]
 Row = Sequence[object]
 Value = Callable[[Entry], float | None]
-RIVAL = "bf16 linear"
 # Smaller weights take a launch's time, not that of their bytes: they are shown, but not judged.
 JUDGED_WEIGHT_BYTES = 16 << 20
 SHOWN = 3  # places up to which forced kernels are shown
@@ -67,11 +69,11 @@ def of_weight_read(entry: Entry) -> float | None:
     return time / entry["weight_read_us"] if time and "weight_read_us" in entry else None
 
 
-def targets(results: Results) -> list[tuple[str, str, str, float | None]]:
-    """(what, target, the worst that was measured, ratio of both): 1 and more means met, None not measured."""
+def targets(results: Results) -> list[Target]:
+    """Each target with its worst measurement."""
     large, layers = entries(results, "large"), entries(results, "layer")
     rows = [entry for entry in entries(results, "quantize") if not entry["rotation"]]
-    speed: Value = partial(ratio, over=RIVAL, under="dynquant per_token")
+    speed: Value = partial(ratio, over=BASELINE, under="dynquant per_token")
     against: Callable[[str], Value] = lambda rival: partial(ratio, over=rival, under="dynquant bf16")  # noqa: E731
     tops: Value = lambda entry: entry.get("times", {}).get("dynquant bf16", {}).get("tops")  # noqa: E731
     at_least: list[tuple[str, float, list[Entry], Value]] = [
@@ -94,22 +96,18 @@ def targets(results: Results) -> list[tuple[str, str, str, float | None]]:
     for activations, most in (("per_token", 2), ("per_tensor", 3)):
         chosen = [e for e in entries(results, "launches") if e["activations"] == activations]
         at_most.append((f"launches a forward, {activations}", most, chosen, lambda e: e.get("count") or None))
-    found: list[tuple[str, str, str, float | None]] = []
+    found: list[Target] = []
     for sign, limits in (("≥", at_least), ("≤", at_most)):
         for what, limit, chosen, value in limits:
             measured = [(number, _shape(e)) for e in chosen if (number := value(e)) is not None]
             if not measured:
-                found.append((what, f"{sign} {limit:g}", "-", None))
+                found.append(Target(what, f"{sign} {limit:g}", "-", None, "not measured"))
                 continue
             number, where = (min if sign == "≥" else max)(measured)
-            met = number / limit if sign == "≥" else limit / number
+            met = number >= limit if sign == "≥" else number <= limit
             words = f"{number:.4g} ({where}; the worst of {len(measured)})"
-            found.append((what, f"{sign} {limit:g}", words, met))
+            found.append(Target(what, f"{sign} {limit:g}", words, met, "met" if met else "NOT met"))
     return found
-
-
-def verdict(met: float | None) -> str:
-    return "not measured" if met is None else "met" if met >= 1 else "NOT met"
 
 
 def markdown(results: Results, *, last_first: bool = False) -> str:
@@ -132,20 +130,23 @@ def markdown(results: Results, *, last_first: bool = False) -> str:
         for e in entries(results, "launches")
     ]
     tables: list[tuple[str, Sequence[str], Iterable[Row]]] = [
-        ("Targets", ("", "target", "measured", ""), [(*t[:3], verdict(t[3])) for t in targets(results)]),
+        (
+            "Targets",
+            ("", "target", "measured", ""),
+            [(t.name, t.goal, t.measured, t.verdict) for t in targets(results)],
+        ),
         ("Judged", ("what", "cases", "differ", "first fault"), _judged(results)),
         *((title, ("", RATIOS), _times(results, kind)) for kind, title in TIMED.items()),
         ("Launches a forward", ("activations", "M", "launches", ""), launches),
         ("Stages", ("", "status", "s", "ready s", "reason"), map(_stage, results["stages"])),
     ]
-    texts = [text for table in tables if (text := _table(*table))]
+    texts = [text for one in tables if (text := _section(*one))]
     return "\n".join(lines + (texts[::-1] if last_first else texts))
 
 
-def _table(title: str, heads: Sequence[str], rows: Iterable[Row]) -> str:
-    cells = [[str(cell).replace("\n", " ").replace("|", "/") for cell in row] for row in rows]
-    lines = [heads, ["---"] * len(heads), *cells]
-    return f"## {title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines) if cells else ""
+def _section(title: str, heads: Sequence[str], rows: Iterable[Row]) -> str:
+    found = list(rows)
+    return f"## {title}\n\n{table(heads, found)}" if found else ""
 
 
 def _judged(results: Results) -> list[Row]:
@@ -174,10 +175,10 @@ def _times(results: Results, kind: str) -> list[Row]:
         for place, (number, name) in enumerate(sorted((t["us"], n) for n, t in times.items() if "us" in t)):
             if (place >= SHOWN and name.startswith("forced")) or (name == "copy" and kind != "quantize"):
                 continue
-            value = ratio(entry, name, "copy") if kind == "quantize" else ratio(entry, RIVAL, name)
+            value = ratio(entry, name, "copy") if kind == "quantize" else ratio(entry, BASELINE, name)
             more = [times[name]["plan"]] if "plan" in times[name] and not name.startswith("forced") else []
             more += [f"{times[name]['tops']:.0f} TOPS"] if "tops" in times[name] else []
-            more += [f"{value:.2f} x"] if value and name not in (RIVAL, "copy") else []
+            more += [f"{value:.2f} x"] if value and name not in (BASELINE, "copy") else []
             words.append(f"{name} **{number:.2f}**" + (f" ({'; '.join(more)})" if more else ""))
         words += [f"{name}: {t['left_out'][:100]}" for name, t in times.items() if "left_out" in t]
         read = entry.get("weight_read_us")
@@ -197,11 +198,7 @@ def _shape(entry: Entry) -> str:
 
 def draw(results: Results, path: Path) -> None:
     """Large products and, by M, few rows and forwards; PNG, or what the suffix says."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    picture = Figure(figsize=(16, 5), layout="constrained")
-    FigureCanvasAgg(picture)
+    picture = new_picture(16, 5)
     bars, *panels = picture.subplots(1, 3)
     products = [
         (f"{name}, {entry['M']}³", times["tops"], "tab:blue" if name.startswith("dynquant") else "silver")
@@ -212,7 +209,7 @@ def draw(results: Results, path: Path) -> None:
     bars.barh(range(len(products)), [one[1] for one in products], color=[one[2] for one in products])
     bars.set_yticks(range(len(products)), [one[0] for one in products], fontsize=7)
     bars.set_title("large products, TOPS")
-    speed: Value = partial(ratio, over=RIVAL, under="dynquant forward")
+    speed: Value = partial(ratio, over=BASELINE, under="dynquant forward")
     for panel, title, kinds, value in (
         (
             panels[0],
@@ -236,5 +233,4 @@ def draw(results: Results, path: Path) -> None:
         panel.set_title(title)
         if lines:
             panel.legend(fontsize=8)
-    picture.suptitle(f"{results['card']}, {results['date']}")
-    picture.savefig(path, dpi=110)
+    save(picture, f"{results['card']}, {results['date']}", path)

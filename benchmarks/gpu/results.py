@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 Entry = dict[str, Any]
+BASELINE = "bf16 linear"  # of layers, GEMMs and forwards
 
 
 class Recorder:

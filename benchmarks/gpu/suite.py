@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -33,6 +32,7 @@ if __name__ == "__main__":
 from benchmarks.gpu import machine, report  # noqa: E402
 from benchmarks.gpu.probe import TILES  # noqa: E402
 from benchmarks.gpu.processes import Runner, Stage  # noqa: E402
+from benchmarks.shared.file_names import file_stem  # noqa: E402
 
 BUDGET_S = {1: 270.0, 2: 250.0}
 RESERVE_S = 8.0  # of the budget, for stopping stages and writing
@@ -158,7 +158,7 @@ def main(words: Sequence[str]) -> int:
         "seed": int(time.time()) if options.seed is None else options.seed,
         "card_before": machine.card_state(),
     }
-    stem = f"{re.sub(r'[^a-z0-9]+', '-', card.lower()).strip('-')}-part{options.part}"
+    stem = f"{file_stem(card)}-part{options.part}"
     start = time.monotonic()
     runner = Runner(options.out, stem, options.budget - RESERVE_S, head)
     suite = Suite(runner, options.probe, arch)

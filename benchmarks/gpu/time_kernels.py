@@ -15,10 +15,11 @@ import torch
 
 from dynquant import reference
 
+from ..shared.bits import difference
 from .clock import Call
 from .contenders import Operands, Race, copies, copy_calls
-from .correctness import difference
 from .probe import Probe, Tile
+from .results import BASELINE
 from .setting import Setting
 
 SIZES = (8192, 4096)
@@ -49,7 +50,7 @@ def large(setting: Setting) -> None:
         race.enter("cuBLASLt int8", operands.cublaslt_int8)
         race.enter("torch._int_mm", operands.int_mm)
         race.enter("torch._int_mm + dequantization", operands.int_mm_and_dequantization)
-        race.enter("bf16 linear", operands.bf16_linear)
+        race.enter(BASELINE, operands.bf16_linear)
         race.enter("fp8 torch._scaled_mm", operands.fp8)
         result = race.run(4.0)
         for contender in result["times"].values():
@@ -75,7 +76,7 @@ def few_rows(setting: Setting) -> None:
             race.enter(f"{name} bf16", partial(operands.gemms, setting, library), ours=True)
         enter_forwards(race, operands, opened)
         race.enter("copy", lambda: copying)
-        race.enter("bf16 linear", operands.bf16_linear)
+        race.enter(BASELINE, operands.bf16_linear)
         result = race.run()
         bytes_per_us = 2 * copied / result["times"]["copy"]["us"]
         return result | {"copy_gbs": bytes_per_us / 1e3, "weight_read_us": n * k / bytes_per_us}
@@ -92,7 +93,7 @@ def middle(setting: Setting) -> None:
     def measure(m: int, n: int, k: int) -> dict[str, Any]:
         race, operands = Race(setting), Operands(m, n, k, setting.device)
         enter_forwards(race, operands, opened)
-        race.enter("bf16 linear", operands.bf16_linear)
+        race.enter(BASELINE, operands.bf16_linear)
         return race.run()
 
     for n, k in ((48, 64),) if setting.small else MIDDLE_WEIGHTS:

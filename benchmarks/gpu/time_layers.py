@@ -17,13 +17,13 @@ from dynquant import _extension
 
 from .clock import Call, host_us
 from .contenders import Race, copies
+from .results import BASELINE
 from .setting import Setting
 
 ROWS = (1, 4, 16, 64, 256, 1024, 4096)
 WEIGHTS = ((4096, 4096), (14336, 4096))  # N, K
 EAGER = ((768, 768), (4096, 4096))
 LAUNCHES = (1, 16, 64, 512, 4096)
-RIVAL = "bf16 linear"
 
 
 def run(setting: Setting) -> None:
@@ -46,7 +46,7 @@ def layer(setting: Setting, m: int, n: int, k: int) -> dict[str, Any]:
     race = Race(setting)
     floats = [float_layer(setting, n, k) for _ in range(copies(n * k, setting.device))]
     x = torch.randn(m, k, dtype=torch.bfloat16, device=setting.device)
-    race.enter(RIVAL, lambda: [partial(one, x) for one in floats])
+    race.enter(BASELINE, lambda: [partial(one, x) for one in floats])
     for activations in ("per_token", "per_tensor"):
 
         def quantized(activations: str = activations) -> list[Call]:
@@ -92,7 +92,7 @@ def eager(setting: Setting, m: int, n: int, k: int) -> dict[str, Any]:
     """Calls from Python one after the other; the card is faster than they come where the layer is small."""
     linear = float_layer(setting, n, k)
     x = torch.randn(m, k, dtype=torch.bfloat16, device=setting.device)
-    calls: dict[str, Call] = {RIVAL: partial(linear, x)}
+    calls: dict[str, Call] = {BASELINE: partial(linear, x)}
     for activations in ("per_token", "per_tensor"):
         calls[f"dynquant {activations}"] = partial(checked(linear, x, activations), x)
     return {"times": host_us(calls, setting.device, calls=5 if setting.small else 200)}

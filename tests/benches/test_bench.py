@@ -301,7 +301,7 @@ def test_a_tiny_run_writes_json_markdown_and_png(tmp_path: Path, capsys: pytest.
     assert (torch.get_num_threads(), dynquant.isa()) == (threads, isa)
 
     files = {path.suffix: path for path in tmp_path.iterdir()}
-    assert {path.stem for path in files.values()} == {machine.file_stem(results["machine"]) + "-quick"}
+    assert {path.stem for path in files.values()} == {machine.results_stem(results["machine"]) + "-quick"}
     assert json.loads(files[".json"].read_text()) == json.loads(json.dumps(results))
     assert files[".png"].read_bytes().startswith(b"\x89PNG")
     text = files[".md"].read_text()
@@ -360,11 +360,11 @@ def _results(isas: list[str]) -> dict[str, Any]:
 
 
 def test_targets_are_judged_by_the_slower_scheme() -> None:
-    found = {f.what: f for f in targets.judge(_results(["scalar", "avx2", "avx512vnni"]))}
+    found = {target.name: target for target in targets.judge(_results(["scalar", "avx2", "avx512vnni"]))}
 
     def outcome(words: str) -> tuple[str, str]:
-        figure = next(figure for what, figure in found.items() if words in what)
-        return figure.measured, figure.verdict
+        target = next(target for name, target in found.items() if words in name)
+        return target.measured, target.verdict
 
     assert outcome("M >= 16, 1 thread") == ("lowest 0.91 (16x4096x4096 per_tensor)", "missed")
     assert outcome("the same at 2 threads")[1] == "missed"
@@ -380,8 +380,8 @@ def test_targets_are_judged_by_the_slower_scheme() -> None:
 
 def test_targets_stated_for_vnni_are_not_judged_without_it() -> None:
     found = targets.judge(_results(["scalar", "avx2"]))
-    verdicts = {figure.what: figure.verdict for figure in found}
-    means = [verdict for what, verdict in verdicts.items() if "geometric mean" in what]
+    verdicts = {target.name: target.verdict for target in found}
+    means = [verdict for name, verdict in verdicts.items() if "geometric mean" in name]
     assert means == ["not measurable on this machine (no AVX512-VNNI; met by its own limits)"] * 2
     assert verdicts["the 3x3 layer, time against nn.Linear"] == "met"
 

@@ -23,6 +23,7 @@ from benchmarks.gpu.contenders import Operands, Race
 from benchmarks.gpu.probe import Probe, Tile, padded
 from benchmarks.gpu.processes import Runner, Stage
 from benchmarks.gpu.setting import Setting
+from benchmarks.shared.bits import difference
 from build_backend import nvcc
 from dynquant.config import Config
 from tests.support.cuda_on_host import build as build_emulator
@@ -223,7 +224,7 @@ def test_difference_judges_as_assert_same_bits(dtype: torch.dtype) -> None:
             others.append(values.clone().index_fill(0, torch.tensor([0]), change))
     for actual in others:
         for expected in others:
-            if correctness.difference(actual, expected) is None:
+            if difference(actual, expected) is None:
                 assert_same_bits(actual, expected)
             else:
                 with pytest.raises(AssertionError):
@@ -423,8 +424,8 @@ def example(ours: float) -> dict[str, Any]:
 
 def test_targets_are_met_and_missed(tmp_path: Path) -> None:
     for results_of, verdict in ((example(90.0), "met"), (example(160.0), "NOT met")):
-        assert {report.verdict(met) for *_, met in report.targets(results_of)} == {verdict}
-    assert {met for *_, met in report.targets({"entries": []})} == {None}
+        assert {target.verdict for target in report.targets(results_of)} == {verdict}
+    assert {target.met for target in report.targets({"entries": []})} == {None}
     files = [tmp_path / f"card-part{part}.json" for part in (1, 2)]
     for file in files:
         file.write_text(json.dumps(example(90.0)))
@@ -442,8 +443,8 @@ def test_small_weights_are_not_judged_by_their_bytes(n: int, judged: str) -> Non
     results_of = example(90.0)
     slow = {"kind": "few rows", "M": 1, "N": n, "K": 4096, "weight_read_us": 1.0, "error": ""}
     results_of["entries"].append(slow | {"times": {"dynquant bf16": {"us": 5.0}}})
-    (found,) = [target for target in report.targets(results_of) if "weights from 16 MiB" in target[0]]
-    assert report.verdict(found[-1]) == judged
+    (found,) = [target for target in report.targets(results_of) if "weights from 16 MiB" in target.name]
+    assert found.verdict == judged
     assert "weight at a copy's speed 1.00 µs" in report.markdown(results_of)
 
 

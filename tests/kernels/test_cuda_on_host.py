@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.correctness import awkward_rows
+from benchmarks.gpu.correctness import DTYPES, awkward_rows
 from dynquant import reference
 from dynquant.config import EPILOGUES, Config
 from dynquant.config import rotation_block as largest_block
@@ -19,7 +19,6 @@ from tests.support.cuda_on_host import CudaOnHost, Dequantization, HostError, bu
 from tests.support.paths import CUDA_SOURCES
 from tests.support.same_bits import assert_same_bits
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALL = [("small", (rows, 16)) for rows in (8, 16, 32)]
 MMA = [("mma", (64, 64)), ("mma", (128, 128))]
 WGMMA = [("wgmma", (128, columns)) for columns in (32, 64, 128, 256)]

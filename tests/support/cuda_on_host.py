@@ -21,12 +21,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.probe import DTYPES, KERNELS, padded
 from dynquant.config import EPILOGUES, Config
 from tests.support.paths import CSRC, CUDA_HOST, CUDA_SOURCES
 
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-U_FORTIFY_SOURCE"]
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int32: 3}
-KERNELS = ("small", "mma", "wgmma")
 
 
 def compiler() -> str | None:
@@ -130,11 +129,6 @@ class Dequantization:
         return [self.scale, self.zero_point, self.weight_sum, self.weight_scale, self.bias]
 
 
-def _padded(rows: Tensor) -> Tensor:
-    """int8 [rows, K] with zeros up to a K that is a multiple of 16."""
-    return torch.nn.functional.pad(rows, (0, -rows.shape[1] % 16)).contiguous()
-
-
 def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
@@ -187,7 +181,7 @@ class CudaOnHost:
 
     @staticmethod
     def _rows(x: Tensor) -> list[object]:
-        return [_pointer(x), ctypes.c_int(DTYPES[x.dtype]), x.shape[:-1].numel(), x.shape[-1]]
+        return [_pointer(x), ctypes.c_int(DTYPES[str(x.dtype)]), x.shape[:-1].numel(), x.shape[-1]]
 
     def min_max(self, x: Tensor, per_token: bool) -> tuple[Tensor, Tensor]:
         memory = self._memory()
@@ -237,7 +231,7 @@ class CudaOnHost:
         memory = self._memory()
         (m, k), n = q.shape, weight.shape[0]
         out = memory.place([m, n], torch.int32)
-        operands = _pointer(memory.copy(q)), _pointer(memory.copy(_padded(weight), 16))
+        operands = _pointer(memory.copy(q)), _pointer(memory.copy(padded(weight), 16))
         self._with_workspace(memory, "int8_mm", *operands, m, n, k, _pointer(out))
         result = out.clone()
         memory.free()
@@ -258,7 +252,7 @@ class CudaOnHost:
         memory = self._memory()
         n = weight.shape[0]
         out = memory.place([*x.shape[:-1], n], config.out_dtype or x.dtype, self.alignment)
-        tensors = [memory.copy(_padded(weight), 16)]
+        tensors = [memory.copy(padded(weight), 16)]
         tensors += [memory.copy(t) for t in (weight_sum, weight_scale, bias, scale, zero_point)]
         self._with_workspace(
             memory,
@@ -268,7 +262,7 @@ class CudaOnHost:
             *map(_pointer, tensors),
             config.encode(),
             _pointer(out),
-            ctypes.c_int(DTYPES[out.dtype]),
+            ctypes.c_int(DTYPES[str(out.dtype)]),
         )
         result = out.clone()
         memory.free()
@@ -288,8 +282,8 @@ class CudaOnHost:
         (m, k), n = q.shape, weight.shape[0]
         out = memory.place([m, n], dequantization.dtype if dequantization else torch.int32, self.alignment)
         numbers = [ctypes.c_int(value) for value in (KERNELS.index(kernel), *tile, parts)]
-        operands = [_pointer(memory.copy(_padded(q), 16)), -(-k // 16) * 16]
-        operands += [_pointer(memory.copy(_padded(weight), 16))]
+        operands = [_pointer(memory.copy(padded(q), 16)), -(-k // 16) * 16]
+        operands += [_pointer(memory.copy(padded(weight), 16))]
         tensors = dequantization.tensors if dequantization else [None] * 5
         epilogue = EPILOGUES.index(dequantization.epilogue) if dequantization else 0
         self._with_workspace(
@@ -303,7 +297,7 @@ class CudaOnHost:
             *[_pointer(memory.copy(tensor)) for tensor in tensors],
             ctypes.c_int(epilogue),
             _pointer(out),
-            ctypes.c_int(DTYPES[out.dtype]),
+            ctypes.c_int(DTYPES[str(out.dtype)]),
         )
         result = out.clone()
         memory.free()

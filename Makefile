@@ -1,6 +1,6 @@
 # make demo    build, then run the main job
 # make test    build, then all tests, lint, format and type checks
-# make bench   build, then the benchmarks against the rivals
+# make bench   build, then the benchmarks beside the baselines
 # make build   compile what changed, in place
 # make lint    ruff, clang-format and mypy;  make format  mends what the first two can
 #

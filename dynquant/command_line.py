@@ -69,21 +69,25 @@ def bench(
     ),
     rows: Annotated[str | None, typer.Option(help="Subset of rows, e.g. 1x768x768,128x768x3072.")] = None,
     threads: Annotated[str | None, typer.Option(help="Thread counts, 1,2 by default.")] = None,
-    rivals: Annotated[str | None, typer.Option(help="Subset of rivals, e.g. 'fp32,torch.ao x86'.")] = None,
+    baselines: Annotated[
+        str | None,
+        typer.Option("--baselines", "--rivals", help="Subset of baselines, e.g. 'fp32,torch.ao x86'."),
+    ] = None,
     sections: Annotated[
-        str | None, typer.Option(help="Subset of linear, avx2, kernels, memory, encoder, busy.")
+        str | None,
+        typer.Option(help="Subset of linear, avx2, option_cost, kernels, memory, encoder, contention."),
     ] = None,
     isa: Annotated[str | None, typer.Option(help="Force an instruction set, e.g. avx2.")] = None,
     quick: Annotated[bool, typer.Option(help="Short samples, few rounds: a look, not a result.")] = False,
 ) -> None:
-    """Time dynquant beside its rivals and the machine's measured limits."""
+    """Time dynquant beside its baselines and the machine's measured limits."""
     suite = _benchmarks()
     try:
         options = suite.Options.parse(
             out=out,
             rows=_words(rows),
             threads=_words(threads),
-            rivals=_words(rivals),
+            baselines=_words(baselines),
             sections=_words(sections),
             isa=isa,
             quick=quick,

@@ -1,7 +1,7 @@
-"""Every way to run one linear layer that is measured, each made from the same nn.Linear.
+"""All implementations of one linear layer that are timed, ours and the baselines, from the same nn.Linear.
 
 A maker takes the float layer, the fp32 input and the number of threads, and returns a function without
-arguments that computes the output. Where that is impossible here it raises Unavailable with the reason.
+arguments that computes the output. It raises Unavailable, with the reason, for a missing package or engine.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from dynquant.demo.regression import quantize_with_torch_ao
 Call = Callable[[], Any]
 Maker = Callable[[nn.Linear, Tensor, int], Call]
 
-# Relative error of the output that no working 8-bit scheme reaches; torch.ao's 7 bits stay under 0.04.
-WRONG = 0.1
+# Every working 8-bit scheme stays below this relative error; torch.ao's 7 bits stay under 0.04.
+MAX_RELATIVE_ERROR = 0.1
 
 
 class Unavailable(Exception):
-    """In a few words, why a rival is left out."""
+    """Carries the reason, in a few words, for leaving out an implementation."""
 
 
 def _fp32(linear: nn.Linear, x: Tensor, threads: int) -> Call:
@@ -113,31 +113,31 @@ OURS: dict[str, Maker] = {
     "dynquant per_token": _dynquant("per_token"),
     "dynquant per_tensor": _dynquant("per_tensor"),
 }
-FLOATS: dict[str, Maker] = {"fp32": _fp32, "bf16": _bf16}
-INT8_RIVALS: dict[str, Maker] = {
+FLOAT_BASELINES: dict[str, Maker] = {"fp32": _fp32, "bf16": _bf16}
+INT8_BASELINES: dict[str, Maker] = {
     "torch.ao x86": _torch_ao("x86"),
     "torch.ao fbgemm": _torch_ao("fbgemm"),
     "torch.ao onednn": _torch_ao("onednn"),
     "onnxruntime": _onnxruntime,
     "torchao": _torchao,
 }
-RIVALS: dict[str, Maker] = FLOATS | INT8_RIVALS
+BASELINES: dict[str, Maker] = FLOAT_BASELINES | INT8_BASELINES
 
 
 def relative_error(call: Call, expected: Tensor) -> float:
-    """||y - expected|| / ||expected|| of what the call returns."""
+    """||y - expected|| / ||expected|| for the output y of the call."""
     with torch.inference_mode():
         y = torch.as_tensor(call()).double().reshape(expected.shape)
     return ((y - expected).norm() / expected.norm()).item()
 
 
 def prepare(name: str, linear: nn.Linear, x: Tensor, expected: Tensor, threads: int) -> tuple[Call, float]:
-    """The call of a contender and its relative error, its result having been checked.
+    """The call of an implementation and its relative error, after a check of its result.
 
     Raises:
-        Unavailable: where it is not installed, fails, or computes something else.
+        Unavailable: for an implementation that is not installed, fails, or gives a wrong result.
     """
-    maker = (OURS | RIVALS)[name]
+    maker = (OURS | BASELINES)[name]
     try:
         call = maker(linear, x, threads)
         error = relative_error(call, expected)
@@ -146,6 +146,6 @@ def prepare(name: str, linear: nn.Linear, x: Tensor, expected: Tensor, threads: 
     except Exception as failure:
         first_line = (str(failure).splitlines() or [""])[0]
         raise Unavailable(f"fails: {type(failure).__name__}: {first_line}") from failure
-    if not error < WRONG:
+    if not error < MAX_RELATIVE_ERROR:
         raise Unavailable(f"wrong result: relative error {error:.3g}")
     return call, error

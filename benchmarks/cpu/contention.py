@@ -1,4 +1,4 @@
-"""Calls on a busy machine: one spinning process a core, torch at several threads."""
+"""Calls on a contended machine: one spinning process per core, torch at several threads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from . import baselines
 from .linear import Row, layer_and_input
 
 ROWS: tuple[Row, ...] = ((1, 3, 3), (1, 768, 768), (8, 768, 3072), (32, 768, 3072), (128, 768, 768))
-CONTENDERS = (
+CANDIDATES = (
     "dynquant per_token",
     "dynquant per_tensor",
     "fp32",
@@ -28,13 +28,13 @@ CONTENDERS = (
     "onnxruntime",
 )
 
-# Ends by itself when the process that started it is gone.
+# Exits once its parent process is gone.
 _SPIN = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    sum(range(100000))\n"
 
 
 @contextlib.contextmanager
 def spinning_processes(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """``count`` processes that do nothing but compute."""
+    """``count`` processes that compute without pause."""
     processes = [subprocess.Popen([sys.executable, "-c", _SPIN]) for _ in range(count)]
     try:
         time.sleep(0.3)
@@ -46,7 +46,7 @@ def spinning_processes(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
 
 
 def _samples(call: Callable[[], object], seconds: float) -> tuple[list[float], float]:
-    """Microseconds of single calls for about ``seconds``, and the processor seconds used a second."""
+    """Microseconds of single calls during about ``seconds``, and the mean number of cores in use."""
     samples = []
     with torch.inference_mode():
         call()
@@ -62,15 +62,15 @@ def _samples(call: Callable[[], object], seconds: float) -> tuple[list[float], f
 def _measure(
     calls: dict[str, Callable[[], object]], rounds: int, seconds: float
 ) -> dict[str, dict[str, float]]:
-    """In turns: whether two threads get two cores at a time changes within a second, and must meet all."""
+    """Interleaved, because the cores that this process gets change within a second."""
     samplers = {name: partial(_samples, call, seconds) for name, call in calls.items()}
     results = {}
     for name, turns in take_turns(samplers, rounds).items():
-        timing = Timing(tuple(us for taken, _ in turns for us in taken))
+        timing = Timing(tuple(us for samples, _ in turns for us in samples))
         results[name] = {
             "us": timing.median_us,
             "p90_us": timing.quantile_us(0.9),
-            "cores": max(used for _, used in turns),
+            "cores": max(cores for _, cores in turns),
         }
     return results
 
@@ -82,13 +82,14 @@ def run(
     threads: int,
     rounds: int,
     seconds: float,
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Median and p90 of each contender, alone and with one spinning process on each core.
+    """Median and p90 of each candidate, alone and with one spinning process on each core.
 
     Returns:
         {"threads", "spinning", "rows": [{"M", "K", "N", "quiet": {name: {"us", "p90_us", "cores"}},
-        "busy": as quiet, "one_thread_us": {name of ours: alone, on one thread}, "left_out": {name: why}}]}
+        "contended": as "quiet", "one_thread_us": {our name: alone, on one thread},
+        "left_out": {name: reason}}]}
     """
     spinning = len(os.sched_getaffinity(0))
     results = []
@@ -109,18 +110,18 @@ def run(
         torch.set_num_threads(threads)
         quiet = _measure(calls, rounds, seconds)
         with spinning_processes(spinning):
-            busy = _measure(calls, rounds, seconds)
+            contended = _measure(calls, rounds, seconds)
         results.append(
             {
                 "M": row[0],
                 "K": row[1],
                 "N": row[2],
                 "quiet": quiet,
-                "busy": busy,
+                "contended": contended,
                 "one_thread_us": {name: timing.median_us for name, timing in one_thread.items()},
                 "left_out": left_out,
             }
         )
-        columns = (f"{name} {busy[name]['us']:.0f}/{busy[name]['p90_us']:.0f}" for name in calls)
-        tell(f"busy  {row[0]}x{row[1]}x{row[2]}  median/p90 µs: {', '.join(columns)}")
+        columns = (f"{name} {contended[name]['us']:.0f}/{contended[name]['p90_us']:.0f}" for name in calls)
+        log(f"contention  {row[0]}x{row[1]}x{row[2]}  median/p90 µs: {', '.join(columns)}")
     return {"threads": threads, "spinning": spinning, "rows": results}

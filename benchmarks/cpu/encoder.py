@@ -1,4 +1,4 @@
-"""The sentence encoder of the demo, timed longer and with bf16 beside it."""
+"""The demo's sentence encoder, timed longer, with bf16 as a further version."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from dynquant.demo.sentences import SENTENCES
 
 
 def run(
-    threads: Sequence[int], *, rounds: int, seconds: float, quick: bool, tell: Callable[[str], None]
+    threads: Sequence[int], *, rounds: int, seconds: float, quick: bool, log: Callable[[str], None]
 ) -> dict[str, Any]:
-    """{"sentences", "threads": {count: [results by version]}}, or {"left_out": why}."""
+    """{"sentences", "threads": {count: [results by version]}}, or {"left_out": reason}."""
     versions = dict(encoder.VERSIONS)
     workloads = dict(encoder.WORKLOADS)
     if quick:
@@ -29,5 +29,5 @@ def run(
         except ImportError as error:
             return {"left_out": str(error)}
         by_threads[str(count)] = [asdict(result) for result in results]
-        tell(f"threads {count}  encoder done")
+        log(f"threads {count}  encoder done")
     return {"sentences": len(SENTENCES), "threads": by_threads}

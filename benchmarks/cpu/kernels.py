@@ -27,7 +27,7 @@ def _timed(
     rounds: int,
     seconds: float,
 ) -> tuple[dict[str, float], float | None]:
-    """Median microseconds of each call, and the best median of the probes, all in turns."""
+    """Median microseconds of each call and the highest median of the probes, all interleaved."""
     for call in calls.values():
         call()
     samplers = {name: sampler(call, threads=threads, seconds=seconds) for name, call in calls.items()}
@@ -37,17 +37,17 @@ def _timed(
 
 
 def _activation_ops(m: int, k: int, threads: int, rounds: int, seconds: float) -> list[dict[str, Any]]:
-    """fp32 [m, k]: bytes are those read and written once; the limit is the best read probe over x's bytes."""
+    """fp32 [m, k]: counts bytes read and written once; the limit is the best read probe at the size of x."""
     ops = torch.ops.dynquant
     x = torch.randn(m, k)
     calls: dict[str, Callable[[], object]] = {}
-    moved = {}
+    bytes_moved = {}
     for name, per_token in (("per_token", True), ("per_tensor", False)):
         qparams = ops.choose_qparams(*ops.min_max(x, per_token))
         calls[f"min_max {name}"] = partial(ops.min_max, x, per_token)
         calls[f"quantize {name}"] = partial(ops.quantize, x, *qparams)
-        moved[f"min_max {name}"] = 4 * m * k
-        moved[f"quantize {name}"] = 5 * m * k
+        bytes_moved[f"min_max {name}"] = 4 * m * k
+        bytes_moved[f"quantize {name}"] = 5 * m * k
     probes = {
         pattern: roofline.read_sampler(pattern, 4 * m * k, threads, seconds / 2)
         for pattern in roofline.read_patterns()
@@ -59,7 +59,7 @@ def _activation_ops(m: int, k: int, threads: int, rounds: int, seconds: float) -
             "shape": [m, k],
             "threads": threads,
             "us": us,
-            "rate": moved[name] / us / 1e3,
+            "rate": bytes_moved[name] / us / 1e3,
             "unit": "GB/s",
             "limit": limit,
         }
@@ -93,7 +93,7 @@ def _product(
 
 
 def _packing(k: int, n: int, threads: int, rounds: int, seconds: float) -> list[dict[str, Any]]:
-    """From the float layer to a QLinear, and the two ops inside; bytes are those read and written once."""
+    """From the float layer to a QLinear, and the two ops inside; counts bytes read and written once."""
     linear, _ = layer_and_input(1, k, n)
     weight = linear.weight.detach()
     code = dynquant.Config().encode()
@@ -103,7 +103,7 @@ def _packing(k: int, n: int, threads: int, rounds: int, seconds: float) -> list[
         "quantize_weight": partial(torch.ops.dynquant.quantize_weight, weight, code),
         "pack_weight": partial(torch.ops.dynquant.pack_weight, int8),
     }
-    moved = {"QLinear.from_float": 5 * k * n, "quantize_weight": 5 * k * n, "pack_weight": 2 * k * n}
+    bytes_moved = {"QLinear.from_float": 5 * k * n, "quantize_weight": 5 * k * n, "pack_weight": 2 * k * n}
     times, _ = _timed(calls, {}, threads, rounds, seconds)
     return [
         {
@@ -111,7 +111,7 @@ def _packing(k: int, n: int, threads: int, rounds: int, seconds: float) -> list[
             "shape": [n, k],
             "threads": threads,
             "us": us,
-            "rate": moved[name] / us / 1e3,
+            "rate": bytes_moved[name] / us / 1e3,
             "unit": "GB/s",
             "limit": None,
         }
@@ -125,10 +125,10 @@ def run(
     isa: str | None,
     rounds: int,
     seconds: float,
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
     largest: int | None = None,
 ) -> list[dict[str, Any]]:
-    """All of the above. ``largest`` leaves out shapes with more elements in a matrix."""
+    """All ops. ``largest`` leaves out shapes with more elements in a matrix."""
     fits = (lambda size: True) if largest is None else (lambda size: size <= largest)
     results: list[dict[str, Any]] = []
     for count in threads:
@@ -141,5 +141,5 @@ def run(
         for k, n in WEIGHTS:
             if fits(k * n):
                 results += _packing(k, n, count, rounds, seconds)
-        tell(f"threads {count}  kernels done")
+        log(f"threads {count}  kernels done")
     return results

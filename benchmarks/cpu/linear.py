@@ -1,4 +1,4 @@
-"""One linear layer: every contender, each row of the table, each number of threads."""
+"""One linear layer: all candidates, each row of the table, each number of threads."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ROWS: tuple[Row, ...] = (
 
 
 def layer_and_input(m: int, k: int, n: int) -> tuple[nn.Linear, torch.Tensor]:
-    """A layer as nn.Linear initialises it but normal, and normal input, the same at every call."""
+    """An nn.Linear with normally distributed weights and input; the same values for the same M, K, N."""
     torch.manual_seed(m * 1_000_003 + k * 1009 + n)
     linear = nn.Linear(k, n)
     with torch.no_grad():
@@ -45,12 +45,12 @@ def layer_and_input(m: int, k: int, n: int) -> tuple[nn.Linear, torch.Tensor]:
 def measure(
     row: Row, threads: int, names: Sequence[str], *, isa: str | None, rounds: int, seconds: float
 ) -> dict[str, Any]:
-    """Time the named contenders on one row, the probes of the machine's limits among them, in turns.
+    """Time the named candidates on one row, interleaved with the probes of the machine's limits.
 
     Returns:
         {"M", "K", "N", "threads", "limits": {"int8_gops", "read_gbs"},
         "fractions": {our name: {"int8", "read"}},
-        "contenders": {name: {"us", "p10_us", "p90_us", "gops", "error", "samples"} or {"left_out": why}}}
+        "candidates": {name: {"us", "p10_us", "p90_us", "gops", "error", "samples"} or {"left_out": reason}}}
     """
     m, k, n = row
     linear, x = layer_and_input(m, k, n)
@@ -59,24 +59,24 @@ def measure(
     torch.set_num_threads(threads)
 
     samplers: dict[str, Callable[[], float]] = {}
-    contenders: dict[str, dict[str, Any]] = {}
+    candidates: dict[str, dict[str, Any]] = {}
     for name in names:
         try:
             call, error = baselines.prepare(name, linear, x, expected, threads)
         except baselines.Unavailable as reason:
-            contenders[name] = {"left_out": str(reason)}
+            candidates[name] = {"left_out": str(reason)}
             continue
-        contenders[name] = {"error": error}
+        candidates[name] = {"error": error}
         samplers[name] = sampler(call, threads=threads, seconds=seconds)
-    for probed in roofline.limiting_isas(isa):
-        samplers[f"int8 {probed}"] = roofline.int8_sampler(probed, threads, seconds / 2)
+    for probe_isa in roofline.limiting_isas(isa):
+        samplers[f"int8 {probe_isa}"] = roofline.int8_sampler(probe_isa, threads, seconds / 2)
     for pattern in roofline.read_patterns():
         samplers[f"read {pattern}"] = roofline.read_sampler(pattern, k * n, threads, seconds / 2)
 
     samples = take_turns(samplers, rounds)
     limits = _limits(samples)
     fractions = {}
-    for name, entry in contenders.items():
+    for name, entry in candidates.items():
         if name in samples:
             timing = Timing(tuple(samples[name]))
             entry |= {
@@ -93,14 +93,14 @@ def measure(
         "K": k,
         "N": n,
         "threads": threads,
-        "contenders": contenders,
+        "candidates": candidates,
         "limits": {"int8_gops": limits.int8_gops, "read_gbs": limits.read_gbs},
         "fractions": fractions,
     }
 
 
 def _limits(samples: dict[str, list[float]]) -> roofline.Limits:
-    """The best of the int8 probes and the best of the read probes, each by its median."""
+    """Highest median of the int8 probes and highest median of the read probes."""
 
     def best(prefix: str) -> float | None:
         return max((median(s) for name, s in samples.items() if name.startswith(prefix)), default=None)
@@ -109,12 +109,12 @@ def _limits(samples: dict[str, list[float]]) -> roofline.Limits:
 
 
 def times(result: dict[str, Any]) -> dict[str, float]:
-    """Median microseconds of the contenders that ran."""
-    return {name: entry["us"] for name, entry in result["contenders"].items() if "us" in entry}
+    """Median microseconds of the candidates that ran."""
+    return {name: entry["us"] for name, entry in result["candidates"].items() if "us" in entry}
 
 
 def best_of(result: dict[str, Any], names: Sequence[str]) -> tuple[str, float] | None:
-    """The fastest of the named contenders and its microseconds."""
+    """The fastest of the named candidates and its microseconds."""
     ran = {name: us for name, us in times(result).items() if name in names}
     return min(ran.items(), key=lambda item: item[1]) if ran else None
 
@@ -127,15 +127,15 @@ def run(
     isa: str | None,
     rounds: int,
     seconds: float,
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """:func:`measure` for every row and number of threads; ``tell`` hears a line after each."""
+    """:func:`measure` for every row and number of threads; ``log`` receives a line after each."""
     results = []
     for count in threads:
         for row in rows:
             result = measure(row, count, names, isa=isa, rounds=rounds, seconds=seconds)
             results.append(result)
-            tell(_line(result))
+            log(_line(result))
     return results
 
 

@@ -1,4 +1,4 @@
-"""What a result has to say about the machine it was measured on."""
+"""Description of the machine for the head of a result."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8"
 
 
 def _cpuinfo() -> dict[str, str]:
-    """The first processor of /proc/cpuinfo; empty where there is none."""
+    """The first processor of /proc/cpuinfo; empty without that file."""
     try:
         block = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     except OSError:
@@ -52,7 +52,7 @@ def _version(package: str) -> str | None:
 
 
 def describe() -> dict[str, Any]:
-    """CPU, caches, ISA, versions, date; what heads every result."""
+    """CPU, caches, ISA, versions, date."""
     cpu = _cpuinfo()
     flags = cpu.get("flags", "").split()
     return {

@@ -1,4 +1,4 @@
-"""Resident bytes a weight: what a converted layer keeps, and what the process grows by."""
+"""Resident bytes per weight: of a converted layer, and of the whole process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHAPES = ((128, 256), (768, 768), (768, 3072), (4096, 4096))  # K, N
 
 
 def tensors_of(module: nn.Module) -> list[torch.Tensor]:
-    """Every tensor that the module reaches through attributes and containers."""
+    """All tensors reachable from the module through attributes and containers."""
     found: dict[int, torch.Tensor] = {}
     seen: set[int] = set()
     stack: list[Any] = [module]
@@ -62,7 +62,7 @@ print((resident() - before) / (4 * 4096 * 4096))
 
 
 def process_growth() -> float:
-    """Bytes a weight that a fresh process grows by for each further 4096 x 4096 QLinear."""
+    """Growth of a fresh process per weight, in bytes, with each further 4096 x 4096 QLinear."""
     done = subprocess.run([sys.executable, "-c", _GROWTH], capture_output=True, text=True, check=True)
     return float(done.stdout)
 

@@ -1,4 +1,4 @@
-"""What options add to a call: the rotation, and an epilogue beside torch's own function after the layer."""
+"""Extra time per call of the rotation and of each epilogue, beside torch's function after the layer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EPILOGUES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _row(row: Row, threads: int, rounds: int, seconds: float) -> dict[str, Any]:
-    """Medians in microseconds: the plain layer, what each option adds, torch's functions alone."""
+    """Medians in microseconds: the plain layer, the extra time of each option, torch's functions alone."""
     m, k, n = row
     linear, x = layer_and_input(m, k, n)
     plain = dynquant.QLinear.from_float(linear)
@@ -52,8 +52,8 @@ def _row(row: Row, threads: int, rounds: int, seconds: float) -> dict[str, Any]:
             calls[f"torch {name}"] = partial(function, y)
     times = compare(calls, threads=threads, rounds=3 * rounds, seconds=seconds / 2)
 
-    def added(name: str) -> float:
-        """Median over the rounds: within one a neighbour's load meets both alike."""
+    def extra_us(name: str) -> float:
+        """Median of the differences within a round, in which other load slows both calls alike."""
         pairs = zip(times[name].samples_us, times["plain"].samples_us, strict=True)
         return median(with_option - plain for with_option, plain in pairs)
 
@@ -63,19 +63,19 @@ def _row(row: Row, threads: int, rounds: int, seconds: float) -> dict[str, Any]:
         "N": n,
         "threads": threads,
         "plain_us": times["plain"].median_us,
-        "rotation_us": added("rotation"),
+        "rotation_us": extra_us("rotation"),
         "epilogues": {
-            name: {"us": added(name), "torch_us": times[f"torch {name}"].median_us} for name in EPILOGUES
+            name: {"us": extra_us(name), "torch_us": times[f"torch {name}"].median_us} for name in EPILOGUES
         },
     }
 
 
 def run(
-    rows: Sequence[Row], *, rounds: int, seconds: float, tell: Callable[[str], None]
+    rows: Sequence[Row], *, rounds: int, seconds: float, log: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """One entry a row, 1 thread."""
+    """One entry per row, 1 thread."""
     results = []
     for row in rows:
         results.append(_row(row, 1, rounds, seconds))
-        tell(f"{'x'.join(map(str, row))} options done")
+        log(f"{'x'.join(map(str, row))} options done")
     return results

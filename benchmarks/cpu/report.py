@@ -9,19 +9,19 @@ from typing import Any
 
 from ..shared.tables import table
 from ..shared.targets import Target
-from .baselines import INT8_RIVALS, OURS
+from .baselines import INT8_BASELINES, OURS
 from .linear import best_of, times
 
 Results = dict[str, Any]
 
 
 def write_json(results: Results, path: Path) -> None:
-    """The results as they are."""
+    """All results, unchanged."""
     path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
 
 
 def _us(value: float | None) -> str:
-    """Three or four figures, whatever the size."""
+    """Three or four digits."""
     if value is None:
         return "-"
     return f"{value:.1f}" if value < 100 else f"{value:.0f}"
@@ -32,7 +32,7 @@ def _percent(value: float | None) -> str:
 
 
 def markdown(results: Results, targets: Sequence[Target]) -> str:
-    """The whole report; sections that were not run are absent."""
+    """The whole report, without the sections that were not run."""
     parts = [_head(results), _targets(targets)]
     if results.get("linear"):
         parts.append("## One linear layer\n")
@@ -41,16 +41,16 @@ def markdown(results: Results, targets: Sequence[Target]) -> str:
     if results.get("avx2"):
         parts.append("## Forced to AVX2\n")
         parts += [_linear(results["avx2"], threads) for threads in _threads(results["avx2"])]
-    if results.get("additions"):
-        parts.append(_additions(results["additions"]))
+    if results.get("option_cost"):
+        parts.append(_option_cost(results["option_cost"]))
     if results.get("kernels"):
         parts.append(_kernels(results["kernels"]))
     if results.get("memory"):
         parts.append(_memory(results["memory"]))
     if results.get("encoder"):
         parts.append(_encoder(results["encoder"]))
-    if results.get("busy"):
-        parts.append(_busy(results["busy"]))
+    if results.get("contention"):
+        parts.append(_contention(results["contention"]))
     return "\n".join(parts)
 
 
@@ -71,7 +71,7 @@ def _head(results: Results) -> str:
         numbers = ", ".join(f"{name} {value:.0f}" for name, value in peaks.items())
         lines.append(f"- limits at {threads} thread{'s' if threads != '1' else ''}: {numbers}")
     if results.get("keeps_freed_memory"):
-        lines.append("- malloc keeps what is freed, as tcmalloc and jemalloc do: no fresh pages in a call")
+        lines.append("- malloc keeps freed memory, as tcmalloc and jemalloc do: no fresh pages in a call")
     if results.get("quick"):
         lines.append("- **quick run: too few and too short samples to be a result**")
     return "\n".join(lines) + "\n"
@@ -79,7 +79,7 @@ def _head(results: Results) -> str:
 
 def _targets(targets: Sequence[Target]) -> str:
     rows = [[t.number, t.name, t.goal, t.measured, t.verdict] for t in targets]
-    return "## Targets\n\n" + table(("", "what", "target", "measured", "verdict"), rows)
+    return "## Targets\n\n" + table(("", "target", "goal", "measured", "verdict"), rows)
 
 
 def _threads(rows: Sequence[Results]) -> list[int]:
@@ -88,16 +88,16 @@ def _threads(rows: Sequence[Results]) -> list[int]:
 
 def _linear(rows: Sequence[Results], threads: int) -> str:
     rows = [row for row in rows if row["threads"] == threads]
-    names = list(dict.fromkeys(name for row in rows for name in row["contenders"]))
+    names = list(dict.fromkeys(name for row in rows for name in row["candidates"]))
     ran = [name for name in names if any(name in times(row) for row in rows)]
-    heads = ["M, K, N", *(f"{name} µs" for name in ran), "against best int8 rival", "GOPS", "of the limit"]
+    heads = ["M, K, N", *(f"{name} µs" for name in ran), "against best int8 baseline", "GOPS", "of the limit"]
     body = []
     for row in rows:
         us = times(row)
         ours = [us[name] for name in OURS if name in us]
-        best = best_of(row, list(INT8_RIVALS))
+        best = best_of(row, list(INT8_BASELINES))
         ratio = f"{best[1] / max(ours):.2f} x ({best[0]})" if best and ours else "-"
-        shares = [max(share.values()) for share in row["fractions"].values() if share]
+        fractions = [max(limits.values()) for limits in row["fractions"].values() if limits]
         gops = 2 * row["M"] * row["K"] * row["N"] / max(ours) / 1e3 if ours else None
         body.append(
             [
@@ -105,11 +105,11 @@ def _linear(rows: Sequence[Results], threads: int) -> str:
                 *(_us(us.get(name)) for name in ran),
                 ratio,
                 _us(gops),
-                _percent(min(shares) if shares else None),
+                _percent(min(fractions) if fractions else None),
             ]
         )
     text = (
-        f"{threads} thread{'s' if threads > 1 else ''}, medians; ratio, GOPS and share of the limit are "
+        f"{threads} thread{'s' if threads > 1 else ''}, medians; ratio, GOPS and fraction of the limit are "
         "those of the slower of per_token and per_tensor. The limit is the measured int8 peak or the time to "
         "read the weight once, whichever is nearer.\n\n"
     )
@@ -117,7 +117,7 @@ def _linear(rows: Sequence[Results], threads: int) -> str:
     reasons = dict.fromkeys(
         f"{name}: {entry['left_out']}"
         for row in rows
-        for name, entry in row["contenders"].items()
+        for name, entry in row["candidates"].items()
         if "left_out" in entry
     )
     if reasons:
@@ -126,23 +126,23 @@ def _linear(rows: Sequence[Results], threads: int) -> str:
 
 
 def _errors(rows: Sequence[Results]) -> str:
-    """Range of the relative error of each contender over the rows."""
+    """Range of the relative error of each candidate over the rows."""
     errors: dict[str, list[float]] = {}
     for row in rows:
-        for name, entry in row["contenders"].items():
+        for name, entry in row["candidates"].items():
             if "error" in entry:
                 errors.setdefault(name, []).append(entry["error"])
     body = [[name, f"{100 * min(values):.2f} - {100 * max(values):.2f} %"] for name, values in errors.items()]
     return "Relative error of the output against float64, normal data:\n\n" + table(("", "error"), body)
 
 
-def _additions(rows: Sequence[Results]) -> str:
+def _option_cost(rows: Sequence[Results]) -> str:
     body = [
         [
             f"{row['M']}, {row['K']}, {row['N']}",
             _us(row["plain_us"]),
             f"{row['rotation_us']:.1f} ({_percent(row['rotation_us'] / row['plain_us'])})",
-            *(f"{added['us']:.1f} ({added['torch_us']:.1f})" for added in row["epilogues"].values()),
+            *(f"{cost['us']:.1f} ({cost['torch_us']:.1f})" for cost in row["epilogues"].values()),
         ]
         for row in rows
     ]
@@ -153,10 +153,10 @@ def _additions(rows: Sequence[Results]) -> str:
         *(f"{name} adds µs" for name in rows[0]["epilogues"]),
     )
     note = (
-        "1 thread, medians of the differences between calls in turns; in brackets the rotation's share of "
+        "1 thread, medians of the differences between interleaved calls; in brackets the rotation's share of "
         "the call and the time of torch's own function on the same output.\n\n"
     )
-    return "## What options add\n\n" + note + table(heads, body)
+    return "## Cost of options\n\n" + note + table(heads, body)
 
 
 def _kernels(kernels: Sequence[Results]) -> str:
@@ -186,8 +186,8 @@ def _memory(memory: Results) -> str:
     growth = memory["process_growth_4096x4096"]
     return (
         "## Memory\n\n"
-        + table(("weight [N, K]", "resident int8 bytes a weight"), body)
-        + f"\nA fresh process grows by {growth:.3f} bytes a weight for each further 4096 x 4096 layer.\n"
+        + table(("weight [N, K]", "resident int8 bytes per weight"), body)
+        + f"\nA fresh process grows by {growth:.3f} bytes per weight with each further 4096 x 4096 layer.\n"
     )
 
 
@@ -195,7 +195,7 @@ def _encoder(encoder: Results) -> str:
     if "left_out" in encoder:
         return f"## all-MiniLM-L6-v2\n\nLeft out: {encoder['left_out']}\n"
     text = (
-        f"## all-MiniLM-L6-v2\n\n{encoder['sentences']} sentences; milliseconds a call and in brackets the "
+        f"## all-MiniLM-L6-v2\n\n{encoder['sentences']} sentences; milliseconds per call and in brackets the "
     )
     text += "speed against torch.ao and against fp32.\n"
     for threads, versions in encoder["threads"].items():
@@ -216,20 +216,20 @@ def _encoder(encoder: Results) -> str:
     return text
 
 
-def _busy(busy: Results) -> str:
-    names = list(dict.fromkeys(name for row in busy["rows"] for name in row["busy"]))
+def _contention(contention: Results) -> str:
+    names = list(dict.fromkeys(name for row in contention["rows"] for name in row["contended"]))
     body = []
-    for row in busy["rows"]:
+    for row in contention["rows"]:
         cells = []
         for name in names:
-            if name not in row["busy"]:
+            if name not in row["contended"]:
                 cells.append("-")
                 continue
-            quiet, loaded = row["quiet"][name], row["busy"][name]
+            quiet, loaded = row["quiet"][name], row["contended"][name]
             cells.append(f"{_us(quiet['us'])} → {_us(loaded['us'])} ({_us(loaded['p90_us'])})")
         body.append([f"{row['M']}, {row['K']}, {row['N']}", *cells])
     return (
-        "## Busy machine\n\n"
-        f"{busy['spinning']} spinning processes, {busy['threads']} threads: median µs alone → median beside "
-        "them (90th percentile).\n\n" + table(("M, K, N", *names), body)
+        "## Contended machine\n\n"
+        f"{contention['spinning']} spinning processes, {contention['threads']} threads: median µs alone → "
+        "median beside them (90th percentile).\n\n" + table(("M, K, N", *names), body)
     )

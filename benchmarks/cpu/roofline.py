@@ -1,4 +1,4 @@
-"""This machine's limits, from the probes in the extension, and how much of them a time uses."""
+"""This machine's limits, from the probes in the extension, and the fraction of them that a call reaches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _probes() -> ModuleType | None:
 
 
 def int8_isas() -> list[str]:
-    """ISAs whose int8 limit can be measured here; empty without the extension."""
+    """ISAs with an int8 probe on this machine; empty without the extension."""
     probes = _probes()
     return [] if probes is None else list(probes.probe_isas())
 
@@ -27,12 +27,12 @@ def read_patterns() -> list[str]:
 
 
 def limiting_isas(forced: str | None) -> list[str]:
-    """Whose int8 peaks bound a kernel: those of every ISA here, or of the one that is forced."""
+    """ISAs whose int8 peaks bound a kernel: all of this machine, or the forced one."""
     return [isa for isa in int8_isas() if forced is None or isa == forced]
 
 
 def _all_threads(probe: Callable[[], float], threads: int) -> float:
-    """The probe on ``threads`` threads at once (it releases the GIL), added up."""
+    """Sum of the probe on ``threads`` threads at once; it releases the GIL."""
     if threads == 1:
         return probe()
     with ThreadPoolExecutor(threads) as pool:
@@ -65,20 +65,20 @@ def peaks(threads: int, seconds: float = 0.1) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Limits:
-    """Measured limits that a call of some M, K, N cannot pass."""
+    """Measured upper bounds for a call."""
 
     int8_gops: float | None
     read_gbs: float | None  # at the size of the weight
 
     def fractions(self, m: int, k: int, n: int, us: float) -> dict[str, float]:
-        """What share of each limit a call of ``us`` microseconds uses; reading is capped at 1.
+        """Fraction of each limit that a call of ``us`` microseconds reaches; reading is capped at 1.
 
-        The int8 share counts 2*M*K*N operations, the read share the K*N bytes of the weight once. A kernel
-        that reads faster than the probes raises the limit instead of passing it.
+        "int8" counts 2*M*K*N operations, "read" the K*N bytes of the weight once. A kernel that reads faster
+        than the probes shows that these are not the limit, hence the cap.
         """
-        shares = {}
+        fractions = {}
         if self.int8_gops:
-            shares["int8"] = 2 * m * k * n / us / 1e3 / self.int8_gops
+            fractions["int8"] = 2 * m * k * n / us / 1e3 / self.int8_gops
         if self.read_gbs:
-            shares["read"] = min(k * n / us / 1e3 / self.read_gbs, 1.0)
-        return shares
+            fractions["read"] = min(k * n / us / 1e3 / self.read_gbs, 1.0)
+        return fractions

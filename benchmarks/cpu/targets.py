@@ -1,4 +1,4 @@
-"""The project's targets, each with what was measured and whether it is met."""
+"""The project's targets for the CPU kernels, each beside its measurement."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any
 
 from ..shared.targets import Target
-from .baselines import INT8_RIVALS, OURS
+from .baselines import INT8_BASELINES, OURS
 from .linear import best_of, times
 
 Results = dict[str, Any]
 
-TORCH_AO = tuple(name for name in INT8_RIVALS if name.startswith("torch.ao "))
+TORCH_AO = tuple(name for name in INT8_BASELINES if name.startswith("torch.ao "))
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -43,27 +43,27 @@ def _slower_of_ours(row: Results) -> float | None:
 def _fractions(rows: Sequence[Results], kind: str) -> list[tuple[float, str]]:
     """(fraction, row and scheme) of each of our measurements, lowest first."""
     return sorted(
-        (shares[kind], f"{_name(row)} {name.removeprefix('dynquant ')}")
+        (limits[kind], f"{_name(row)} {name.removeprefix('dynquant ')}")
         for row in rows
-        for name, shares in row["fractions"].items()
-        if kind in shares
+        for name, limits in row["fractions"].items()
+        if kind in limits
     )
 
 
 def _constant(value: float, row: str) -> float:
-    """The same target for every row."""
+    """The same goal for every row."""
     return value
 
 
-class _Judge:
-    """Collects figures; knows whether this machine is of the kind that the targets are stated for."""
+class _TargetList:
+    """Collects targets and gives each its verdict; some are stated for machines with AVX512-VNNI alone."""
 
     def __init__(self, results: Results) -> None:
         self.isas: Sequence[str] = results["machine"]["available_isas"]
         self.targets: list[Target] = []
 
     def add(
-        self, number: str, what: str, target: str, measured: str, met: bool | None, *, for_vnni: bool = False
+        self, number: str, name: str, goal: str, measured: str, met: bool | None, *, for_vnni: bool = False
     ) -> None:
         if met is None:
             verdict, measured = "not measured in this run", "-"
@@ -72,48 +72,48 @@ class _Judge:
             verdict = f"not measurable on this machine (no AVX512-VNNI; {outcome} by its own limits)"
         else:
             verdict = "met" if met else "missed"
-        self.targets.append(Target(what, target, measured, met, verdict, number))
+        self.targets.append(Target(name, goal, measured, met, verdict, number))
 
     def lowest_fraction(
         self,
         number: str,
-        what: str,
+        name: str,
         rows: Sequence[Results],
         kind: str,
-        target: Callable[[str], float],
-        text: str,
+        goal: Callable[[str], float],
+        goal_text: str,
         *,
         for_vnni: bool,
     ) -> None:
-        """A figure that every measurement's fraction has to reach; shows the lowest."""
+        """A fraction that every measurement has to reach; shows the lowest."""
         fractions = _fractions(rows, kind)
-        met = all(share >= target(row) for share, row in fractions) if fractions else None
+        met = all(fraction >= goal(row) for fraction, row in fractions) if fractions else None
         measured = f"lowest {fractions[0][0]:.2f} ({fractions[0][1]})" if fractions else "-"
-        self.add(number, what, text, measured, met, for_vnni=for_vnni)
+        self.add(number, name, goal_text, measured, met, for_vnni=for_vnni)
 
 
-def judge(results: Results) -> list[Target]:
-    """All figures, from the sections that were run."""
-    judge = _Judge(results)
+def evaluate(results: Results) -> list[Target]:
+    """All targets, by the measured sections."""
+    targets = _TargetList(results)
     rows = results.get("linear", [])
-    _roofline_figures(judge, rows)
-    _small_m_figures(judge, rows)
-    _rival_figures(judge, rows)
-    _avx2_figure(judge, results.get("avx2", []))
-    _addition_figures(judge, results.get("additions", []))
-    _weight_figures(judge, results)
-    _encoder_figures(judge, results.get("encoder", {}))
-    _busy_figures(judge, results.get("busy", {}))
-    return judge.targets
+    _roofline_targets(targets, rows)
+    _small_m_targets(targets, rows)
+    _baseline_targets(targets, rows)
+    _avx2_target(targets, results.get("avx2", []))
+    _option_cost_targets(targets, results.get("option_cost", []))
+    _weight_targets(targets, results)
+    _encoder_targets(targets, results.get("encoder", {}))
+    _contention_targets(targets, results.get("contention", {}))
+    return targets.targets
 
 
-def _roofline_figures(judge: _Judge, rows: Sequence[Results]) -> None:
+def _roofline_targets(targets: _TargetList, rows: Sequence[Results]) -> None:
     tall = [row for row in rows if row["M"] >= 16]
 
     def one_thread(row: str) -> float:
         return 0.93 if row.startswith("1024x4096x4096") else 0.90
 
-    judge.lowest_fraction(
+    targets.lowest_fraction(
         "1",
         "whole QLinear call, M >= 16, 1 thread, of the measured int8 limit",
         _at(tall, 1),
@@ -122,7 +122,7 @@ def _roofline_figures(judge: _Judge, rows: Sequence[Results]) -> None:
         ">= 0.90 (1024x4096x4096: 0.93)",
         for_vnni=True,
     )
-    judge.lowest_fraction(
+    targets.lowest_fraction(
         "1",
         "the same at 2 threads",
         _at(tall, 2),
@@ -133,37 +133,37 @@ def _roofline_figures(judge: _Judge, rows: Sequence[Results]) -> None:
     )
 
 
-def _small_m_figures(judge: _Judge, rows: Sequence[Results]) -> None:
-    what = "(1, 768, 768), 1 thread, µs"
+def _small_m_targets(targets: _TargetList, rows: Sequence[Results]) -> None:
+    name = "(1, 768, 768), 1 thread, µs"
     small, seed = _at(rows, 1, (1, 768, 768)), _at(rows, 1, (1, 3, 3))
     if small and seed and "fp32" in times(seed[0]) and (ours := _slower_of_ours(small[0])):
         allowed = 11 / 6 * times(seed[0])["fp32"]
         text = f"< 11/6 of nn.Linear(3, 3) = {allowed:.1f}"
-        judge.add("2", what, text, f"{ours:.1f}", ours < allowed, for_vnni=True)
+        targets.add("2", name, text, f"{ours:.1f}", ours < allowed, for_vnni=True)
     else:
-        judge.add("2", what, "< 11/6 of nn.Linear(3, 3)", "-", None)
-    for k, n, share in ((768, 3072, 0.75), (4096, 4096, 0.95)):
-        judge.lowest_fraction(
+        targets.add("2", name, "< 11/6 of nn.Linear(3, 3)", "-", None)
+    for k, n, fraction in ((768, 3072, 0.75), (4096, 4096, 0.95)):
+        targets.lowest_fraction(
             "2",
             f"(1, {k}, {n}), 1 thread, weight bytes of the best read probe",
             _at(rows, 1, (1, k, n)),
             "read",
-            partial(_constant, share),
-            f">= {share:.2f}",
+            partial(_constant, fraction),
+            f">= {fraction:.2f}",
             for_vnni=True,
         )
 
 
-def _rival_figures(judge: _Judge, rows: Sequence[Results]) -> None:
+def _baseline_targets(targets: _TargetList, rows: Sequence[Results]) -> None:
     compared = [
         (row, best[1] / ours)
         for row in rows
-        if (best := best_of(row, list(INT8_RIVALS))) and (ours := _slower_of_ours(row))
+        if (best := best_of(row, list(INT8_BASELINES))) and (ours := _slower_of_ours(row))
     ]
     slower = [f"{_name(row)} at {row['threads']} ({ratio:.2f})" for row, ratio in compared if ratio < 1]
-    judge.add(
+    targets.add(
         "3",
-        "every row and thread count, slower of per_token and per_tensor, against the best int8 rival",
+        "every row and thread count, slower of per_token and per_tensor, against the best int8 baseline",
         ">= 1.00 of its speed in each",
         f"{len(compared) - len(slower)} of {len(compared)}"
         + (f"; behind: {', '.join(slower)}" if slower else ""),
@@ -171,8 +171,8 @@ def _rival_figures(judge: _Judge, rows: Sequence[Results]) -> None:
         for_vnni=True,
     )
     one = _at(rows, 1)
-    for what, names, target in (
-        ("geometric mean at 1 thread, best int8 rival of each row", list(INT8_RIVALS), 1.24),
+    for name, names, goal in (
+        ("geometric mean at 1 thread, best int8 baseline of each row", list(INT8_BASELINES), 1.24),
         ("geometric mean at 1 thread, best torch.ao engine of each row", list(TORCH_AO), 1.45),
     ):
         ratios = [
@@ -180,13 +180,13 @@ def _rival_figures(judge: _Judge, rows: Sequence[Results]) -> None:
         ]
         mean = geometric_mean(ratios) if ratios else None
         measured = f"{mean:.2f} over {len(ratios)} rows" if mean else "-"
-        judge.add("3", what, f">= {target}", measured, mean >= target if mean else None, for_vnni=True)
+        targets.add("3", name, f">= {goal}", measured, mean >= goal if mean else None, for_vnni=True)
     ratios = [
         ours / times(row)["fp32"]
         for row in rows
         if _shape(row) == (1, 3, 3) and "fp32" in times(row) and (ours := _slower_of_ours(row))
     ]
-    judge.add(
+    targets.add(
         "3",
         "the 3x3 layer, time against nn.Linear",
         "<= 1.20",
@@ -195,8 +195,8 @@ def _rival_figures(judge: _Judge, rows: Sequence[Results]) -> None:
     )
 
 
-def _avx2_figure(judge: _Judge, rows: Sequence[Results]) -> None:
-    judge.lowest_fraction(
+def _avx2_target(targets: _TargetList, rows: Sequence[Results]) -> None:
+    targets.lowest_fraction(
         "4",
         "AVX2, M >= 32, 1 thread, of the vpmaddubsw + vpmaddwd + vpaddd limit",
         [row for row in _at(rows, 1) if row["M"] >= 32],
@@ -207,14 +207,14 @@ def _avx2_figure(judge: _Judge, rows: Sequence[Results]) -> None:
     )
 
 
-def _weight_figures(judge: _Judge, results: Results) -> None:
+def _weight_targets(targets: _TargetList, results: Results) -> None:
     packing = [
         entry
         for entry in results.get("kernels", [])
         if entry["op"] == "QLinear.from_float" and entry["shape"] == [4096, 4096] and entry["threads"] == 1
     ]
     ms = packing[0]["us"] / 1e3 if packing else None
-    judge.add(
+    targets.add(
         "5",
         "4096 x 4096 from float to packed, 1 thread, ms",
         "< 60",
@@ -223,34 +223,34 @@ def _weight_figures(judge: _Judge, results: Results) -> None:
     )
     layers = results.get("memory", {}).get("layers", [])
     most = max((layer["bytes_a_weight"] for layer in layers), default=None)
-    judge.add(
+    targets.add(
         "5",
-        "resident int8 bytes a weight, N >= 256, K >= 128",
+        "resident int8 bytes per weight, N >= 256, K >= 128",
         "<= 1.10",
         f"{most:.3f}" if most else "-",
         most <= 1.1 if most else None,
     )
 
 
-def _addition_figures(judge: _Judge, rows: Sequence[Results]) -> None:
-    for what, measured, target in (
+def _option_cost_targets(targets: _TargetList, rows: Sequence[Results]) -> None:
+    for shapes, measured, goal in (
         ("M >= 16, N >= 768", [row for row in rows if row["M"] >= 16 and row["N"] >= 768], 0.05),
         ("M = 1", [row for row in rows if row["M"] == 1], 0.15),
     ):
         shares = [(row["rotation_us"] / row["plain_us"], _name(row)) for row in measured]
         worst = max(shares, default=None)
-        judge.add(
+        targets.add(
             "8",
-            f"rotation, {what}, share of the whole call",
-            f"<= {target}",
+            f"rotation, {shapes}, share of the whole call",
+            f"<= {goal}",
             f"highest {worst[0]:.3f} ({worst[1]})" if worst else "-",
-            worst[0] <= target if worst else None,
+            worst[0] <= goal if worst else None,
         )
     gelus = [
         (row["epilogues"]["gelu"]["us"] / row["epilogues"]["gelu"]["torch_us"], _name(row)) for row in rows
     ]
     slowest = max(gelus, default=None)
-    judge.add(
+    targets.add(
         "8",
         "gelu epilogue, time of torch's gelu",
         "<= 1/6",
@@ -260,7 +260,7 @@ def _addition_figures(judge: _Judge, rows: Sequence[Results]) -> None:
     )
 
 
-def _encoder_figures(judge: _Judge, encoder: Results) -> None:
+def _encoder_targets(targets: _TargetList, encoder: Results) -> None:
     versions = {version["name"]: version for version in encoder.get("threads", {}).get("1", [])}
     ours = tuple(name for name in versions if name in OURS)
     fused, rotated = "dynquant per_token, fused", "dynquant per_token, rotation, fused"
@@ -272,7 +272,7 @@ def _encoder_figures(judge: _Judge, encoder: Results) -> None:
         times = [float(_milliseconds(versions, name)[workload]) for name in names]
         return float(_milliseconds(versions, baseline)[workload]) / max(times)
 
-    for number, names, label, workload, baseline, target in (
+    for number, names, label, workload, baseline, goal in (
         ("8", (fused,), ", per_token, fused", "8x128", "torch.ao", 1.42),
         ("8", (fused,), ", per_token, fused", "8x128", "fp32", 3.5),
         ("8", (rotated,), ", per_token, rotation, fused", "8x128", "torch.ao", 1.36),
@@ -282,50 +282,50 @@ def _encoder_figures(judge: _Judge, encoder: Results) -> None:
         ("6", ours, "", "1x16", "torch.ao", 1.3),
     ):
         ratio = slowest(names, workload, baseline)
-        what = f"MiniLM {workload} tokens, 1 thread{label}, against {baseline}"
+        name = f"MiniLM {workload} tokens, 1 thread{label}, against {baseline}"
         measured = f"{ratio:.2f}" if ratio else "-"
-        judge.add(number, what, f">= {target}", measured, ratio >= target if ratio else None, for_vnni=True)
-    for name, target in (
+        targets.add(number, name, f">= {goal}", measured, ratio >= goal if ratio else None, for_vnni=True)
+    for version, goal in (
         ("dynquant per_tensor", 0.96),
         ("dynquant per_token", 0.99),
         ("dynquant per_tensor, rotation", 0.996),
         ("dynquant per_token, rotation", 0.998),
     ):
-        cosine = versions[name]["min_cosine"] if name in versions else None
-        what = f"MiniLM min cosine, {name.removeprefix('dynquant ')}"
-        met = cosine >= target if cosine is not None else None
-        judge.add("6", what, f">= {target}", f"{cosine:.4f}" if cosine is not None else "-", met)
+        cosine = versions[version]["min_cosine"] if version in versions else None
+        name = f"MiniLM min cosine, {version.removeprefix('dynquant ')}"
+        met = cosine >= goal if cosine is not None else None
+        targets.add("6", name, f">= {goal}", f"{cosine:.4f}" if cosine is not None else "-", met)
 
 
 def _milliseconds(versions: Results, name: str) -> Results:
     return versions[name]["milliseconds"] if name in versions else {}
 
 
-def _busy_figures(judge: _Judge, busy: Results) -> None:
+def _contention_targets(targets: _TargetList, contention: Results) -> None:
     small, others = [], []
-    for row in busy.get("rows", []):
+    for row in contention.get("rows", []):
         for name in OURS:
             if name not in row["quiet"]:
                 continue
             label = f"{_name(row)} {name.removeprefix('dynquant ')}"
-            quiet, loaded = row["quiet"][name], row["busy"][name]
+            quiet, loaded = row["quiet"][name], row["contended"][name]
             if row["one_thread_us"][name] < 50:
                 small.append((loaded["us"] / quiet["us"], quiet["cores"], label))
-            elif "torch.ao x86" in row["busy"]:
-                others.append((loaded["us"] / row["busy"]["torch.ao x86"]["us"], label))
+            elif "torch.ao x86" in row["contended"]:
+                others.append((loaded["us"] / row["contended"]["torch.ao x86"]["us"], label))
     worst = max(small, default=None)
     cores = max((entry[1] for entry in small), default=0.0)
-    judge.add(
+    targets.add(
         "7",
-        "busy machine, calls under 50 µs on one thread: median against quiet; cores used",
+        "contended machine, calls under 50 µs on one thread: median against quiet; cores used",
         "<= 3.0, one thread",
         f"{worst[0]:.2f} ({worst[2]}), {cores:.2f} cores" if worst else "-",
         worst[0] <= 3 and cores < 1.1 if worst else None,
     )
     behind = max(others, default=None)
-    judge.add(
+    targets.add(
         "7",
-        "busy machine, the other calls: median against torch.ao's",
+        "contended machine, the other calls: median against torch.ao's",
         "<= 1.00",
         f"{behind[0]:.2f} ({behind[1]})" if behind else "-",
         behind[0] <= 1 if behind else None,

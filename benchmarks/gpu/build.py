@@ -1,4 +1,4 @@
-"""Builds the library that starts the kernels one by one; nvcc alone is needed, no torch and no card.
+"""Builds the library that starts single kernels; needs nvcc, but neither torch nor a card.
 
 python -m benchmarks.gpu.build --probe OUT.so --arch 9.0a
 NVCC_APPEND_FLAGS=-DNAME=VALUE python -m benchmarks.gpu.build --probe VARIANT.so --sources COPY_OF_CSRC
@@ -24,7 +24,7 @@ def build_probe(library: Path, arch: str, sources: Path) -> None:
     """Links probe.cu with the objects of ``sources``/cuda.
 
     Raises:
-        SystemExit: where there is no nvcc or a step fails; its output stands above.
+        SystemExit: nvcc is missing or a step fails, after that step's output.
     """
     toolkit = nvcc.find_toolkit()
     if toolkit is None:
@@ -40,13 +40,13 @@ def build_probe(library: Path, arch: str, sources: Path) -> None:
             raise SystemExit(f"nvcc could not build {library}; its messages are above")
 
 
-def main(words: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.gpu.build")
     parser.add_argument("--probe", type=Path, required=True, help="the library to write")
     parser.add_argument("--arch", default="9.0a", help="as in TORCH_CUDA_ARCH_LIST (default: %(default)s)")
     parser.add_argument("--sources", type=Path, default=ROOT / "csrc", help="a copy of csrc, for a variant")
-    given = parser.parse_args(words)
-    build_probe(given.probe, given.arch, given.sources)
+    options = parser.parse_args(arguments)
+    build_probe(options.probe, options.arch, options.sources)
 
 
 if __name__ == "__main__":

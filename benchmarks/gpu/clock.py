@@ -1,8 +1,7 @@
-"""Times calls on the card: CUDA events around replays of graphs, contenders in turns, medians.
+"""Times calls on the card: medians of CUDA events around replays of graphs, candidates interleaved.
 
-A graph holds every call of a contender once or several times, each with other operands, so that what one call
-leaves in L2 is gone before the next wants it; and no launch from Python is timed. On a CPU a plain loop takes
-its place.
+A graph holds every call of a candidate once or several times, each with its own operands, so that no call
+finds its operands in L2, and no launch from Python is timed. On a CPU a plain loop replaces the graph.
 """
 
 from __future__ import annotations
@@ -17,42 +16,42 @@ import torch
 from .results import short
 
 Call = Callable[[], object]
-GRAPH_US = 1000.0  # a graph is made at least so long, by repeating its calls
+GRAPH_US = 1000.0  # minimal length of a graph, reached by repeating its calls
 MAX_CALLS = 2000  # of a graph
 WARM_UP_S = 0.15
 
 
 def measure(
-    contenders: Mapping[str, Sequence[Call]], device: torch.device, *, seconds: float = 1.0, rounds: int = 15
+    candidates: Mapping[str, Sequence[Call]], device: torch.device, *, seconds: float = 1.0, rounds: int = 15
 ) -> dict[str, dict[str, Any]]:
-    """Median time of one call of each contender.
+    """Median time of one call of each candidate.
 
     Args:
-        contenders: name to calls that do the same work on operands that differ.
-        rounds: samples of each, taken in turns; fewer where ``seconds`` are over, at least 3.
+        candidates: name to calls that do the same work, each on its own operands.
+        rounds: samples of each, interleaved; fewer after ``seconds``, but at least 3.
 
     Returns:
-        {name: {"us", "p10_us", "p90_us", "samples"} or {"left_out": why it cannot run}}
+        {name: {"us", "p10_us", "p90_us", "samples"} or {"left_out": reason}}
     """
     results: dict[str, dict[str, Any]] = {}
     samplers: dict[str, Callable[[], float]] = {}
-    for name, calls in contenders.items():
+    for name, calls in candidates.items():
         try:
             samplers[name] = _sampler(calls, device)
         except Exception as error:
             results[name] = {"left_out": short(error)}
-    busy_until = time.monotonic() + (WARM_UP_S if device.type == "cuda" else 0)  # clocks rise with the load
-    while samplers and time.monotonic() < busy_until:
+    warm_until = time.monotonic() + (WARM_UP_S if device.type == "cuda" else 0)  # clocks rise under load
+    while samplers and time.monotonic() < warm_until:
         for sample in samplers.values():
             sample()
     results |= _medians(samplers, rounds, seconds)
-    return {name: results[name] for name in contenders}
+    return {name: results[name] for name in candidates}
 
 
 def host_us(
-    contenders: Mapping[str, Call], device: torch.device, *, rounds: int = 9, calls: int = 200
+    candidates: Mapping[str, Call], device: torch.device, *, rounds: int = 9, calls: int = 200
 ) -> dict[str, dict[str, Any]]:
-    """Median time of one eager call as the caller waits for it: ``calls`` in a row, then the card."""
+    """Median wall-clock time of one eager call: ``calls`` in a row, then a synchronization."""
 
     def sampler(call: Call) -> Callable[[], float]:
         def sample() -> float:
@@ -66,7 +65,7 @@ def host_us(
         sample()
         return sample
 
-    return _medians({name: sampler(call) for name, call in contenders.items()}, rounds, 10.0)
+    return _medians({name: sampler(call) for name, call in candidates.items()}, rounds, 10.0)
 
 
 def _medians(
@@ -92,7 +91,7 @@ def _medians(
 
 
 def _sampler(calls: Sequence[Call], device: torch.device) -> Callable[[], float]:
-    """A function that times the calls once and returns the microseconds of one."""
+    """A function that times one pass over the calls and returns microseconds per call."""
     if device.type != "cuda":
         return lambda: _loop_us(calls)
     once = _graph(calls, 1, device)

@@ -1,4 +1,4 @@
-"""Inputs and comparison that every judgement on a card shares, and the CUDA tests over the emulator."""
+"""Shapes, inputs and the count of faults for the checks on a card and the CUDA tests over the emulator."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ SHAPES = (
     (200, 96, 48),
     (300, 520, 1152),
 )
-SMALL_SHAPES = ((3, 40, 144), (17, 31, 100))  # for a look at the code
+SMALL_SHAPES = ((3, 40, 144), (17, 31, 100))  # for a rehearsal
 EMPTY = ((0, 5, 3), (5, 0, 3), (5, 4, 0), (1, 1, 0), (40, 20, 0))
-# Rows that a warp, blocks of 128, 256, 512 and 1024 threads hold, and longer ones; odd and even lengths.
+# Rows for a warp, for blocks of 128, 256, 512 and 1024 threads, and longer ones; odd and even lengths.
 ROW_LENGTHS = (1, 3, 64, 1000, 1024, 1025, 2048, 2049, 4090, 4096, 4097, 8192, 8193, 16384, 16385, 40000)
 FAULTS_KEPT = 5
 
@@ -53,7 +53,7 @@ class Judge:
         self._count(difference(actual, expected), what)
 
     def true(self, condition: bool, what: str) -> None:
-        """One case that is no comparison of tensors."""
+        """One case without tensors."""
         self._count(None if condition else {}, what)
 
     def _count(self, found: dict[str, Any] | None, what: str) -> None:
@@ -65,7 +65,7 @@ class Judge:
 
 
 def awkward_rows(m: int, k: int, dtype: torch.dtype) -> Tensor:
-    """Rows that each have something about them: one sign, constants, largest, smallest, NaN, infinities."""
+    """Rows with edge cases: one sign, constants, largest and smallest values, NaN, infinities."""
     x = torch.randn(m, k)
     largest, smallest = torch.finfo(dtype).max, torch.finfo(dtype).tiny
     makers: tuple[Callable[[Tensor], Tensor], ...] = (
@@ -88,8 +88,11 @@ def awkward_rows(m: int, k: int, dtype: torch.dtype) -> Tensor:
 def guarded(
     shape: tuple[int, int], dtype: torch.dtype, device: torch.device, offset: int = 0
 ) -> tuple[Tensor, Callable[[], bool]]:
-    """Garbage of this shape amid more of it, ``offset`` elements past an aligned address; and whether what is
-    around it is still untouched."""
+    """A tensor of garbage inside a larger block of it, and a check that the bytes around it are untouched.
+
+    Args:
+        offset: elements from an aligned address to the first element.
+    """
     element = torch.empty(0, dtype=dtype).element_size()
     start, size = 1024 + offset * element, shape[0] * shape[1] * element
     memory = torch.full((size + 2 * start,), 0xFF, dtype=torch.uint8, device=device)
@@ -102,7 +105,7 @@ def guarded(
 
 @dataclass(frozen=True)
 class Int8Layer:
-    """A quantized weight as plain int8 [N, K], from which each device's operands are packed; on the CPU."""
+    """A quantized weight as plain int8 [N, K] on the CPU, the source of each device's packed operands."""
 
     weight: Tensor
     weight_scale: Tensor
@@ -115,18 +118,18 @@ class Int8Layer:
         return "linear_dynamic" if self.qparams is None else "linear_static"
 
     def arguments(self, device: torch.device) -> tuple[Any, ...]:
-        """What follows x in the arguments of the op."""
+        """The arguments of the op after x."""
         operands = reference.pack_weight(self.weight.to(device))
         tensors = (self.weight_scale, self.bias, *(self.qparams or ()))
-        moved = [None if tensor is None else tensor.to(device) for tensor in tensors]
-        return (*operands, *moved, self.config.encode(self.weight.shape[1]))
+        on_device = [None if tensor is None else tensor.to(device) for tensor in tensors]
+        return (*operands, *on_device, self.config.encode(self.weight.shape[1]))
 
     def on(self, device: torch.device) -> probe.Layer:
-        """What the probe reads."""
+        """The probe's operands."""
         weight = self.weight.to(device)
         tensors = (weight.sum(1, dtype=torch.int32), self.weight_scale, self.bias, *(self.qparams or ()))
-        moved = [None if tensor is None else tensor.to(device) for tensor in tensors]
-        return probe.Layer(probe.padded(weight), *moved)  # type: ignore[arg-type]
+        on_device = [None if tensor is None else tensor.to(device) for tensor in tensors]
+        return probe.Layer(probe.padded(weight), *on_device)  # type: ignore[arg-type]
 
     def expected(self, x: Tensor) -> Tensor:
         """The reference's result, on the CPU."""
@@ -138,5 +141,5 @@ def make_layer(n: int, k: int, config: Config, *, bias: bool = True, static: boo
     """Random weights of N channels."""
     weight, scale = reference.quantize_weight(torch.randn(n, k), config.encode())
     qparams = (torch.tensor([0.021]), torch.tensor([-7], dtype=torch.int32)) if static else None
-    of_bias = torch.randn(n) if bias else None
-    return Int8Layer(weight, scale.expand(n).contiguous(), of_bias, config, qparams)
+    bias_values = torch.randn(n) if bias else None
+    return Int8Layer(weight, scale.expand(n).contiguous(), bias_values, config, qparams)

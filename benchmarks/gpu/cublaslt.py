@@ -1,7 +1,6 @@
-"""cuBLASLt's int8 product with the algorithm that its heuristic puts first: the C interface by ctypes.
+"""cuBLASLt's int8 product with the algorithm that its heuristic ranks first, through its C interface.
 
-torch loads libcublasLt, so it is in the process already. Numbers below are those of cublasLt.h and
-library_types.h.
+torch has loaded libcublasLt into the process. The constants are those of cublasLt.h and library_types.h.
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ class _Heuristic(ctypes.Structure):
 
 
 def find_library() -> Any:
-    """The libcublasLt that this process has loaded.
+    """The libcublasLt of this process.
 
     Raises:
-        RuntimeError: where it has loaded none.
+        RuntimeError: it is not loaded.
     """
     found = re.search(r"\S+/libcublasLt\.so\S*", Path("/proc/self/maps").read_text())
     if found is None:
@@ -48,14 +47,14 @@ def find_library() -> Any:
 class Int8Product:
     """out[M, N] = q[M, K] @ weight[N, K].T in int32.
 
-    Column-major, as the library sees it: out^T [N, M] = weight (transposed, K down its columns) times q^T
+    In the library's column-major order: out^T [N, M] = weight (transposed, K down its columns) times q^T
     [K, M].
     """
 
     def __init__(self, library: Any, m: int, n: int, k: int, device: torch.device) -> None:
         """
         Raises:
-            RuntimeError: where a call fails or the heuristic has no algorithm for this shape.
+            RuntimeError: a call fails or the heuristic has no algorithm for this shape.
         """
         self._library = library
         self._handle = self._new("cublasLtCreate")
@@ -103,7 +102,7 @@ class Int8Product:
         return out
 
     def _new(self, name: str, *arguments: object) -> c_void_p:
-        """What a function of the library creates."""
+        """The handle that a function of the library creates."""
         created = c_void_p()
         self._call(name, byref(created), *arguments)
         return created

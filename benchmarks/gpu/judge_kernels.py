@@ -1,5 +1,5 @@
 """Each kernel against the reference through the probe, bit for bit: one GEMM tile, the quantize kernel, or
-whole forwards on raw pointers. An entry a shape; a fault or an error in one leaves the next alone."""
+whole forwards on raw pointers. One entry per shape; a fault or an error ends only its own entry."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dynquant import reference
 from dynquant.config import Config
 from dynquant.config import rotation_block as largest_block
 
-from .contenders import Operands
+from .candidates import Operands
 from .correctness import (
     DTYPES,
     EMPTY,
@@ -29,15 +29,15 @@ from .correctness import (
 from .probe import EPILOGUES, TILES, Probe, Tile, padded
 from .setting import Setting
 
-DEEP = (6, 33, 70_000)  # more k than an int32 accumulator is exact for: parts
-LARGE = ((4096, 4096, 512), (384, 640, 16384))  # many tiles a block, many steps a tile
+LARGE_K = (6, 33, 70_000)  # an int32 accumulator would overflow: K is split into parts
+LARGE = ((4096, 4096, 512), (384, 640, 16384))  # many tiles per block, many steps per tile
 
 
 def gemm(setting: Setting) -> None:
-    """The tile that the setting names."""
+    """The tile of the setting."""
     tile = next(tile for tile in TILES if tile.name == setting.tile)
     probe = setting.probe()
-    shapes = SMALL_SHAPES if setting.small else (*SHAPES, *([] if tile.kernel == "wgmma" else [DEEP]))
+    shapes = SMALL_SHAPES if setting.small else (*SHAPES, *([] if tile.kernel == "wgmma" else [LARGE_K]))
     for shape in shapes:
         setting.judge(tile.name, list(shape), partial(_one_shape, setting, probe, tile, shape))
     for shape in () if setting.small else LARGE:
@@ -58,32 +58,32 @@ def _one_shape(setting: Setting, probe: Probe, tile: Tile, shape: tuple[int, int
     compensated = exact[0] - zero_point[:, None].double() * weight_sum.double()
     floats = (compensated.to(torch.float32) * scale[:, None]) * layer.weight_scale
     assert layer.bias is not None
-    # Epilogue and whether it goes without bias.
+    # By epilogue and whether the bias is left out.
     expected = {(name, False): reference.apply_epilogue(floats + layer.bias, name) for name in EPILOGUES}
     expected["none", True] = floats
     operands = [replace(on_device, scale=scale.to(device), zero_point=zero_point.to(device))]
     operands.append(replace(operands[0], bias=None))
     for parts in (1,) if tile.kernel == "wgmma" else (1, 3):
         forced = replace(tile, parts=parts)
-        for rows, sums, words in zip(q, exact, ("random", "extreme"), strict=True):
+        for rows, sums, kind in zip(q, exact, ("random", "extreme"), strict=True):
             out, is_whole = guarded((m, n), torch.int32, device)
             call = probe.product(rows, on_device, k, out, forced)
-            judge.same(call(), sums.to(torch.int32), f"{call.plan}: accumulators, {words}")
-            judge.true(is_whole(), f"{call.plan}: something was written outside the accumulators, {words}")
-        turns = itertools.cycle((0, 0, 1))  # an output that starts at any element
+            judge.same(call(), sums.to(torch.int32), f"{call.plan}: accumulators, {kind}")
+            judge.true(is_whole(), f"{call.plan}: bytes beside the accumulators were overwritten, {kind}")
+        offsets = itertools.cycle((0, 0, 1))  # outputs at aligned and at odd addresses
         for dtype, ((name, without_bias), floats) in itertools.product(DTYPES, expected.items()):
-            offset = next(turns)
+            offset = next(offsets)
             out, is_whole = guarded((m, n), dtype, device, offset)
             call = probe.product(q[0], operands[without_bias], k, out, forced, name)
             what = f"{call.plan}: {dtype}, {name}, bias={not without_bias}, output at element {offset}"
             judge.same(call(), floats.to(dtype), what)
-            judge.true(is_whole(), f"{what}: something was written outside the output")
+            judge.true(is_whole(), f"{what}: bytes beside the output were overwritten")
 
 
 def _large_shape(
     setting: Setting, probe: Probe, tile: Tile, shape: tuple[int, int, int], judge: Judge
 ) -> None:
-    """Expected values from the card, where a product in fp64 is exact; several calls."""
+    """Several calls, compared with an fp64 product on the card, which is exact."""
     operands = Operands(*shape, setting.device)
     for dtype, expected in ((torch.int32, operands.accumulators), (torch.bfloat16, operands.product)):
         out, is_whole = guarded(shape[:2], dtype, setting.device)
@@ -91,7 +91,7 @@ def _large_shape(
         for turn in range(3):
             out.fill_(-1)
             judge.same(call(), expected, f"{call.plan}: {dtype}, call {turn}")
-        judge.true(is_whole(), f"{tile}: something was written outside the output")
+        judge.true(is_whole(), f"{tile}: bytes beside the output were overwritten")
 
 
 def quantize(setting: Setting) -> None:
@@ -106,14 +106,14 @@ def _rows(setting: Setting, probe: Probe, k: int, judge: Judge) -> None:
     blocks = sorted({0, *(block for block in (8, largest_block(k)) if k % block == 0)})
     for dtype, block in itertools.product(DTYPES, blocks):
         inputs = {"random": torch.randn(m, k).to(dtype), "awkward": awkward_rows(m, k, dtype)}
-        for words, x in inputs.items():
+        for kind, x in inputs.items():
             q = torch.full((m, -(-k // 16) * 16), 77, dtype=torch.int8, device=device)
             scale = torch.full((m,), -1.0, device=device)
             zero_point = torch.full((m,), 77, dtype=torch.int32, device=device)
             probe.quantize(x.to(device), q, scale, zero_point, block)
             rows = reference.rotate(x, block) if block else x
             qparams = reference.choose_qparams(*reference.min_max(rows, True))
-            what = f"{dtype}, {words}, rotation {block}"
+            what = f"{dtype}, {kind}, rotation {block}"
             judge.same(scale, qparams[0], f"scale, {what}")
             judge.same(zero_point, qparams[1], f"zero_point, {what}")
             judge.same(q[:, :k], reference.quantize(rows, *qparams), f"q, {what}")
@@ -121,23 +121,23 @@ def _rows(setting: Setting, probe: Probe, k: int, judge: Judge) -> None:
 
 
 def forward(setting: Setting) -> None:
-    """Every scheme, epilogues, output dtypes and biases taking turns."""
+    """Every scheme; epilogues, output dtypes and biases alternate."""
     probe = setting.probe()
-    turns = itertools.cycle(itertools.product(EPILOGUES, DTYPES, (True, False)))
-    for shape in SMALL_SHAPES if setting.small else (*EMPTY, *SHAPES, DEEP):
-        setting.judge("forward", list(shape), partial(_forwards, setting, probe, shape, turns))
+    variants = itertools.cycle(itertools.product(EPILOGUES, DTYPES, (True, False)))
+    for shape in SMALL_SHAPES if setting.small else (*EMPTY, *SHAPES, LARGE_K):
+        setting.judge("forward", list(shape), partial(_forwards, setting, probe, shape, variants))
 
 
 def _forwards(
     setting: Setting,
     probe: Probe,
     shape: tuple[int, int, int],
-    turns: Iterable[tuple[str, torch.dtype, bool]],
+    variants: Iterable[tuple[str, torch.dtype, bool]],
     judge: Judge,
 ) -> None:
     m, n, k = shape
     schemes = itertools.product(DTYPES, ("per_token", "per_tensor", "static"), {0, largest_block(k)})
-    for (dtype, scheme, block), (epilogue, out_dtype, bias) in zip(schemes, turns, strict=False):
+    for (dtype, scheme, block), (epilogue, out_dtype, bias) in zip(schemes, variants, strict=False):
         activations = "per_token" if scheme == "static" else scheme
         config = Config(activations=activations, rotation_block=block, epilogue=epilogue)
         layer = make_layer(n, k, config, bias=bias, static=scheme == "static")
@@ -149,4 +149,4 @@ def _forwards(
             call = probe.forward(x.to(setting.device), operands, config.encode(), out, separate=separate)
             what = f"{call.plan}: {dtype} -> {out_dtype}, {config}, static={scheme == 'static'}"
             judge.same(call(), expected, what)
-            judge.true(is_whole(), f"{what}: something was written outside the output")
+            judge.true(is_whole(), f"{what}: bytes beside the output were overwritten")

@@ -1,4 +1,4 @@
-"""The ops of the extension on the card against the reference on the CPU, bit for bit; an entry a group."""
+"""The ops of the extension on the card against the reference on the CPU, bit for bit; one entry per group."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ from .setting import Setting
 
 SCHEMES = ("per_token", "per_tensor", "static")
 GRAPHS = ((1, 272, 288), (1, 32, 17000), (12, 48, 17000), (40, 96, 4096), (300, 520, 1152))
-FUZZED = (300, 600, 5000)  # M, N, K at most
+FUZZED = (300, 600, 5000)  # largest M, N, K
 FUZZ_S = 25.0
 _ops = torch.ops.dynquant
 
 
 def run(setting: Setting) -> None:
-    """Every group but the fuzz and the first call in a capture."""
+    """All groups except the fuzzer and the first call in a capture."""
     _require_extension(setting)
-    groups = (single_steps, int8_mm, linears, layouts, deep, modules, other_stream, graphs, errors)
+    groups = (single_steps, int8_mm, linears, layouts, large_k, modules, other_stream, graphs, errors)
     for group in groups:
         setting.judge(f"ops, {group.__name__}", [], partial(group, setting))
 
@@ -51,7 +51,7 @@ def fuzz(setting: Setting) -> None:
 
 
 def first_call_in_a_capture(setting: Setting) -> None:
-    """A capture must work before anything of ours was loaded or warmed up."""
+    """A capture must work in a fresh process, with no kernel loaded or warmed up."""
     _require_extension(setting)
     setting.judge("ops, first call in a capture", [], partial(captured_first, setting))
 
@@ -62,14 +62,14 @@ def _require_extension(setting: Setting) -> None:
 
 
 def check(judge: Judge, setting: Setting, layer: Int8Layer, x: Tensor, what: str) -> None:
-    """One linear; ``x`` may be anywhere."""
+    """One linear; ``x`` on any device."""
     poison(setting.device)
     actual = getattr(_ops, layer.op)(x.to(setting.device), *layer.arguments(setting.device))
     judge.same(actual, layer.expected(x), f"{layer.op} {what} {layer.config}")
 
 
 def poison(device: torch.device) -> None:
-    """Leave garbage in the memory that the allocator hands out next."""
+    """Fill blocks of the allocator's cache with garbage."""
     blocks = [torch.full((1 << i,), 0xFF, dtype=torch.uint8, device=device) for i in range(9, 21)]
     del blocks
 
@@ -117,12 +117,12 @@ def int8_mm(setting: Setting, judge: Judge) -> None:
 
 
 def linears(setting: Setting, judge: Judge) -> None:
-    """Every scheme and dtype over all shapes; epilogues, output dtypes and biases taking turns."""
-    turns = itertools.cycle(itertools.product(EPILOGUES, (None, *DTYPES, torch.float64), (True, False)))
+    """Every scheme and dtype over all shapes; epilogues, output dtypes and biases alternate."""
+    variants = itertools.cycle(itertools.product(EPILOGUES, (None, *DTYPES, torch.float64), (True, False)))
     shapes = SMALL_SHAPES if setting.small else (*SHAPES, *EMPTY)
     for (m, n, k), dtype, scheme in itertools.product(shapes, DTYPES, SCHEMES):
         for block in {0, largest_block(k)}:
-            epilogue, out_dtype, bias = next(turns)
+            epilogue, out_dtype, bias = next(variants)
             config, static = scheme_of(scheme, rotation_block=block, epilogue=epilogue, out_dtype=out_dtype)
             layer = make_layer(n, k, config, bias=bias, static=static)
             for x in (torch.randn(m, k).to(dtype), *([awkward_rows(m, k, dtype)] if m * k else [])):
@@ -130,25 +130,25 @@ def linears(setting: Setting, judge: Judge) -> None:
 
 
 def layouts(setting: Setting, judge: Judge) -> None:
-    """Leading dimensions, strides, storage that starts anywhere, fp64."""
+    """Leading dimensions, strides, storage offsets, fp64."""
     layer = make_layer(40, 72, Config(rotation_block=8))
     for dtype in (*DTYPES, torch.float64):
-        made = partial(torch.randn, dtype=dtype, device=setting.device)
-        base = made(3, 5, 74)
+        randn = partial(torch.randn, dtype=dtype, device=setting.device)
+        base = randn(3, 5, 74)
         inputs = {
             "1-D": base[0, 0, :72],
             "5-D": base[:, None, :, None, :72],
-            "transposed": made(72, 9).t(),
-            "every other": made(9, 144)[:, ::2],
-            "expanded": made(1, 72).expand(6, 72),
-            "offset by one": made(3 * 72 + 1)[1:].view(3, 72),
+            "transposed": randn(72, 9).t(),
+            "every other": randn(9, 144)[:, ::2],
+            "expanded": randn(1, 72).expand(6, 72),
+            "offset by one": randn(3 * 72 + 1)[1:].view(3, 72),
         }
         for name, x in inputs.items():
             check(judge, setting, layer, x, f"{name} {dtype}")
 
 
-def deep(setting: Setting, judge: Judge) -> None:
-    """More k than an int32 accumulator holds."""
+def large_k(setting: Setting, judge: Judge) -> None:
+    """K at which an int32 accumulator would overflow."""
     k = 140_000
     weight = torch.full((5, k), 127, dtype=torch.int8)
     weight[1:3] = -127
@@ -161,41 +161,41 @@ def deep(setting: Setting, judge: Judge) -> None:
 
 
 def modules(setting: Setting, judge: Judge) -> None:
-    """QLinear there and back: the same bits on every device, nn.Linear's values within what 8 bits allow."""
+    """QLinear moved to the card and back: the same bits on both devices, near nn.Linear's values."""
     for activations, rotation, k in itertools.product(SCHEMES[:2], (None, "hadamard"), (96, 100)):
         linear = nn.Linear(k, 50).requires_grad_(False)
         layer = dynquant.QLinear.from_float(linear, activations=activations, rotation=rotation)
         x, what = torch.randn(7, k), f"QLinear {k} {activations} {rotation}"
         expected = layer(x).detach()
-        there = layer.to(setting.device)
-        judge.same(there(x.to(setting.device)).detach(), expected, what)
-        judge.same(there.cpu()(x).detach(), expected, f"{what}, back on the CPU")
+        on_device = layer.to(setting.device)
+        judge.same(on_device(x.to(setting.device)).detach(), expected, what)
+        judge.same(on_device.cpu()(x).detach(), expected, f"{what}, back on the CPU")
         error = float((expected - linear(x)).abs().max() / expected.abs().max())
         judge.true(error < 0.05, f"{what}: error {error:.3f}")
 
 
 def other_stream(setting: Setting, judge: Judge) -> None:
-    """Work queued on another stream behind a long kernel: launched anywhere else it would read old inputs."""
+    """Calls on another stream behind a long kernel; a launch on the default stream would read old inputs."""
     for scheme, m in itertools.product(SCHEMES[:2], (1, 40, 300)):
         layer = make_layer(272, 288, Config(activations=scheme))
         operands = layer.arguments(setting.device)
         x, new = torch.zeros(m, 288, device=setting.device), torch.randn(m, 288)
-        here = new.to(setting.device)
+        new_on_device = new.to(setting.device)
         if setting.on_card:
             torch.cuda.synchronize()
             stream = torch.cuda.Stream()
             with torch.cuda.stream(stream):
                 torch.cuda._sleep(20_000_000)
-                x.copy_(here)
+                x.copy_(new_on_device)
                 actual = _ops.linear_dynamic(x, *operands)
             stream.synchronize()
         else:
-            actual = _ops.linear_dynamic(here, *operands)
+            actual = _ops.linear_dynamic(new_on_device, *operands)
         judge.same(actual, layer.expected(new), f"{scheme}, M={m} on another stream")
 
 
 def graphs(setting: Setting, judge: Judge) -> None:
-    """Captured once, replayed with other inputs; with parts of k, whose counters each replay needs anew."""
+    """Captured once, replayed with other inputs; with K in parts, each replay must reset their counters."""
     for (m, n, k), scheme in itertools.product(GRAPHS[:1] if setting.small else GRAPHS, SCHEMES):
         config, static = scheme_of(scheme, epilogue="silu")
         layer = make_layer(n, k, config, static=static)
@@ -208,7 +208,7 @@ def graphs(setting: Setting, judge: Judge) -> None:
 
 
 def errors(setting: Setting, judge: Judge) -> None:
-    """Bad input gets the reference's sentence, and no answer."""
+    """Bad input raises the reference's message."""
     device = setting.device
     x, *operands = torch.randn(2, 8, device=device), *make_layer(20, 8, Config()).arguments(device)
     good = (x, *operands)
@@ -228,27 +228,27 @@ def errors(setting: Setting, judge: Judge) -> None:
     for i, tensor in enumerate(good[1:5] if setting.on_card else [], 1):
         cases.append(("linear_dynamic", (*good[:i], tensor.cpu(), *good[i + 1 :])))
     for op, arguments in cases:
-        ours, right = (sentence_of(partial(getattr(of, op), *arguments)) for of in (_ops, reference))
-        judge.true(ours == right and bool(ours), f"{op}: the kernel says {ours!r}, the reference {right!r}")
+        ours, right = (message_of(partial(getattr(of, op), *arguments)) for of in (_ops, reference))
+        judge.true(ours == right and bool(ours), f"{op}: the kernel raises {ours!r}, the reference {right!r}")
 
 
 def random_cases(setting: Setting, judge: Judge) -> None:
-    """Shapes, schemes and inputs by chance until the time is up."""
-    chance = random.Random(setting.seed)
+    """Random shapes, schemes and inputs until the time is up."""
+    rng = random.Random(setting.seed)
     deadline = time.monotonic() + (0.5 if setting.small else FUZZ_S)
     while time.monotonic() < deadline:
-        m, n, k = (max(int(size ** chance.random()), 1) for size in FUZZED)
-        dtype = chance.choice(DTYPES)
+        m, n, k = (max(int(size ** rng.random()), 1) for size in FUZZED)
+        dtype = rng.choice(DTYPES)
         config = Config(
-            activations=chance.choice(("per_token", "per_tensor")),
-            weights=chance.choice(("per_channel", "per_tensor")),
-            rotation_block=chance.choice((0, largest_block(k))),
-            epilogue=chance.choice(EPILOGUES),
-            out_dtype=chance.choice((None, *DTYPES, torch.float64)),
+            activations=rng.choice(("per_token", "per_tensor")),
+            weights=rng.choice(("per_channel", "per_tensor")),
+            rotation_block=rng.choice((0, largest_block(k))),
+            epilogue=rng.choice(EPILOGUES),
+            out_dtype=rng.choice((None, *DTYPES, torch.float64)),
         )
-        x = (torch.randn(m, k) * 10 ** chance.uniform(-4, 4)).to(dtype)
-        x = awkward_rows(m, k, dtype) if chance.random() < 0.3 else x
-        layer = make_layer(n, k, config, bias=chance.random() < 0.7, static=chance.random() < 0.2)
+        x = (torch.randn(m, k) * 10 ** rng.uniform(-4, 4)).to(dtype)
+        x = awkward_rows(m, k, dtype) if rng.random() < 0.3 else x
+        layer = make_layer(n, k, config, bias=rng.random() < 0.7, static=rng.random() < 0.2)
         check(judge, setting, layer, x, f"{[m, n, k]} {dtype}")
 
 
@@ -260,7 +260,7 @@ def captured_first(setting: Setting, judge: Judge) -> None:
 
 
 def captured(setting: Setting, call: Callable[[], Tensor], *, warm: bool = True) -> Callable[[], Tensor]:
-    """Replays ``call`` as a CUDA graph and returns its result; on a CPU it is simply called again."""
+    """A function that replays ``call`` as a CUDA graph and returns its result; on a CPU ``call`` itself."""
     if not setting.on_card:
         return call
     torch.cuda.synchronize()
@@ -273,7 +273,7 @@ def captured(setting: Setting, call: Callable[[], Tensor], *, warm: bool = True)
     with torch.cuda.graph(graph, stream=stream):
         result = call()
 
-    def replay(kept: object = call) -> Tensor:  # the graph knows its operands by address alone
+    def replay(operands: object = call) -> Tensor:  # keeps them alive: the graph holds only addresses
         graph.replay()
         torch.cuda.synchronize()
         return result
@@ -281,8 +281,8 @@ def captured(setting: Setting, call: Callable[[], Tensor], *, warm: bool = True)
     return replay
 
 
-def sentence_of(call: Callable[[], object]) -> str:
-    """The first line of the error that ``call`` raises; empty where it raises none."""
+def message_of(call: Callable[[], object]) -> str:
+    """The first line of the exception of ``call``; empty without one."""
     try:
         call()
     except (RuntimeError, ValueError) as error:

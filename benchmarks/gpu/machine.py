@@ -1,4 +1,4 @@
-"""The card and what runs on it. Only ``describe`` imports torch."""
+"""The card, its driver and the software. Only ``describe`` imports torch."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ SMI_FIELDS = {
 
 
 def card() -> tuple[str, str]:
-    """Name and architecture (as in TORCH_CUDA_ARCH_LIST) of the first card, asked of the driver.
+    """Name and architecture (as in TORCH_CUDA_ARCH_LIST) of the first card, from the driver.
 
     Raises:
-        RuntimeError: where there is none; its sentence names what is missing.
+        RuntimeError: no driver, or a driver without a device.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     hidden = f" (CUDA_VISIBLE_DEVICES={visible!r})" if visible is not None else ""
@@ -51,7 +51,7 @@ def card() -> tuple[str, str]:
 
 
 def card_state() -> dict[str, str]:
-    """Driver, clocks, power and temperature of the first card as nvidia-smi reads them; empty without it."""
+    """Driver, clocks, power and temperature of the first card by nvidia-smi; empty without it."""
     smi = shutil.which("nvidia-smi")
     command = [str(smi), "--id=0", f"--query-gpu={','.join(SMI_FIELDS.values())}", "--format=csv,noheader"]
     try:
@@ -65,12 +65,12 @@ def card_state() -> dict[str, str]:
 
 
 def describe(setting: Setting) -> None:
-    """An entry on torch and the card, and dynquant imported once, so that the next stages find it warm."""
+    """An entry on torch and the card; imports dynquant, so that its files are cached for the next stages."""
     import torch
 
     import dynquant
 
-    torchao = "installed" if importlib.util.find_spec("torchao") else "not installed: no rival"
+    torchao = "installed" if importlib.util.find_spec("torchao") else "not installed: no baseline"
     entry: dict[str, object] = {"torch": torch.__version__, "cuda": torch.version.cuda, "torchao": torchao}
     if setting.on_card:
         properties = torch.cuda.get_device_properties(0)

@@ -1,9 +1,9 @@
-"""Every kernel on small ragged shapes, without torch: what compute-sanitizer's memcheck runs.
+"""Every kernel on small ragged shapes, without torch, for compute-sanitizer's memcheck.
 
     compute-sanitizer --tool memcheck python -m benchmarks.gpu.memcheck LIBRARY
 
-Each operand is an allocation of its own, so that memcheck sees an access outside of it. Accumulators are
-compared with sums in Python; of the rest it is enough here that it runs.
+Each operand has its own allocation, so that memcheck sees an access outside of it. Accumulators are
+compared with sums in Python; the other outputs are not compared.
 """
 
 from __future__ import annotations
@@ -27,28 +27,25 @@ SCHEMES = (0, 1, 4 << 2)  # of dynquant/config.py: per_token, per_tensor, rotati
 
 
 class Operands:
-    """Random operands of one shape on the device, and the accumulators that they have."""
+    """Random operands of one shape on the device, and their exact accumulators."""
 
-    def __init__(self, probe: Probe, m: int, n: int, k: int, chance: random.Random) -> None:
+    def __init__(self, probe: Probe, m: int, n: int, k: int, rng: random.Random) -> None:
         self._probe, self.m, self.n, self.k = probe, m, n, k
         self.row_bytes = -(-k // 16) * 16
-        q, weight = (
-            [[chance.randrange(-127, 128) for _ in range(k)] for _ in range(rows)] for rows in (m, n)
-        )
+        q, weight = ([[rng.randrange(-127, 128) for _ in range(k)] for _ in range(rows)] for rows in (m, n))
         self.sums = [sum(map(mul, row, column)) for row in q for column in weight]
         self.q, self.weight = self._rows(q), self._rows(weight)
         self.scale, self.weight_scale, self.bias = (
-            self._put(struct.pack(f"{count}f", *[chance.random() for _ in range(count)]))
-            for count in (m, n, n)
+            self._put(struct.pack(f"{count}f", *[rng.random() for _ in range(count)])) for count in (m, n, n)
         )
         self.zero_point, self.weight_sum = (
             self._put(struct.pack(f"{count}i", *range(count))) for count in (m, n)
         )
-        self.x = {size: self._put(chance.randbytes(m * k * size)) for _, size in FLOATS}
+        self.x = {size: self._put(rng.randbytes(m * k * size)) for _, size in FLOATS}
 
     def _rows(self, rows: Sequence[Sequence[int]]) -> int:
-        beyond = bytes(self.row_bytes - self.k)
-        return self._put(b"".join(struct.pack(f"{self.k}b", *row) + beyond for row in rows))
+        padding = bytes(self.row_bytes - self.k)
+        return self._put(b"".join(struct.pack(f"{self.k}b", *row) + padding for row in rows))
 
     def _put(self, values: bytes) -> int:
         address = self._probe.allocate(len(values))
@@ -56,7 +53,7 @@ class Operands:
         return address
 
     def run(self, name: str, arguments: ctypes.Structure, element: int) -> bytes:
-        """One product or forward into a fresh output, which is returned."""
+        """The output of one product or forward."""
         _, workspace = self._probe.plan(name, arguments)
         reference = ctypes.byref(arguments)
         size = self.m * self.n * element
@@ -71,7 +68,7 @@ class Operands:
 
 
 def main(library: Path, shapes: Sequence[tuple[int, int, int]] = SHAPES) -> int:
-    """Returns 1 after wrong accumulators."""
+    """1 after wrong accumulators, else 0."""
     probe, wrong = Probe(library), 0
     for shape in shapes:
         operands = Operands(probe, *shape, random.Random(1))
@@ -84,7 +81,7 @@ def main(library: Path, shapes: Sequence[tuple[int, int, int]] = SHAPES) -> int:
 
 
 def gemms(operands: Operands, tile: Tile) -> bool:
-    """Accumulators, whether they are right, and floats with every epilogue."""
+    """Whether the accumulators are right; runs float outputs with every epilogue too."""
     numbers = *tile.numbers, operands.q, operands.weight
     arguments = ProbeGemm(*numbers, operands.row_bytes, operands.m, operands.n, operands.k, out_dtype=3)
     sums = struct.unpack(f"{len(operands.sums)}i", operands.run("probe_gemm", arguments, 4))

@@ -1,12 +1,12 @@
-// The kernels one by one on raw pointers, for benchmarks/gpu/probe.py: a GEMM with the kernel, tile and number of parts
-// of the caller's choice (or the plan's own) and any epilogue, the quantize kernel alone, a whole forward. The
-// package's own entry points are in csrc/cuda/kernels.h; this file links their objects and is no part of it.
+// Single kernels on raw pointers, for benchmarks/gpu/probe.py: a GEMM with the caller's kernel, tile and number
+// of parts (or the plan's) and any epilogue, the quantize kernel alone, a whole forward. The package's entry
+// points are in csrc/cuda/kernels.h; this file links their objects and is no part of the package.
 #include "cuda/gemm.h"
 #include "cuda/quantize.h"
 
 #define PROBE_EXPORT extern "C" __attribute__((visibility("default")))
 
-// How a call that launches is run; the emulator of the tests has its own way.
+// Runs a call that launches kernels; the emulator of the tests defines its own.
 #ifndef PROBE_RUN
 #define PROBE_RUN(call) static_cast<int>((call)())
 #endif
@@ -14,7 +14,7 @@
 using namespace dynquant;
 using namespace dynquant::cuda;
 
-// Of the caller's choice; kernel (of GemmKernel) -1: what gemm_plan.h chooses.
+// The caller's choice. kernel: of GemmKernel, or -1 for the choice of gemm_plan.h.
 struct ProbeTile {
   int32_t kernel;
   int32_t m;
@@ -32,7 +32,7 @@ struct ProbeGemm {
   int64_t n;
   int64_t k;
   void* out;                  // [m, n]
-  int32_t out_dtype;          // of DType; with int32 nothing below is read
+  int32_t out_dtype;          // of DType; int32 ignores the fields below
   int32_t function;           // of Epilogue
   const float* scale;         // [m]
   const int32_t* zero_point;  // [m]
@@ -43,7 +43,7 @@ struct ProbeGemm {
 
 struct ProbeLinear {
   ProbeTile tile;
-  int32_t separate;  // not 0: quantize in a launch of its own, also where the plan says otherwise
+  int32_t separate;  // not 0: quantize in a separate launch, whatever the plan
   int32_t unused;
   const void* x;  // [m, k]
   int32_t x_dtype;
@@ -79,7 +79,7 @@ PROBE_EXPORT void* probe_allocate(int64_t bytes) {
 
 PROBE_EXPORT int probe_free(void* memory) { return cudaFree(memory); }
 
-// To or from the device, after everything that was launched.
+// To or from the device, after a synchronization.
 PROBE_EXPORT int probe_copy(void* target, const void* source, int64_t bytes) {
   const cudaError_t error = cudaDeviceSynchronize();
   return error != cudaSuccess ? error
@@ -115,18 +115,18 @@ static GemmPlan plan_of(const ProbeTile& tile, const GemmShape& shape, const Dev
   return with_parts({static_cast<GemmKernel>(tile.kernel), tile.m, tile.n, 1, 0}, shape.k, tile.parts);
 }
 
-static void tell(const GemmPlan& plan, ProbeTile* tile) {
+static void write_plan(const GemmPlan& plan, ProbeTile* tile) {
   *tile = {static_cast<int32_t>(plan.kernel), plan.tile_m, plan.tile_n, plan.parts};
 }
 
-// The GEMM that runs, and the bytes of workspace that probe_gemm needs.
+// The plan of probe_gemm and its workspace in bytes.
 PROBE_EXPORT int probe_gemm_plan(const ProbeGemm* args, ProbeTile* tile, int32_t* fused, int64_t* workspace) {
   Device device = {};
   const cudaError_t error = current_device(&device);
   if (error != cudaSuccess) return error;
   const GemmShape shape = {args->m, args->n, args->k};
   const GemmPlan plan = plan_of(args->tile, shape, device);
-  tell(plan, tile);
+  write_plan(plan, tile);
   *fused = 0;
   *workspace = static_cast<int64_t>(workspace_bytes(plan, shape));
   return cudaSuccess;
@@ -167,19 +167,19 @@ static LinearPlan plan_of(const ProbeLinear& args, const Linear& linear, const D
   const GemmShape shape = {args.m, args.n, args.k};
   if (args.tile.kernel >= 0) plan.gemm = plan_of(args.tile, shape, device);
   plan.fused = false;
-  // What the forced kernel needs, and, for a plan that was fused, q, qparams and ranges; rounded up.
+  // For the forced kernel and, after a fused plan, for q, qparams and ranges; rounded up.
   plan.workspace_bytes += workspace_bytes(plan.gemm, shape) + args.m * (padded_k(args.k) + 8) + 16384;
   return plan;
 }
 
-// The GEMM that runs, whether it quantizes x itself, and the bytes of workspace that probe_linear needs.
+// The plan of probe_linear, whether its GEMM quantizes x, and its workspace in bytes.
 PROBE_EXPORT int probe_linear_plan(const ProbeLinear* args, ProbeTile* tile, int32_t* fused,
                                    int64_t* workspace) {
   Device device = {};
   const cudaError_t error = current_device(&device);
   if (error != cudaSuccess) return error;
   const LinearPlan plan = plan_of(*args, linear_of(*args), device);
-  tell(plan.gemm, tile);
+  write_plan(plan.gemm, tile);
   *fused = plan.fused;
   *workspace = static_cast<int64_t>(plan.workspace_bytes);
   return cudaSuccess;

@@ -1,4 +1,4 @@
-"""The kernels one by one: probe.cu through ctypes. Only what is given tensors imports torch."""
+"""Single kernels: probe.cu through ctypes. Only functions with tensor arguments import torch."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Layer:
 
 
 class Probe:
-    """A library that ``build`` made of probe.cu.
+    """A library that ``build`` made from probe.cu.
 
     Attributes:
         capability: 90 for 9.0. code: what the kernels were compiled for.
@@ -129,16 +129,16 @@ class Probe:
         return int(address)
 
     def tiles(self) -> list[Tile]:
-        """Those of TILES that this card can run."""
+        """The tiles that this card can run."""
         return [tile for tile in TILES if tile.kernel != "wgmma" or self.capability == 90]
 
     def plan(self, name: str, arguments: ctypes.Structure) -> tuple[str, int]:
-        """What ``name`` (probe_gemm, probe_linear) will run, in words, and its bytes of workspace."""
+        """The plan of ``name`` (probe_gemm, probe_linear) as text, and its workspace in bytes."""
         tile, fused, workspace = (ctypes.c_int32 * 4)(), ctypes.c_int32(), ctypes.c_int64()
         numbers = tile, ctypes.byref(fused), ctypes.byref(workspace)
         self.call(f"{name}_plan", ctypes.byref(arguments), *numbers)
-        words = str(Tile(KERNELS[tile[0]], *tile[1:]))
-        return f"{words}, fused" if fused.value else words, workspace.value
+        plan = str(Tile(KERNELS[tile[0]], *tile[1:]))
+        return f"{plan}, fused" if fused.value else plan, workspace.value
 
     def product(
         self,
@@ -175,7 +175,7 @@ class Probe:
         """A whole forward of x [M, K].
 
         Args:
-            tile: None for the plan's choice; else quantization is a launch of its own, as with ``separate``.
+            tile: None for the plan's choice; a tile, like ``separate``, makes quantization a separate launch.
         """
         (m, k), n = x.shape, layer.weight.shape[0]
         dtypes = DTYPES[str(x.dtype)], DTYPES[str(out.dtype)]
@@ -197,17 +197,18 @@ class Call:
     """A launch with its operands and its workspace, ready to run.
 
     Attributes:
-        out: what it writes. plan: the GEMM that runs, in words.
+        out: its output. plan: its GEMM, as text.
     """
 
     def __init__(
-        self, probe: Probe, name: str, arguments: ctypes.Structure, out: Tensor, keep: object
+        self, probe: Probe, name: str, arguments: ctypes.Structure, out: Tensor, operands: object
     ) -> None:
         import torch
 
-        self._probe, self._name, self._arguments, self._keep, self.out = probe, name, arguments, keep, out
+        self._probe, self._name, self._arguments, self.out = probe, name, arguments, out
+        self._operands = operands  # keeps them alive: the arguments hold only addresses
         self.plan, size = probe.plan(name, arguments)
-        # Garbage, as what torch's allocator hands out.
+        # Filled with garbage, as memory of torch's allocator is.
         self._workspace = torch.full((max(size, 16),), 0x5A, dtype=torch.uint8, device=out.device)
 
     def __call__(self) -> Tensor:
@@ -219,14 +220,14 @@ class Call:
 
 
 def stream_of(device: torch.device) -> ctypes.c_void_p:
-    """The current stream as CUDA knows it."""
+    """The current stream's handle."""
     import torch
 
     return ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None)
 
 
 def padded(rows: Tensor) -> Tensor:
-    """int8 [M, K] with zeros up to a K that is a multiple of 16."""
+    """int8 [M, K], padded with zeros to a K that is a multiple of 16."""
     import torch
 
     return torch.nn.functional.pad(rows, (0, -rows.shape[1] % 16)).contiguous()

@@ -1,4 +1,4 @@
-"""Stages as processes: each with a limit, all within a budget; results are on disk after every entry."""
+"""Stages as processes, each with a time limit, all within a budget; each entry is written to disk at once."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from typing import Any
 
 from .results import Entry, is_bad, new_entries
 
-TAIL = 1500  # characters of a stage's output that a failure quotes
-START_S = 150.0  # until a stage has imported torch, which a cold disk makes slow
-KILL_S = 5.0  # from SIGKILL to the end of a process, which a driver can hold up
+TAIL = 1500  # characters at the end of a stage's output, quoted by its failure
+START_S = 150.0  # limit for the import of torch, slow from a cold disk
+KILL_S = 5.0  # limit from SIGKILL to the end of a process; a driver can delay it
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A process of its own.
+    """A command to run as a process.
 
     Attributes:
-        limit_s: seconds after which it is stopped, counted from its entry "ready".
-        writes: whether it writes entries; another's limit counts from its start.
-        environment: in addition to the suite's own.
+        limit_s: time limit, from its entry "ready" or, if it writes no entries, from its start.
+        writes: whether it writes entries.
+        environment: variables in addition to the suite's.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Stage:
 
 
 class Running:
-    """A stage that was started.
+    """A started stage.
 
     Attributes:
         outcome: None while it runs; then {"stage", "status": "ok" | "failed" | "timed out" | "left out",
@@ -56,19 +56,19 @@ class Running:
         self.ready: float | None = None if stage.writes else self.start
         self.offset = 0
         self.outcome: dict[str, Any] | None = None
-        words = ["--entries", str(self.entries)] if stage.writes else []
+        entries = ["--entries", str(self.entries)] if stage.writes else []
         with self.log.open("w") as output:
             self.process = subprocess.Popen(
-                [*stage.command, *words],
+                [*stage.command, *entries],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 env=os.environ | dict(stage.environment),
-                start_new_session=True,  # so that what it starts can be stopped with it
+                start_new_session=True,  # its children are killed with it
             )
 
     def poll(self, deadline: float) -> list[Entry]:
-        """New entries; ``outcome`` is set where the stage has ended or is over its limit."""
+        """New entries. Sets ``outcome`` once the stage has ended or is over its limit."""
         code, now = self.process.poll(), time.monotonic()
         found, self.offset = new_entries(self.entries, self.offset)
         if self.ready is None and any(entry["kind"] == "ready" for entry in found):
@@ -83,7 +83,7 @@ class Running:
         return [entry | {"stage": self.stage.name} for entry in found if entry["kind"] != "ready"]
 
     def stop(self) -> None:
-        """End the process and everything of its group."""
+        """Kill the process group."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -103,10 +103,10 @@ class Running:
 
 
 class Runner:
-    """Runs stages, collects what they write, keeps OUT/STEM.json and OUT/logs.tar.gz up to date.
+    """Runs stages, collects their entries, keeps OUT/STEM.json and OUT/logs.tar.gz up to date.
 
     Attributes:
-        results: {"stages": [outcome], "entries": [entry with its stage], and what the caller puts there}.
+        results: {"stages": [outcome], "entries": [entry with its stage], further keys of the caller}.
     """
 
     def __init__(self, out: Path, stem: str, budget_s: float, head: dict[str, Any]) -> None:
@@ -126,7 +126,7 @@ class Runner:
         return all(stage["status"] == "ok" for stage in stages) and not any(map(is_bad, entries))
 
     def run(self, stages: Sequence[Stage], at_once: int = 1) -> None:
-        """Run stages, ``at_once`` at a time, to their end."""
+        """Run all stages, at most ``at_once`` at a time."""
         waiting, alive = list(stages), list[Running]()
         while waiting or alive:
             while waiting and len(alive) < at_once and time.monotonic() < self.deadline:
@@ -139,27 +139,27 @@ class Runner:
             alive = [running for running in alive if running.outcome is None]
 
     def start(self, stage: Stage) -> Running:
-        """Start a stage beside the others."""
+        """Start a stage without waiting for it."""
         self._number += 1
         running = Running(stage, self._folder, self._number)
         self._running.append(running)
         return running
 
     def wait(self, running: Running) -> bool:
-        """Until a started stage has ended; whether it succeeded."""
+        """Wait for the end of a started stage; whether it succeeded."""
         while running.outcome is None:
             self._pump()
         return running.outcome["status"] == "ok"
 
     def flush(self) -> None:
-        """Write the result file, whole at every moment."""
+        """Replace the result file; a reader never sees half of it."""
         self.results["seconds"] = round(time.monotonic() - self._start, 1)
         part = self._file.with_suffix(".part")
         part.write_text(json.dumps(self.results, indent=1) + "\n")
         os.replace(part, self._file)
 
     def close(self) -> None:
-        """Stop what still runs, write everything, remove the temporary folder."""
+        """Stop the running stages, write everything, remove the temporary folder."""
         for running in self._running:
             if running.outcome is None:
                 running.stop()
@@ -170,7 +170,7 @@ class Runner:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _pump(self) -> None:
-        """Look at every process once, then a moment's pause."""
+        """Poll every process once, then sleep briefly."""
         changed = False
         for running in self._running:
             if running.outcome is None:
@@ -187,8 +187,8 @@ class Runner:
         self.results["stages"].append(outcome)
         reason = outcome["reason"].split("; its output")[0]
         bad = sum(is_bad(entry) for entry in self.results["entries"] if entry["stage"] == outcome["stage"])
-        words = f"{outcome['stage']}: {outcome['status']}, {outcome.get('seconds', 0):.0f} s"
-        print(f"{words}{f', {bad} bad entries' if bad else ''}{f': {reason}' if reason else ''}", flush=True)
+        line = f"{outcome['stage']}: {outcome['status']}, {outcome.get('seconds', 0):.0f} s"
+        print(f"{line}{f', {bad} bad entries' if bad else ''}{f': {reason}' if reason else ''}", flush=True)
         self.flush()
         self._archive()
 

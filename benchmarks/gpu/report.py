@@ -1,4 +1,4 @@
-"""Results as Markdown, targets first, and as a picture. Needs no card; matplotlib only for the picture."""
+"""Results as Markdown, targets first, and as a picture. Needs no card; only the picture needs matplotlib."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .results import BASELINE, Entry, is_bad
 Results = dict[str, Any]
 Row = Sequence[object]
 Value = Callable[[Entry], float | None]
-# Smaller weights take a launch's time, not that of their bytes: they are shown, but not judged.
+# Below this size the launch, not the memory traffic, bounds the time: shown, but not judged.
 JUDGED_WEIGHT_BYTES = 16 << 20
-SHOWN = 3  # places up to which forced kernels are shown
+SHOWN = 3  # forced kernels appear only among this many fastest
 RATIOS = "µs, the fastest first; x: speed against bf16, for quantization time against the copy"
 TIMED = {
     "large": "Large products",
@@ -37,11 +37,11 @@ def write(paths: Sequence[Path]) -> list[Path]:
     lists = {name: [one for part in parts for one in part[name]] for name in ("stages", "entries")}
     results: Results = parts[0] | lists | {"command": "`, `".join(part["command"] for part in parts)}
     card = re.sub(r"-part\d$", "", paths[0].stem)
-    whole, text, picture = (paths[0].with_name(card + ending) for ending in (".json", ".md", ".png"))
-    whole.write_text(json.dumps(results, indent=1) + "\n")
+    merged, text, picture = (paths[0].with_name(card + ending) for ending in (".json", ".md", ".png"))
+    merged.write_text(json.dumps(results, indent=1) + "\n")
     text.write_text(markdown(results))
     draw(results, picture)
-    return [whole, text, picture]
+    return [merged, text, picture]
 
 
 def entries(results: Results, *kinds: str) -> list[Entry]:
@@ -49,7 +49,7 @@ def entries(results: Results, *kinds: str) -> list[Entry]:
 
 
 def us(entry: Entry, name: str) -> float | None:
-    """A contender's time; None where it did not run."""
+    """Time of a candidate; None if it did not run."""
     value: float | None = entry.get("times", {}).get(name, {}).get("us")
     return value
 
@@ -60,9 +60,7 @@ def ratio(entry: Entry, over: str, under: str) -> float | None:
 
 
 def of_weight_read(entry: Entry) -> float | None:
-    """Our GEMM's time over that of reading the weight as fast as a large copy moves bytes; None for small
-    weights.
-    """
+    """Time of our GEMM, in multiples of a weight read at copy bandwidth; None for small weights."""
     if entry["N"] * entry["K"] < JUDGED_WEIGHT_BYTES:
         return None
     time = us(entry, "dynquant bf16")
@@ -74,7 +72,7 @@ def targets(results: Results) -> list[Target]:
     large, layers = entries(results, "large"), entries(results, "layer")
     rows = [entry for entry in entries(results, "quantize") if not entry["rotation"]]
     speed: Value = partial(ratio, over=BASELINE, under="dynquant per_token")
-    against: Callable[[str], Value] = lambda rival: partial(ratio, over=rival, under="dynquant bf16")  # noqa: E731
+    against: Callable[[str], Value] = lambda baseline: partial(ratio, over=baseline, under="dynquant bf16")  # noqa: E731
     tops: Value = lambda entry: entry.get("times", {}).get("dynquant bf16", {}).get("tops")  # noqa: E731
     at_least: list[tuple[str, float, list[Entry], Value]] = [
         ("GEMM with epilogue against cuBLASLt int8", 0.95, large, against("cuBLASLt int8")),
@@ -98,23 +96,23 @@ def targets(results: Results) -> list[Target]:
         at_most.append((f"launches a forward, {activations}", most, chosen, lambda e: e.get("count") or None))
     found: list[Target] = []
     for sign, limits in (("≥", at_least), ("≤", at_most)):
-        for what, limit, chosen, value in limits:
+        for name, limit, chosen, value in limits:
             measured = [(number, _shape(e)) for e in chosen if (number := value(e)) is not None]
             if not measured:
-                found.append(Target(what, f"{sign} {limit:g}", "-", None, "not measured"))
+                found.append(Target(name, f"{sign} {limit:g}", "-", None, "not measured"))
                 continue
             number, where = (min if sign == "≥" else max)(measured)
             met = number >= limit if sign == "≥" else number <= limit
             words = f"{number:.4g} ({where}; the worst of {len(measured)})"
-            found.append(Target(what, f"{sign} {limit:g}", words, met, "met" if met else "NOT met"))
+            found.append(Target(name, f"{sign} {limit:g}", words, met, "met" if met else "NOT met"))
     return found
 
 
 def markdown(results: Results, *, last_first: bool = False) -> str:
-    """The whole report; what was not run is absent.
+    """The whole report, without the stages that were not run.
 
     Args:
-        last_first: tables in reverse, for a terminal that shows the end.
+        last_first: tables in reverse order, so that a terminal shows the targets.
     """
     lines = [f"# {results['card']}, {results['date']}\n"]
     found = (*entries(results, "machine"), results.get("card_before"), results.get("card_after"))
@@ -123,7 +121,7 @@ def markdown(results: Results, *, last_first: bool = False) -> str:
         for of in found
         if of
     ]
-    lines += dict.fromkeys(facts)  # two parts on one machine tell the same
+    lines += dict.fromkeys(facts)  # two parts on one machine repeat the same facts
     lines += [f"- `{results['command']}`\n", *([f"{results['error']}\n"] if "error" in results else [])]
     launches = [
         (e["activations"], e["M"], e.get("count", "-"), ", ".join(e.get("names", [])) or e["error"])
@@ -150,7 +148,7 @@ def _section(title: str, heads: Sequence[str], rows: Iterable[Row]) -> str:
 
 
 def _judged(results: Results) -> list[Row]:
-    """A line for each thing that was judged, all its entries together; and for every other bad entry."""
+    """One row per judged kernel or group, over all its entries, and one per other bad entry."""
     lines: dict[str, list[Any]] = {}
     for entry in entries(results, "judged"):
         line = lines.setdefault(entry["what"], [entry["what"], 0, 0, ""])
@@ -167,7 +165,7 @@ def _judged(results: Results) -> list[Row]:
 
 
 def _times(results: Results, kind: str) -> list[Row]:
-    """A line an entry: contenders with what ran and the ratio to a copy or to bf16."""
+    """One row per entry: candidates with their plan and the ratio to a copy or to bf16."""
     rows: list[Row] = []
     for entry in entries(results, kind):
         times = entry.get("times", {})
@@ -197,7 +195,7 @@ def _shape(entry: Entry) -> str:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Large products and, by M, few rows and forwards; PNG, or what the suffix says."""
+    """Large products and, over M, few rows and forwards; PNG, or the format of the suffix."""
     picture = new_picture(16, 5)
     bars, *panels = picture.subplots(1, 3)
     products = [

@@ -1,4 +1,4 @@
-"""Entries on their way from a stage to the suite: a JSON object a line, whole also if the stage is killed."""
+"""Entries that a stage passes to the suite: one JSON object per line, readable after a kill too."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ class Recorder:
 
 
 def new_entries(path: Path, offset: int) -> tuple[list[Entry], int]:
-    """The entries of a file from ``offset`` on, without a line in the making; and the next offset."""
+    """The complete lines of a file from ``offset`` on, as entries, and the next offset."""
     if not path.exists():
         return [], offset
     with path.open("rb") as file:
         file.seek(offset)
-        whole = file.read().rpartition(b"\n")[0]
-    if not whole:
+        complete = file.read().rpartition(b"\n")[0]
+    if not complete:
         return [], offset
-    return [json.loads(line) for line in whole.split(b"\n") if line], offset + len(whole) + 1
+    return [json.loads(line) for line in complete.split(b"\n") if line], offset + len(complete) + 1
 
 
 def is_bad(entry: Entry) -> bool:
-    """Whether an entry tells of a wrong result or an error."""
+    """Whether an entry reports a wrong result or an error."""
     return bool(entry.get("faults") or entry.get("error"))
 
 

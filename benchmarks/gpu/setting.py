@@ -1,4 +1,4 @@
-"""What a stage is told: where it runs, what it writes, which libraries it reaches."""
+"""The setting of a stage: its device, its record of entries, its libraries."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Setting:
     """
     Attributes:
         probes: libraries of single kernels; the first is the product, the others are timed beside it.
-        small: sizes for a look at the code, not for a result.
-        seed: everything random is drawn from it, anew for each entry.
-        tile: the one to judge. distrusted: tiles that are not run because they hung or crashed before.
+        small: small sizes, to rehearse the code without a result.
+        seed: of the random generator, which each entry resets.
+        tile: the tile to judge. distrusted: tiles that hung or crashed in an earlier stage and are skipped.
     """
 
     record: Recorder
@@ -42,7 +42,7 @@ class Setting:
         return Probe(self.probes[0])
 
     def judge(self, what: str, shape: list[int], check: Callable[[Judge], None]) -> None:
-        """An entry of cases that are compared; what ``check`` raises is part of it."""
+        """An entry of compared cases, with the exception that ``check`` raises, if any."""
         judge, start = Judge(), time.monotonic()
         error = self._try(lambda: check(judge))
         self.record.add(
@@ -58,14 +58,14 @@ class Setting:
         self._end_if_dead()
 
     def time(self, kind: str, named: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> None:
-        """An entry of what ``measure`` returns, or of its exception."""
+        """An entry with the result of ``measure`` or its exception."""
         result: dict[str, Any] = {}
         error = self._try(lambda: result.update(measure()))
         self.record.add(kind, **named, **result, error=error)
         self._end_if_dead()
 
     def _try(self, body: Callable[[], object]) -> str:
-        """The exception that ``body`` ends with, or nothing."""
+        """The exception of ``body`` in one line; empty without one."""
         torch.manual_seed(self.seed)
         try:
             body()
@@ -80,11 +80,11 @@ class Setting:
         """After a fault on the card every later call of this process fails too.
 
         Raises:
-            SystemExit: where that is so.
+            SystemExit: the card no longer answers.
         """
         if self.on_card:
             try:
                 torch.cuda.synchronize()
                 torch.zeros(1, device=self.device).item()
             except Exception as dead:
-                raise SystemExit(f"the card answers nothing more in this process: {short(dead)}") from dead
+                raise SystemExit(f"the card no longer answers in this process: {short(dead)}") from dead

@@ -1,4 +1,4 @@
-"""One stage in a process of its own: ``python -m benchmarks.gpu.stage NAME --entries FILE``."""
+"""One stage, in its own process: ``python -m benchmarks.gpu.stage NAME --entries FILE``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .results import Recorder
 
-# Name: module and function. A module is imported by its own stage alone.
+# Name: module and function. Each stage imports only its own module.
 STAGES = {
     "machine": "machine.describe",
     "judge gemm": "judge_kernels.gemm",
@@ -28,7 +28,7 @@ STAGES = {
 }
 
 
-def main(words: Sequence[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.gpu.stage", description=__doc__)
     parser.add_argument("stage", choices=list(STAGES))
     parser.add_argument("--entries", type=Path, required=True)
@@ -38,29 +38,29 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tile", default="")
     parser.add_argument("--distrust", nargs="*", default=[])
-    given = parser.parse_args(words)
-    record = Recorder(given.entries)
+    options = parser.parse_args(arguments)
+    record = Recorder(options.entries)
     start = time.monotonic()
     import torch
 
     imported = time.monotonic() - start
-    if given.device == "cuda":
+    if options.device == "cuda":
         torch.zeros(1, device="cuda").item()
-    # From here on the stage's limit counts.
+    # The stage's time limit counts from this entry on.
     record.add("ready", import_s=round(imported, 1), ready_s=round(time.monotonic() - start, 1))
-    module, _, name = STAGES[given.stage].partition(".")
+    module, _, name = STAGES[options.stage].partition(".")
     function: Callable[[object], None] = getattr(import_module(f".{module}", __package__), name)
     from .setting import Setting
 
     function(
         Setting(
             record,
-            torch.device(given.device),
-            tuple(given.probe),
-            given.small,
-            given.seed,
-            given.tile,
-            tuple(given.distrust),
+            torch.device(options.device),
+            tuple(options.probe),
+            options.small,
+            options.seed,
+            options.tile,
+            tuple(options.distrust),
         )
     )
     return 0

@@ -4,10 +4,10 @@
     python benchmarks/gpu/suite.py --report DIR/CARD-part1.json DIR/CARD-part2.json
 
 Part 1 judges every kernel and times it beside the libraries, then the ops of the extension, which is built
-meanwhile. Part 2 compares several builds of the kernels and whole layers; what may go wrong comes last. DIR
-receives CARD-partN.json, whole after every entry, and logs.tar.gz. The exit status is 0 where all is right, 1
-after a wrong result or a stage that failed, 2 where there is nothing to run on. --report writes
-CARD.json, CARD.md and CARD.png beside the first result file; it needs no card.
+meanwhile. Part 2 compares several builds of the kernels and whole layers; its riskiest stages come last. DIR
+receives CARD-partN.json, complete after every entry, and logs.tar.gz. The exit status is 0 for success, 1
+after a wrong result or a failed stage, 2 on a machine without a CUDA device. --report writes CARD.json,
+CARD.md and CARD.png beside the first result file; it needs no card.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class Suite:
         self._rehearse = not arch
         self._distrusted: list[str] = []
 
-    def stage(self, name: str, limit_s: float, *words: str, label: str = "") -> Stage:
+    def stage(self, name: str, limit_s: float, *arguments: str, label: str = "") -> Stage:
         """A stage of benchmarks.gpu.stage."""
-        command = [sys.executable, "-m", "benchmarks.gpu.stage", name, *words]
+        command = [sys.executable, "-m", "benchmarks.gpu.stage", name, *arguments]
         command += ["--seed", str(self._runner.results["seed"]), "--probe", *map(str, self._probes)]
         if self._distrusted:
             command += ["--distrust", *self._distrusted]
@@ -81,7 +81,7 @@ class Suite:
         self._memcheck()
 
     def _start_building(self) -> Any:
-        """The extension, in the background; None in a rehearsal, which takes what is there."""
+        """The extension, in the background; None in a rehearsal, which uses the present build."""
         if self._rehearse:
             return None
         jobs = str(max(len(os.sched_getaffinity(0)) - JUDGED_AT_ONCE, 1))
@@ -90,23 +90,23 @@ class Suite:
         return self._runner.start(Stage("build extension", command, 600.0, False, environment))
 
     def _get_ready(self) -> None:
-        """The probe, where it was not brought along; torch, imported once by a process without another task.
+        """Build a missing probe; import torch once in a process of its own, so that the disk cache is warm.
 
         Raises:
-            SystemExit: where torch does not reach the card, or there is no probe.
+            SystemExit: torch does not reach the card, or the probe cannot be built.
         """
         warm = self._runner.start(self.stage("machine", 60.0))
         if not self._probes:
             self._probes = [ROOT / "build" / "gpu" / "dynquant_probe.so"]
-            words = ["benchmarks.gpu.build", "--probe", str(self._probes[0]), "--arch", self._arch]
-            command = (sys.executable, "-m", *words)
+            build = ["benchmarks.gpu.build", "--probe", str(self._probes[0]), "--arch", self._arch]
+            command = (sys.executable, "-m", *build)
             if not self._runner.wait(self._runner.start(Stage("build probe", command, 150.0, False))):
                 raise SystemExit(1)
         if not self._runner.wait(warm) and (warm.outcome or {}).get("ready_s") is None:
             raise SystemExit(1)
 
     def _judge_kernels(self) -> None:
-        """Each kernel and tile in a process of its own, wgmma last; what hangs or crashes is not timed."""
+        """Each kernel and tile in its own process, wgmma last; a tile that hangs or crashes is not timed."""
         gemms = {
             tile.name: self.stage("judge gemm", 25.0, "--tile", tile.name, label=f"judge {tile.name}")
             for tile in TILES
@@ -126,7 +126,7 @@ class Suite:
         program = [sys.executable, "-m", "benchmarks.gpu.memcheck", str(self._probes[0])]
         program += ["--small"] if self._rehearse else []
         with_tool = [tool, "--tool", "memcheck", "--error-exitcode", "9"] if tool else []
-        name = "memcheck" if tool else "memcheck without compute-sanitizer, which is not here"
+        name = "memcheck" if tool else "memcheck without compute-sanitizer, which is not installed"
         self._runner.run([Stage(name, (*with_tool, *program), 60.0, False)])
 
     def _note_card(self) -> None:
@@ -134,8 +134,8 @@ class Suite:
         self._runner.results["card_after"] = machine.card_state()
 
 
-def main(words: Sequence[str]) -> int:
-    options = _parse(words)
+def main(arguments: Sequence[str]) -> int:
+    options = _parse(arguments)
     if options.report:
         for path in report.write(options.report):
             print(path)
@@ -143,13 +143,16 @@ def main(words: Sequence[str]) -> int:
     try:
         card, arch = ("cpu rehearsal", "") if options.rehearse else machine.card()
     except RuntimeError as error:
-        print(f"gpu_suite: {error}", file=sys.stderr)
+        print(f"gpu suite: {error}", file=sys.stderr)
         return NOTHING_TO_RUN_ON
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # so that the end below is reached
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # so that the finally clause below runs
     os.chdir(ROOT)
     os.environ["PYTHONPATH"] = str(ROOT)
     os.environ.setdefault("OMP_NUM_THREADS", "4")  # several processes at once, beside a build
-    shown = ["DIR" if before == "--out" else word for before, word in zip(["", *words], words, strict=False)]
+    shown = [
+        "DIR" if before == "--out" else argument
+        for before, argument in zip(["", *arguments], arguments, strict=False)
+    ]
     head = {
         "card": card,
         "part": options.part,
@@ -165,7 +168,7 @@ def main(words: Sequence[str]) -> int:
     try:
         suite.part_1() if options.part == 1 else suite.part_2()
     except SystemExit:
-        runner.results["error"] = "the suite was stopped, or could not go on"
+        runner.results["error"] = "the suite was stopped or could not continue"
     finally:
         runner.close()
     print(report.markdown(runner.results, last_first=True))
@@ -174,7 +177,7 @@ def main(words: Sequence[str]) -> int:
     return 0 if is_good else 1
 
 
-def _parse(words: Sequence[str]) -> argparse.Namespace:
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -193,7 +196,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="of all random inputs (default: a fresh one)")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with a probe over the emulator")
     parser.add_argument("--report", type=Path, nargs="+", help="result files to report on")
-    options = parser.parse_args(words)
+    options = parser.parse_args(arguments)
     if not options.report and (options.part is None or options.out is None):
         parser.error("expected --part and --out, or --report")
     if options.part and options.budget is None:

@@ -1,7 +1,7 @@
 """Kernels and whole forwards through the probe, beside libraries, copies and other builds of the kernels.
 
-An entry a shape. Contenders are named after their library: the first, the product, is "dynquant", a further
-one is named after its file. Results are checked before they are timed.
+One entry per shape. The first library, the product, is named "dynquant", each further one after its file.
+Every candidate's result is checked before it is timed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from dynquant import reference
 
 from ..shared.bits import difference
+from .candidates import Comparison, Operands, copies, copy_calls
 from .clock import Call
-from .contenders import Operands, Race, copies, copy_calls
 from .probe import Probe, Tile
 from .results import BASELINE
 from .setting import Setting
@@ -32,7 +32,7 @@ COPY_BYTES = 256 << 20
 
 
 def libraries(setting: Setting) -> dict[str, Probe]:
-    """Name to library."""
+    """The libraries by name."""
     opened = [Probe(path) for path in setting.probes]
     return {probe.name if i else "dynquant": probe for i, probe in enumerate(opened)}
 
@@ -42,20 +42,20 @@ def large(setting: Setting) -> None:
     opened = libraries(setting)
 
     def measure(size: int) -> dict[str, Any]:
-        race, operands = Race(setting), Operands(size, size, size, setting.device)
+        comparison, operands = Comparison(setting), Operands(size, size, size, setting.device)
         for name, library in opened.items():
-            race.enter(f"{name} bf16", partial(operands.gemms, setting, library), ours=True)
+            comparison.add(f"{name} bf16", partial(operands.gemms, setting, library), ours=True)
             accumulators = partial(operands.gemms, setting, library, torch.int32)
-            race.enter(f"{name} int32", accumulators, ours=True)
-        race.enter("cuBLASLt int8", operands.cublaslt_int8)
-        race.enter("torch._int_mm", operands.int_mm)
-        race.enter("torch._int_mm + dequantization", operands.int_mm_and_dequantization)
-        race.enter(BASELINE, operands.bf16_linear)
-        race.enter("fp8 torch._scaled_mm", operands.fp8)
-        result = race.run(4.0)
-        for contender in result["times"].values():
-            if "us" in contender:
-                contender["tops"] = 2 * size**3 / contender["us"] / 1e6
+            comparison.add(f"{name} int32", accumulators, ours=True)
+        comparison.add("cuBLASLt int8", operands.cublaslt_int8)
+        comparison.add("torch._int_mm", operands.int_mm)
+        comparison.add("torch._int_mm + dequantization", operands.int_mm_and_dequantization)
+        comparison.add(BASELINE, operands.bf16_linear)
+        comparison.add("fp8 torch._scaled_mm", operands.fp8)
+        result = comparison.run(4.0)
+        for candidate in result["times"].values():
+            if "us" in candidate:
+                candidate["tops"] = 2 * size**3 / candidate["us"] / 1e6
         return result
 
     for size in (64,) if setting.small else SIZES:
@@ -63,21 +63,20 @@ def large(setting: Setting) -> None:
 
 
 def few_rows(setting: Setting) -> None:
-    """Our GEMM alone and the whole forward, against the time in which a copy moves as many bytes as the
-    weight has."""
+    """Our GEMM alone and the whole forward, against the time of a copy of as many bytes as the weight."""
     opened = libraries(setting)
     copied = 1 << 16 if setting.small else COPY_BYTES
     copying = copy_calls(copied, setting.device)
     weights = ((48, 64),) if setting.small else FEW_ROWS_WEIGHTS
 
     def measure(m: int, n: int, k: int) -> dict[str, Any]:
-        race, operands = Race(setting), Operands(m, n, k, setting.device)
+        comparison, operands = Comparison(setting), Operands(m, n, k, setting.device)
         for name, library in opened.items():
-            race.enter(f"{name} bf16", partial(operands.gemms, setting, library), ours=True)
-        enter_forwards(race, operands, opened)
-        race.enter("copy", lambda: copying)
-        race.enter(BASELINE, operands.bf16_linear)
-        result = race.run()
+            comparison.add(f"{name} bf16", partial(operands.gemms, setting, library), ours=True)
+        add_forwards(comparison, operands, opened)
+        comparison.add("copy", lambda: copying)
+        comparison.add(BASELINE, operands.bf16_linear)
+        result = comparison.run()
         bytes_per_us = 2 * copied / result["times"]["copy"]["us"]
         return result | {"copy_gbs": bytes_per_us / 1e3, "weight_read_us": n * k / bytes_per_us}
 
@@ -87,34 +86,34 @@ def few_rows(setting: Setting) -> None:
 
 
 def middle(setting: Setting) -> None:
-    """Whole forwards with each kernel and tile that may be the best one, beside the plan's choice."""
+    """Whole forwards by the plan's choice, beside each other plausible kernel and tile."""
     opened = libraries(setting)
 
     def measure(m: int, n: int, k: int) -> dict[str, Any]:
-        race, operands = Race(setting), Operands(m, n, k, setting.device)
-        enter_forwards(race, operands, opened)
-        race.enter(BASELINE, operands.bf16_linear)
-        return race.run()
+        comparison, operands = Comparison(setting), Operands(m, n, k, setting.device)
+        add_forwards(comparison, operands, opened)
+        comparison.add(BASELINE, operands.bf16_linear)
+        return comparison.run()
 
     for n, k in ((48, 64),) if setting.small else MIDDLE_WEIGHTS:
         for m in (40,) if setting.small else MIDDLE:
             setting.time("middle", {"M": m, "N": n, "K": k}, partial(measure, m, n, k))
 
 
-def enter_forwards(race: Race, operands: Operands, opened: dict[str, Probe]) -> None:
-    """Forwards as each library plans them; of the product also with other kernels."""
-    setting, product = race.setting, opened["dynquant"]
+def add_forwards(comparison: Comparison, operands: Operands, opened: dict[str, Probe]) -> None:
+    """Forwards by each library's plan, and by forced kernels of the product."""
+    setting, product = comparison.setting, opened["dynquant"]
     for name, library in opened.items():
-        race.enter(f"{name} forward", partial(operands.forwards, setting, library), ours=True)
-    if race.results["dynquant forward"].get("plan", "").endswith("fused"):
+        comparison.add(f"{name} forward", partial(operands.forwards, setting, library), ours=True)
+    if comparison.results["dynquant forward"].get("plan", "").endswith("fused"):
         separate = partial(operands.forwards, setting, product, None, True)
-        race.enter("dynquant forward, not fused", separate, ours=True)
-    for tile in rival_tiles(product, operands.m, operands.n, operands.k):
-        race.enter(f"forced {tile}", partial(operands.forwards, setting, product, tile), ours=True)
+        comparison.add("dynquant forward, not fused", separate, ours=True)
+    for tile in alternative_tiles(product, operands.m, operands.n, operands.k):
+        comparison.add(f"forced {tile}", partial(operands.forwards, setting, product, tile), ours=True)
 
 
-def rival_tiles(product: Probe, m: int, n: int, k: int) -> Sequence[Tile]:
-    """Kernels, tiles and parts of K that are worth a try for a shape."""
+def alternative_tiles(product: Probe, m: int, n: int, k: int) -> Sequence[Tile]:
+    """Plausible kernels, tiles and parts of K for a shape."""
     found = []
     for tile in product.tiles():
         small = tile.kernel.startswith("small")
@@ -129,11 +128,11 @@ def rival_tiles(product: Probe, m: int, n: int, k: int) -> Sequence[Tile]:
 
 
 def quantize(setting: Setting) -> None:
-    """The quantize kernel against a copy that reads and writes, together, as many bytes."""
+    """The quantize kernel against a copy with the same total of bytes read and written."""
     opened, device = libraries(setting), setting.device
 
     def measure(m: int, k: int, dtype: torch.dtype, block: int) -> dict[str, Any]:
-        race = Race(setting)
+        comparison = Comparison(setting)
         size = torch.empty(0, dtype=dtype).element_size()
         inputs = [torch.randn(m, k, device=device).to(dtype) for _ in range(copies(m * k * size, device))]
         q = torch.empty(m, -(-k // 16) * 16, dtype=torch.int8, device=device)
@@ -149,9 +148,9 @@ def quantize(setting: Setting) -> None:
             return [partial(library.quantize, x, q, scale, zero_point, block) for x in inputs]
 
         for name, library in opened.items():
-            race.enter(name, partial(calls, library), ours=True)
-        race.enter("copy", lambda: copy_calls(m * k * (size + 1) // 2, device))
-        return race.run() | {"bytes": m * k * (size + 1)}
+            comparison.add(name, partial(calls, library), ours=True)
+        comparison.add("copy", lambda: copy_calls(m * k * (size + 1) // 2, device))
+        return comparison.run() | {"bytes": m * k * (size + 1)}
 
     for m, k, dtype in ((40, 64, torch.bfloat16),) if setting.small else QUANTIZED:
         for block in (0, 64):

@@ -1,4 +1,4 @@
-"""Whole layers, QLinear beside bf16 nn.Linear: under CUDA graphs, as eager calls, and counted in launches."""
+"""Whole layers, QLinear beside bf16 nn.Linear: under CUDA graphs, as eager calls, and their launches."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 import dynquant
 from dynquant import _extension
 
+from .candidates import Comparison, copies
 from .clock import Call, host_us
-from .contenders import Race, copies
 from .results import BASELINE
 from .setting import Setting
 
@@ -42,20 +42,20 @@ def run(setting: Setting) -> None:
 
 
 def layer(setting: Setting, m: int, n: int, k: int) -> dict[str, Any]:
-    """As many layers of each kind as push each other out of L2, bf16 in and out."""
-    race = Race(setting)
+    """Enough layers of each kind to evict each other from L2, bf16 in and out."""
+    comparison = Comparison(setting)
     floats = [float_layer(setting, n, k) for _ in range(copies(n * k, setting.device))]
     x = torch.randn(m, k, dtype=torch.bfloat16, device=setting.device)
-    race.enter(BASELINE, lambda: [partial(one, x) for one in floats])
+    comparison.add(BASELINE, lambda: [partial(one, x) for one in floats])
     for activations in ("per_token", "per_tensor"):
 
         def quantized(activations: str = activations) -> list[Call]:
             return [partial(checked(one, x, activations), x) for one in floats]
 
-        race.enter(f"dynquant {activations}", quantized, ours=True)
-    if importlib.util.find_spec("torchao"):  # one layer alone, which may stay in L2
-        race.enter("torchao, compiled", lambda: [partial(torchao_layer(floats[0]), x)])
-    return race.run()
+        comparison.add(f"dynquant {activations}", quantized, ours=True)
+    if importlib.util.find_spec("torchao"):  # a single layer, which may stay in L2
+        comparison.add("torchao, compiled", lambda: [partial(torchao_layer(floats[0]), x)])
+    return comparison.run()
 
 
 def float_layer(setting: Setting, n: int, k: int) -> nn.Linear:
@@ -67,7 +67,7 @@ def checked(linear: nn.Linear, x: Tensor, activations: str) -> nn.Module:
     """The quantized layer.
 
     Raises:
-        RuntimeError: where its result is far from the float layer's.
+        RuntimeError: its result is far from the float layer's.
     """
     quantized = dynquant.QLinear.from_float(linear, activations=activations)
     expected = linear(x).float()
@@ -89,7 +89,7 @@ def torchao_layer(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
 
 
 def eager(setting: Setting, m: int, n: int, k: int) -> dict[str, Any]:
-    """Calls from Python one after the other; the card is faster than they come where the layer is small."""
+    """Consecutive calls from Python; for a small layer the host, not the card, bounds the time."""
     linear = float_layer(setting, n, k)
     x = torch.randn(m, k, dtype=torch.bfloat16, device=setting.device)
     calls: dict[str, Call] = {BASELINE: partial(linear, x)}
@@ -99,7 +99,7 @@ def eager(setting: Setting, m: int, n: int, k: int) -> dict[str, Any]:
 
 
 def launches(setting: Setting, m: int, activations: str) -> dict[str, Any]:
-    """Kernels, copies and fills that the profiler sees of one forward; none without a card."""
+    """Kernels, copies and fills of one forward by the profiler; none without a card."""
     size = 64 if setting.small else 4096
     one = dynquant.QLinear(
         size, size, device=setting.device, dtype=torch.bfloat16, activations=activations

@@ -200,11 +200,11 @@ def test_a_contender_is_close_to_float(name: str) -> None:
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(baselines.RIVALS, "fp32", lambda layer, x, threads: lambda: torch.zeros(4, 8))
+    monkeypatch.setitem(baselines.BASELINES, "fp32", lambda layer, x, threads: lambda: torch.zeros(4, 8))
     with pytest.raises(baselines.Unavailable, match="wrong result: relative error 1"):
         _prepare("fp32")
     monkeypatch.setitem(
-        baselines.RIVALS, "fp32", lambda layer, x, threads: lambda: torch.full((4, 8), math.nan)
+        baselines.BASELINES, "fp32", lambda layer, x, threads: lambda: torch.full((4, 8), math.nan)
     )
     with pytest.raises(baselines.Unavailable, match="wrong result: relative error nan"):
         _prepare("fp32")
@@ -219,7 +219,7 @@ def test_a_contender_that_fails_or_is_missing_is_left_out_with_a_word(
         with pytest.raises(baselines.Unavailable, match="not installed"):
             _prepare(name)
     monkeypatch.setitem(
-        baselines.RIVALS, "fp32", lambda layer, x, threads: lambda: torch.zeros(1) @ layer.weight
+        baselines.BASELINES, "fp32", lambda layer, x, threads: lambda: torch.zeros(1) @ layer.weight
     )
     with pytest.raises(baselines.Unavailable, match="fails: RuntimeError: "):
         _prepare("fp32")
@@ -236,7 +236,7 @@ def test_int8_bytes_of_a_layer_are_all_found() -> None:
 
 
 def test_kernels_are_checked_and_reported() -> None:
-    results = kernels.run([1], isa=None, rounds=1, seconds=0.0001, tell=lambda line: None, largest=1 << 12)
+    results = kernels.run([1], isa=None, rounds=1, seconds=0.0001, log=lambda line: None, largest=1 << 12)
     assert {entry["op"] for entry in results} == {
         f"{op} {scheme}" for op in ("min_max", "quantize") for scheme in ("per_token", "per_tensor")
     }
@@ -244,7 +244,7 @@ def test_kernels_are_checked_and_reported() -> None:
 
 
 def test_additions_are_checked_and_reported() -> None:
-    (row,) = option_cost.run([(2, 8, 16)], rounds=1, seconds=0.0001, tell=lambda line: None)
+    (row,) = option_cost.run([(2, 8, 16)], rounds=1, seconds=0.0001, log=lambda line: None)
     assert (row["M"], row["K"], row["N"], row["threads"]) == (2, 8, 16, 1)
     assert row["plain_us"] > 0
     assert set(row["epilogues"]) == {"relu", "gelu", "gelu_tanh", "silu"}
@@ -268,7 +268,7 @@ def test_spinning_processes_spin_and_end() -> None:
         ({"rows": ["1x2"]}, "expected a row as MxKxN, such as 128x768x3072, got '1x2'"),
         ({"rows": ["0x2x3"]}, "expected a row as MxKxN"),
         ({"threads": ["two"]}, "expected threads to be whole numbers from 1 up, got 'two'"),
-        ({"rivals": ["numpy"]}, "expected rivals from fp32, bf16, .*, got 'numpy'"),
+        ({"baselines": ["numpy"]}, "expected baselines from fp32, bf16, .*, got 'numpy'"),
         ({"sections": ["all"]}, "expected sections from linear, avx2, .*, got 'all'"),
         ({"isa": "neon"}, "expected isa to be one that this machine can run .*, got 'neon'"),
     ],
@@ -276,6 +276,11 @@ def test_spinning_processes_spin_and_end() -> None:
 def test_options_refuse_in_a_sentence(words: dict[str, Any], sentence: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=sentence):
         suite.Options.parse(out=tmp_path, **words)
+
+
+def test_former_section_names_are_accepted(tmp_path: Path) -> None:
+    options = suite.Options.parse(out=tmp_path, sections=["busy", "additions"])
+    assert options.sections == ("option_cost", "contention")
 
 
 def test_a_quick_run_leaves_out_the_heaviest_rows(tmp_path: Path) -> None:
@@ -292,7 +297,7 @@ def test_a_tiny_run_writes_json_markdown_and_png(tmp_path: Path, capsys: pytest.
         out=tmp_path,
         rows=["1x3x3", "32x64x32"],
         threads=["1", "2"],
-        rivals=["fp32", "torch.ao x86"],
+        baselines=["fp32", "torch.ao x86"],
         sections=["linear", "avx2"],
         quick=True,
     )
@@ -311,7 +316,7 @@ def test_a_tiny_run_writes_json_markdown_and_png(tmp_path: Path, capsys: pytest.
     assert len(results["linear"]) == 4
     for row in results["linear"]:
         assert set(linear.times(row)) == {*baselines.OURS, "fp32", "torch.ao x86"}
-    assert "against the best int8 rival" in capsys.readouterr().out
+    assert "against the best int8 baseline" in capsys.readouterr().out
 
 
 # ---- the targets ----
@@ -325,7 +330,7 @@ def _row(
         "K": k,
         "N": n,
         "threads": threads,
-        "contenders": {name: {"us": value, "error": 0.01} for name, value in us.items()},
+        "candidates": {name: {"us": value, "error": 0.01} for name, value in us.items()},
         "limits": {"int8_gops": 1.0, "read_gbs": 1.0},
         "fractions": {name: {"int8": int8, "read": read} for name in us if name in baselines.OURS},
     }
@@ -344,14 +349,14 @@ def _results(isas: list[str]) -> dict[str, Any]:
         ],
         "avx2": [_row(32, 768, 3072, 1, ours, 0.75, 0.1)],
         "memory": {"layers": [{"bytes_a_weight": 1.0}, {"bytes_a_weight": 1.2}]},
-        "busy": {
+        "contention": {
             "rows": [
                 {
                     "M": 1,
                     "K": 3,
                     "N": 3,
                     "quiet": {"dynquant per_token": {"us": 5.0, "p90_us": 6.0, "cores": 1.0}},
-                    "busy": {"dynquant per_token": {"us": 6.0, "p90_us": 7.0, "cores": 1.0}},
+                    "contended": {"dynquant per_token": {"us": 6.0, "p90_us": 7.0, "cores": 1.0}},
                     "one_thread_us": {"dynquant per_token": 5.0},
                 }
             ]
@@ -360,7 +365,7 @@ def _results(isas: list[str]) -> dict[str, Any]:
 
 
 def test_targets_are_judged_by_the_slower_scheme() -> None:
-    found = {target.name: target for target in targets.judge(_results(["scalar", "avx2", "avx512vnni"]))}
+    found = {target.name: target for target in targets.evaluate(_results(["scalar", "avx2", "avx512vnni"]))}
 
     def outcome(words: str) -> tuple[str, str]:
         target = next(target for name, target in found.items() if words in name)
@@ -369,17 +374,17 @@ def test_targets_are_judged_by_the_slower_scheme() -> None:
     assert outcome("M >= 16, 1 thread") == ("lowest 0.91 (16x4096x4096 per_tensor)", "missed")
     assert outcome("the same at 2 threads")[1] == "missed"
     assert outcome("every row") == ("3 of 4; behind: 16x4096x4096 at 2 (0.99)", "missed")
-    assert outcome("best int8 rival of each row") == ("1.25 over 3 rows", "met")
+    assert outcome("best int8 baseline of each row") == ("1.25 over 3 rows", "met")
     assert outcome("best torch.ao engine") == ("1.50 over 3 rows", "met")
     assert outcome("the 3x3 layer") == ("1.11", "met")
     assert outcome("AVX2") == ("lowest 0.75 (32x768x3072 per_tensor)", "met")
-    assert outcome("bytes a weight") == ("1.200", "missed")
+    assert outcome("bytes per weight") == ("1.200", "missed")
     assert outcome("calls under 50") == ("1.20 (1x3x3 per_token), 1.00 cores", "met")
     assert outcome("MiniLM 8x128") == ("-", "not measured in this run")
 
 
 def test_targets_stated_for_vnni_are_not_judged_without_it() -> None:
-    found = targets.judge(_results(["scalar", "avx2"]))
+    found = targets.evaluate(_results(["scalar", "avx2"]))
     verdicts = {target.name: target.verdict for target in found}
     means = [verdict for name, verdict in verdicts.items() if "geometric mean" in name]
     assert means == ["not measurable on this machine (no AVX512-VNNI; met by its own limits)"] * 2
@@ -409,7 +414,7 @@ def test_report_of_every_section(tmp_path: Path) -> None:
         "unit": "GB/s",
         "limit": None,
     }
-    addition = {
+    option_cost_row = {
         "M": 16,
         "K": 8,
         "N": 768,
@@ -422,15 +427,15 @@ def test_report_of_every_section(tmp_path: Path) -> None:
         "machine": machine.describe() | {"available_isas": ["avx2"]},
         "command": "python -m dynquant bench",
         "peaks": {"1": {"int8 avx2 GOPS": 200.0}},
-        "additions": [addition],
+        "option_cost": [option_cost_row],
         "kernels": [op],
         "memory": {"layers": [{"K": 1, "N": 2, "bytes_a_weight": 1.0}], "process_growth_4096x4096": 1.01},
         "encoder": {"sentences": 38, "threads": {"1": [version, other]}},
     }
-    results["busy"] |= {"spinning": 2, "threads": 2}
-    text = report.markdown(results, targets.judge(results))
+    results["contention"] |= {"spinning": 2, "threads": 2}
+    text = report.markdown(results, targets.evaluate(results))
     assert "10.0 (0.50 x, 1.00 x)" in text
-    assert "1.010 bytes a weight" in text
+    assert "1.010 bytes per weight" in text
     assert "| 16, 8, 768 | 50.0 | 2.0 (4 %) | 3.0 (6.0) |" in text
     assert "highest 0.040 (16x8x768) | met" in text
     assert "highest 0.50 (16x8x768) | not measurable" in text

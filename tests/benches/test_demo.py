@@ -153,7 +153,8 @@ def test_bench_outside_a_checkout_says_so(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert "run this in a checkout of the repository" in result.output
 
 
-def test_bench_refuses_unknown_words() -> None:
-    result = CliRunner().invoke(app, ["bench", "--rivals", "numpy"])
+@pytest.mark.parametrize("option", ["--baselines", "--rivals"])
+def test_bench_refuses_unknown_baselines(option: str) -> None:
+    result = CliRunner().invoke(app, ["bench", option, "numpy"])
     assert result.exit_code == 1
-    assert "bench: expected rivals from fp32" in result.output
+    assert "bench: expected baselines from fp32" in result.output

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.gpu import build, clock, correctness, cublaslt, machine, memcheck, report, results
 from benchmarks.gpu import suite as gpu_suite
-from benchmarks.gpu.contenders import Operands, Race
+from benchmarks.gpu.candidates import Comparison, Operands
 from benchmarks.gpu.probe import Probe, Tile, padded
 from benchmarks.gpu.processes import Runner, Stage
 from benchmarks.gpu.setting import Setting
@@ -109,7 +109,7 @@ def test_without_a_device_it_stops_with_one_sentence(tmp_path: Path) -> None:
         text=True,
     )
     assert (done.returncode, done.stdout) == (gpu_suite.NOTHING_TO_RUN_ON, "")
-    assert done.stderr.startswith("gpu_suite: no CUDA device: ")
+    assert done.stderr.startswith("gpu suite: no CUDA device: ")
     assert len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
@@ -253,7 +253,7 @@ def test_a_dead_card_ends_its_process(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(torch.cuda, "synchronize", dead)
     setting = Setting(results.Recorder(tmp_path / "x.jsonl"), torch.device("cuda"))
-    with pytest.raises(SystemExit, match="the card answers nothing more in this process"):
+    with pytest.raises(SystemExit, match="the card no longer answers in this process"):
         setting.judge("kernel", [1], lambda judge: None)
     assert "illegal memory access" in results.new_entries(tmp_path / "x.jsonl", 0)[0][0]["error"]
 
@@ -303,10 +303,10 @@ def test_memcheck_tells_wrong_accumulators(library: Path, monkeypatch: pytest.Mo
 def test_a_wrong_kernel_is_not_timed(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     setting = setting_of(tmp_path, library)
     monkeypatch.setattr("benchmarks.gpu.probe.Call.__call__", lambda self: self.out.zero_())
-    race, operands = Race(setting), Operands(4, 8, 16, CPU)
-    race.enter("dynquant bf16", partial(operands.gemms, setting, setting.probe()), ours=True)
-    race.enter("cuBLASLt int8", operands.cublaslt_int8)
-    result = race.run(0.1)
+    comparison, operands = Comparison(setting), Operands(4, 8, 16, CPU)
+    comparison.add("dynquant bf16", partial(operands.gemms, setting, setting.probe()), ours=True)
+    comparison.add("cuBLASLt int8", operands.cublaslt_int8)
+    result = comparison.run(0.1)
     assert result["faults"] == 1
     assert "gives a wrong result: {'differ': " in result["times"]["dynquant bf16"]["left_out"]
     assert "libcublasLt is not loaded" in result["times"]["cuBLASLt int8"]["left_out"]

@@ -1,4 +1,4 @@
-"""What computes one layer's product, each way that the card offers, on operands that rotate through L2."""
+"""Implementations of one layer's product, ours and the libraries', on operands too large together for L2."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .probe import Layer, Probe, Tile, padded
 from .results import short
 from .setting import Setting
 
-ROTATE_OVER = 3  # the weights of all copies together are so many times the L2
+ROTATE_OVER = 3  # total weights of all copies, in multiples of the L2 size
 
 
 def copies(bytes_of_one: int, device: torch.device) -> int:
-    """How many operands of this size it takes to push each other out of L2; at least 2."""
+    """Number of operands of this size that evict each other from L2; at least 2."""
     l2 = 4 << 10
     if device.type == "cuda":
         l2 = int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 50 << 20)
@@ -32,7 +32,7 @@ def copies(bytes_of_one: int, device: torch.device) -> int:
 
 
 def copy_calls(count: int, device: torch.device) -> list[Call]:
-    """Copies of ``count`` bytes on the device, between buffers that rotate."""
+    """Copies of ``count`` bytes on the device, between rotating buffers."""
     pairs = [
         [torch.ones(max(count, 1), dtype=torch.uint8, device=device) for _ in range(2)]
         for _ in range(copies(2 * count, device))
@@ -41,16 +41,16 @@ def copy_calls(count: int, device: torch.device) -> list[Call]:
 
 
 @dataclass
-class Race:
-    """Contenders of one shape: what can run is timed, what cannot says why."""
+class Comparison:
+    """Candidates of one shape: times of those that can run, reasons of the others."""
 
     setting: Setting
     calls: dict[str, Sequence[Call]] = field(default_factory=dict)
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     ours: list[str] = field(default_factory=list)
 
-    def enter(self, name: str, make: Callable[[], Sequence[Call]], *, ours: bool = False) -> None:
-        """``ours``: one that must run and be right."""
+    def add(self, name: str, make: Callable[[], Sequence[Call]], *, ours: bool = False) -> None:
+        """``ours``: a candidate that must run and give the right result."""
         self.ours += [name] if ours else []
         try:
             calls = make()
@@ -62,7 +62,7 @@ class Race:
         self.calls[name] = calls
 
     def run(self, seconds: float = 1.0) -> dict[str, Any]:
-        """{"times": {contender: {"us", ..., "plan" of ours} or {"left_out"}}, "faults"}"""
+        """{"times": {candidate: {"us", ..., "plan" of ours} or {"left_out"}}, "faults"}"""
         for name, result in measure(self.calls, self.setting.device, seconds=seconds).items():
             self.results[name] = self.results.get(name, {}) | result
         faults = sum("left_out" in self.results[name] for name in self.ours)
@@ -70,10 +70,10 @@ class Race:
 
 
 class Operands:
-    """int8 and bf16 operands of one shape; every contender reads the same ones.
+    """int8 and bf16 operands of one shape, shared by all candidates.
 
     Attributes:
-        q, x: int8 [M, K padded] and bf16 [M, K]. layers: as many as push each other out of L2.
+        q, x: int8 [M, K padded] and bf16 [M, K]. layers: enough to evict each other from L2.
     """
 
     def __init__(self, m: int, n: int, k: int, device: torch.device) -> None:
@@ -85,7 +85,7 @@ class Operands:
         self.layers = [self._layer() for _ in range(copies(n * k, device))]
 
     def _layer(self) -> Layer:
-        """With qparams of x, which a GEMM reads."""
+        """A layer with qparams of x, which a GEMM reads."""
         weight = torch.randint(-127, 128, (self.n, self.k), dtype=torch.int8, device=self.device)
         weight_scale = torch.rand(self.n, device=self.device) * 0.001 + 0.0001
         bias = torch.randn(self.n, device=self.device)
@@ -111,7 +111,7 @@ class Operands:
         calls = [library.forward(self.x, layer, config, out, tile, separate) for layer in layers]
         return _checked(setting, calls, self.forward)
 
-    # ---- what the first layer must give; a product in fp64 is exact ----
+    # ---- expected results of the first layer; a product in fp64 is exact ----
 
     @cached_property
     def accumulators(self) -> Tensor:
@@ -136,7 +136,7 @@ class Operands:
         y = (compensated.float() * scale[:, None]) * layer.weight_scale + layer.bias
         return y.to(torch.bfloat16)
 
-    # ---- rivals ----
+    # ---- baselines ----
 
     def bf16_linear(self) -> list[Call]:
         bias = torch.randn(self.n, dtype=torch.bfloat16, device=self.device)
@@ -168,19 +168,19 @@ class Operands:
         return [partial(scaled, weight, scale_a=one, scale_b=one) for weight in weights]
 
     def cublaslt_int8(self) -> list[Call]:
-        """The algorithm that cuBLASLt's heuristic puts first."""
+        """By the algorithm that cuBLASLt's heuristic ranks first."""
         product = cublaslt.Int8Product(cublaslt.find_library(), self.m, self.n, self.k, self.device)
         out = torch.empty(self.m, self.n, dtype=torch.int32, device=self.device)
         calls = [partial(product.run, self.q, layer.weight, out) for layer in self.layers]
         if not torch.equal(calls[0](), self.accumulators):
-            raise RuntimeError("cuBLASLt's int8 product is not the exact one: the call is not understood")
+            raise RuntimeError("cuBLASLt's int8 product is not exact: wrong arguments for this version?")
         return list(calls)
 
 
 def _checked(setting: Setting, calls: list[probe.Call], expected: Tensor) -> list[Call]:
     plan = calls[0].plan
     if plan.startswith(tuple(f"{name}," for name in setting.distrusted)) or plan in setting.distrusted:
-        raise RuntimeError(f"{plan} is not run: it hung or crashed when it was judged")
+        raise RuntimeError(f"{plan} is skipped: it hung or crashed when it was judged")
     calls[0].out.fill_(-1)
     found = difference(calls[0](), expected)
     if found is not None:

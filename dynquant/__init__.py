@@ -2,6 +2,7 @@
 
 from . import ops as _ops  # noqa: F401  registers torch.ops.dynquant
 from . import reference
+from ._version import __version__
 from .calibrate import calibrate, freeze
 from .config import Config
 from .convert import quantize_dynamic
@@ -11,8 +12,6 @@ from .info import Info, available_isas, info, isa
 from .nn import QLinear
 from .qtensor import QTensor
 from .report import Report, report
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Config",

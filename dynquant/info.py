@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from . import _extension
+from ._version import __version__
 
 OLDEST_CUDA_CAPABILITY = (8, 0)
 
@@ -61,8 +62,6 @@ def isa() -> str:
 
 def info() -> Info:
     """Which path runs and why, with the versions that matter in a report of a fault."""
-    from . import __version__
-
     loaded = _extension.extension is not None
     try:
         runs_on = isa()

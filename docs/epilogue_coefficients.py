@@ -1,4 +1,4 @@
-"""Derives the coefficients of dynquant/reference_epilogue.py again and says how far those in use are from the
+"""Derives the coefficients of dynquant/reference/epilogue.py again and says how far those in use are from the
 exact functions: python docs/epilogue_coefficients.py
 
 Each polynomial is a minimax fit in float64 (Lawson's reweighted least squares). Its coefficients are
@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from dynquant import reference_epilogue as used
+from dynquant.reference import epilogue as used
 
 UNIT = 2.0**-24
 

@@ -50,7 +50,7 @@ def fuse(model: nn.Module) -> nn.Module:
     """Fuse what RULES and nn.Sequential allow in a model with QLinear layers, in place.
 
     An activation function moves into the QLinear before it (``epilogue=``), and nn.Identity takes its place.
-    relu gives the same bits; gelu and silu are those of :mod:`dynquant.reference_epilogue` then, within 2^-22
+    relu gives the same bits; gelu and silu are those of :mod:`dynquant.reference.epilogue` then, within 2^-22
     of the exact function, and computed in fp32 before the one cast to the output's dtype: for bf16 and fp16
     closer to exact than an activation of the rounded output. The weights of layers that read the same tensor
     come to lie side by side, so that compiled (``torch.compile(model, backend="dynquant")``) they run as one

@@ -38,7 +38,7 @@ def fuse_graph(module: fx.GraphModule) -> fx.GraphModule:
       held once.
 
     Joined ops give the same bits, and so does relu. gelu and silu are those of
-    :mod:`dynquant.reference_epilogue` then, within 2^-22 of the exact function. An epilogue is computed in
+    :mod:`dynquant.reference.epilogue` then, within 2^-22 of the exact function. An epilogue is computed in
     fp32 before the one cast to the output's dtype: for bf16 and fp16 that is closer to exact than an
     activation of the rounded output. Gradients go on reaching the input and biases that require them; biases
     that do not are joined to a constant.

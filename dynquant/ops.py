@@ -16,6 +16,9 @@ from torch import Tensor
 from . import reference
 from ._extension import extension
 from .config import Config, recode
+from .reference.checks import check_device, check_k
+from .reference.layout import check_packed_k
+from .reference.linear import check_operands
 
 _SCHEMAS: dict[str, str] = {
     "min_max": "(Tensor x, bool per_token) -> (Tensor, Tensor)",
@@ -51,14 +54,14 @@ def _(x: Tensor, per_token: bool) -> tuple[Tensor, Tensor]:
 
 @_fake("choose_qparams")
 def _(lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
-    reference.check_device("choose_qparams", "lo", lo, "hi", hi)
+    check_device("choose_qparams", "lo", lo, "hi", hi)
     return torch.empty_like(lo), torch.empty_like(lo, dtype=torch.int32)
 
 
 @_fake("quantize")
 def _(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    reference.check_device("quantize", "x", x, "scale", scale)
-    reference.check_device("quantize", "x", x, "zero_point", zero_point)
+    check_device("quantize", "x", x, "scale", scale)
+    check_device("quantize", "x", x, "zero_point", zero_point)
     return x.new_empty(x.shape, dtype=torch.int8)
 
 
@@ -87,9 +90,9 @@ def _(packed_weight: Tensor, n: int, k: int) -> Tensor:
 
 @_fake("int8_mm")
 def _(q: Tensor, packed_weight: Tensor, weight_sum: Tensor) -> Tensor:
-    reference.check_device("int8_mm", "q", q, "packed_weight", packed_weight)
-    reference.check_device("int8_mm", "q", q, "weight_sum", weight_sum)
-    reference.check_packed_k("int8_mm", "q", q, packed_weight, weight_sum.shape[0])
+    check_device("int8_mm", "q", q, "packed_weight", packed_weight)
+    check_device("int8_mm", "q", q, "weight_sum", weight_sum)
+    check_packed_k("int8_mm", "q", q, packed_weight, weight_sum.shape[0])
     return q.new_empty(q.shape[0], weight_sum.shape[0], dtype=torch.int32)
 
 
@@ -103,9 +106,9 @@ def _fake_output(
     config: int,
 ) -> Tensor:
     dtype = Config.decode(config).out_dtype or x.dtype
-    reference.check_operands(op, x, packed_weight, weight_sum, weight_scale, bias)
-    reference.check_packed_k(op, "x", x, packed_weight, weight_scale.shape[0])
-    reference.check_k(op, x, config)
+    check_operands(op, x, packed_weight, weight_sum, weight_scale, bias)
+    check_packed_k(op, "x", x, packed_weight, weight_scale.shape[0])
+    check_k(op, x, config)
     return x.new_empty(*x.shape[:-1], weight_scale.shape[0], dtype=dtype)
 
 
@@ -132,8 +135,8 @@ def _(
     zero_point: Tensor,
     config: int,
 ) -> Tensor:
-    reference.check_device("linear_static", "x", x, "scale", scale)
-    reference.check_device("linear_static", "x", x, "zero_point", zero_point)
+    check_device("linear_static", "x", x, "scale", scale)
+    check_device("linear_static", "x", x, "zero_point", zero_point)
     return _fake_output("linear_static", x, packed_weight, weight_sum, weight_scale, bias, config)
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dynquant import reference, reference_epilogue
+from dynquant import reference
 from dynquant.config import EPILOGUES, Config
+from dynquant.reference import epilogue as written
 from tests.support.same_bits import assert_same_bits
 
 
@@ -35,7 +36,7 @@ EXACT: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def function(name: str) -> Callable[[Tensor], Tensor]:
-    return getattr(reference_epilogue, name)
+    return getattr(written, name)
 
 
 def dense_inputs() -> Tensor:

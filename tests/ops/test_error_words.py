@@ -11,6 +11,7 @@ from torch import Tensor
 from dynquant import reference
 from dynquant._extension import extension, read_record
 from dynquant.config import Config
+from dynquant.reference import layout
 
 N, K = 20, 8
 CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
@@ -144,7 +145,7 @@ def test_x_of_another_layer(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = _message(getattr(reference, op), arguments, words)
     assert _message(_kernel(op, CPU), arguments, words) == expected
     if extension is not None and read_record()["cuda"]["built"]:
-        monkeypatch.setattr(reference, "packs_in_panels", lambda device: False)
+        monkeypatch.setattr(layout, "packs_in_panels", lambda device: False)
         arguments[1] = reference.pack_weight(operands["weight"])[0]
         assert _message(_kernel(op, CUDA), arguments, words) == expected
 

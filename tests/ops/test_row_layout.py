@@ -17,6 +17,7 @@ from dynquant import QLinear, QTensor, ops, qtensor, reference
 from dynquant.config import Config
 from dynquant.nn import linear
 from dynquant.nn.shared_input import SharedInput
+from dynquant.reference import layout
 from tests.support.same_bits import assert_same_bits
 
 CUDA = torch.device("cuda")
@@ -26,7 +27,7 @@ SIZES = [(1, 1), (5, 15), (5, 16), (20, 17), (64, 100), (3, 0), (0, 7)]
 @pytest.fixture
 def rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU packs as CUDA does, and layers run on the reference."""
-    monkeypatch.setattr(reference, "packs_in_panels", lambda device: False)
+    monkeypatch.setattr(layout, "packs_in_panels", lambda device: False)
     monkeypatch.setattr(qtensor, "_ops", reference)
     monkeypatch.setattr(linear, "_linear_dynamic", reference.linear_dynamic)
     monkeypatch.setattr(linear, "_linear_static", reference.linear_static)

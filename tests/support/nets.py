@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dynquant import QLinear, reference_epilogue
+from dynquant import QLinear
+from dynquant.reference import epilogue as written
 from tests.support.same_bits import assert_same_bits
 
 
@@ -66,7 +67,7 @@ class Written(nn.Module):
 
     def __init__(self, epilogue: str) -> None:
         super().__init__()
-        self.function = getattr(reference_epilogue, epilogue)
+        self.function = getattr(written, epilogue)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x.float()).to(x.dtype)

@@ -94,6 +94,14 @@ def silu(x: Tensor) -> Tensor:
     return relu(x) - _gated(a, r * _polynomial(r, EXP_MINUS_1), _power_of_2(t))
 
 
+_FUNCTIONS = {"relu": relu, "gelu": gelu, "gelu_tanh": gelu_tanh, "silu": silu}
+
+
+def apply_epilogue(y: Tensor, epilogue: str) -> Tensor:
+    """The function that a layer applies after its bias, fp32 to fp32."""
+    return y if epilogue == "none" else _FUNCTIONS[epilogue](y)
+
+
 def _gated(a: Tensor, s: Tensor, power: Tensor) -> Tensor:
     """a / (1 + 2^n (1 + s)) for power = 2^-n, multiplied through by it: ends at 0 instead of overflowing."""
     return a * power / ((power + 1.0) + s)

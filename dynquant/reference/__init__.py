@@ -1,0 +1,29 @@
+"""The definition of every op in plain PyTorch, on any device.
+
+All arithmetic is fp32, rounded to nearest even once for each operation that is written here; the kernels
+give the same bits. Three habits keep that true on every backend: a constant divisor is a tensor on x's device
+(by a Python number CUDA multiplies with the reciprocal), no op that contracts or approximates (``addcmul``,
+``lerp``, ``add(alpha=)``, ``F.gelu``), and an integer product that goes through fp64, exact below 2**53.
+"""
+
+from .checks import FLOAT_DTYPES
+from .epilogue import apply_epilogue
+from .layout import pack_weight, packed_shape, unpack_weight
+from .linear import int8_mm, linear_dynamic, linear_static
+from .quantization import choose_qparams, min_max, quantize, quantize_weight, rotate
+
+__all__ = [
+    "FLOAT_DTYPES",
+    "apply_epilogue",
+    "choose_qparams",
+    "int8_mm",
+    "linear_dynamic",
+    "linear_static",
+    "min_max",
+    "pack_weight",
+    "packed_shape",
+    "quantize",
+    "quantize_weight",
+    "rotate",
+    "unpack_weight",
+]

@@ -1,0 +1,83 @@
+"""What the ops require of their arguments, in sentences with names and values: the same on every path."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..config import K_MODULUS, k_modulo_16
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check(condition: bool, sentence: str) -> None:
+    """RuntimeError, as torch's own ops raise, where ``condition`` does not hold."""
+    if not condition:
+        raise RuntimeError(sentence)
+
+
+def check_float(op: str, name: str, x: Tensor) -> None:
+    """A floating-point tensor that has rows."""
+    check(
+        x.dtype in FLOAT_DTYPES,
+        f"{op}: expected {name} of dtype float32, bfloat16, float16 or float64, got {x.dtype}",
+    )
+    check(x.dim() >= 1, f"{op}: expected {name} with at least 1 dimension, got 0")
+
+
+def check_device(op: str, x_name: str, x: Tensor, name: str, other: Tensor) -> None:
+    """``other`` is where ``x`` is."""
+    check(
+        other.device == x.device,
+        f"{op}: expected all tensors on one device, got {x_name} on {x.device} and {name} on {other.device}",
+    )
+
+
+def check_channels(op: str, name: str, values: Tensor, dtype: torch.dtype, n: int) -> None:
+    """A contiguous 1-D tensor with one element for each output channel."""
+    check(
+        values.dtype == dtype and list(values.shape) == [n] and values.is_contiguous(),
+        f"{op}: expected {name} to be contiguous {dtype} of shape [{n}], got {values.dtype} of shape "
+        f"{list(values.shape)}",
+    )
+
+
+def check_finite(op: str, name: str, values: Tensor) -> None:
+    """RuntimeError that names the first non-finite element of a 1-D or 2-D tensor."""
+    bad = ~values.isfinite()
+    if bad.any():
+        index = bad.nonzero()[0].tolist()
+        check(
+            False, f"{op}: expected {name} to be finite, got {values[tuple(index)].item()} at {name}{index}"
+        )
+
+
+def check_qparams(op: str, m: int, scale: Tensor, zero_point: Tensor) -> None:
+    """scale fp32 and zero_point int32, both [1] or both [m]."""
+    check(
+        scale.dtype == torch.float32 and zero_point.dtype == torch.int32,
+        f"{op}: expected scale of dtype float32 and zero_point of dtype int32, got "
+        f"{scale.dtype} and {zero_point.dtype}",
+    )
+    check(
+        scale.dim() == 1 and scale.shape == zero_point.shape and scale.shape[0] in (1, m),
+        f"{op}: expected scale and zero_point of shape [1] or [{m}], got {list(scale.shape)} and "
+        f"{list(zero_point.shape)}",
+    )
+
+
+def check_rotation(op: str, k: int, block: int) -> None:
+    """A block size that rows of k elements can be rotated by."""
+    check(
+        1 <= block <= 128 and block & (block - 1) == 0 and k % block == 0,
+        f"{op}: expected block to be a power of two up to 128 that divides K ({k}), got {block}",
+    )
+
+
+def check_k(op: str, x: Tensor, config: int) -> None:
+    """x is as long as the layer's inputs as far as ``config`` tells; check_packed tells the rest."""
+    expected, k = k_modulo_16(config), x.shape[-1]
+    torch._check(
+        expected is None or k % K_MODULUS == expected,
+        lambda: f"{op}: expected x.shape[-1] to be {expected} modulo {K_MODULUS}, as config says, got {k}",
+    )

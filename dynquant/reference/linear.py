@@ -1,0 +1,164 @@
+"""The products: int8_mm, and the linear ops, from float input to float output."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..config import Config
+from .checks import check, check_channels, check_device, check_float, check_k, check_qparams, check_rotation
+from .epilogue import apply_epilogue
+from .layout import check_packed, unpack_weight
+from .quantization import choose_qparams, constant, min_max, quantize, rotate, rows_of
+
+MAX_K_INT8_MM = (2**31 - 1) // (128 * 127)
+
+
+def int8_mm(q: Tensor, packed_weight: Tensor, weight_sum: Tensor) -> Tensor:
+    """The exact accumulators: sum_k q[m, k] * weight[n, k].
+
+    Args:
+        q: int8 [M, K], K <= 132,104 (beyond it an int32 could wrap).
+        packed_weight, weight_sum: from :func:`pack_weight`.
+
+    Returns:
+        int32 [M, N].
+    """
+    check(
+        q.dtype == torch.int8 and q.dim() == 2,
+        f"int8_mm: expected q to be int8 with 2 dimensions [M, K], got {q.dtype} with {q.dim()}",
+    )
+    check_channels("int8_mm", "weight_sum", weight_sum, torch.int32, weight_sum.numel())
+    k = q.shape[1]
+    check(k <= MAX_K_INT8_MM, f"int8_mm: expected K <= {MAX_K_INT8_MM} so that int32 is exact, got {k}")
+    check_device("int8_mm", "q", q, "packed_weight", packed_weight)
+    check_device("int8_mm", "q", q, "weight_sum", weight_sum)
+    check_packed("int8_mm", packed_weight, weight_sum.shape[0], k)
+    weight = unpack_weight(packed_weight, weight_sum.shape[0], k)
+    return _exact_mm(q, weight).to(torch.int32)
+
+
+def _exact_mm(q: Tensor, weight: Tensor) -> Tensor:
+    # + 0.0: with K = 1 a product of a negative number and 0 can come out as -0.0, which no integer is.
+    return q.to(torch.float64) @ weight.to(torch.float64).t() + 0.0
+
+
+def check_linear(
+    op: str, x: Tensor, packed_weight: Tensor, weight_sum: Tensor, weight_scale: Tensor, bias: Tensor | None
+) -> None:
+    """What every linear op requires of its tensors before it reads them."""
+    check_operands(op, x, packed_weight, weight_sum, weight_scale, bias)
+    check_packed(op, packed_weight, weight_scale.numel(), x.shape[-1])
+
+
+def check_operands(
+    op: str, x: Tensor, packed_weight: Tensor, weight_sum: Tensor, weight_scale: Tensor, bias: Tensor | None
+) -> None:
+    """Everything of :func:`check_linear` but the shape of the packed weight."""
+    check_float(op, "x", x)
+    n = weight_scale.numel()
+    check_channels(op, "weight_scale", weight_scale, torch.float32, n)
+    check_channels(op, "weight_sum", weight_sum, torch.int32, n)
+    if bias is not None:
+        check_channels(op, "bias", bias, torch.float32, n)
+    for name, tensor in (
+        ("packed_weight", packed_weight),
+        ("weight_sum", weight_sum),
+        ("weight_scale", weight_scale),
+        ("bias", bias),
+    ):
+        if tensor is not None:
+            check_device(op, "x", x, name, tensor)
+
+
+def linear_dynamic(
+    x: Tensor,
+    packed_weight: Tensor,
+    weight_sum: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    config: int,
+) -> Tensor:
+    """x @ weight.T + bias in int8, with activation qparams from x itself.
+
+    Args:
+        x: [..., K], fp32, bf16, fp16 or fp64 (which is computed through fp32), any strides.
+        packed_weight, weight_sum: from :func:`pack_weight`.
+        weight_scale: fp32 [N]. bias: fp32 [N] or None.
+        config: see :mod:`dynquant.config`.
+
+    Returns:
+        [..., N] in x's dtype, or the config's out dtype. A row of x with a NaN or an infinity gives NaN
+        (per_tensor: any such element makes all of it NaN).
+    """
+    check_linear("linear_dynamic", x, packed_weight, weight_sum, weight_scale, bias)
+    cfg = Config.decode(config)
+    check_k("linear_dynamic", x, config)
+    rows = _rotated_rows("linear_dynamic", x, cfg)
+    scale, zero_point = choose_qparams(*min_max(rows, cfg.activations == "per_token"))
+    return _linear(x, rows, packed_weight, weight_sum, weight_scale, bias, scale, zero_point, cfg)
+
+
+def linear_static(
+    x: Tensor,
+    packed_weight: Tensor,
+    weight_sum: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    zero_point: Tensor,
+    config: int,
+) -> Tensor:
+    """As :func:`linear_dynamic`, with activation qparams that were calibrated before.
+
+    Args:
+        scale, zero_point: fp32 and int32 [1], zero_point in [-128, 127] (a CPU tensor is checked for it).
+
+    Returns:
+        [..., N]; a row of x with a NaN or an infinity gives NaN.
+    """
+    check_linear("linear_static", x, packed_weight, weight_sum, weight_scale, bias)
+    check_qparams("linear_static", 1, scale, zero_point)
+    check_device("linear_static", "x", x, "scale", scale)
+    check_device("linear_static", "x", x, "zero_point", zero_point)
+    if zero_point.device.type == "cpu":
+        value = int(zero_point.item())
+        check(-128 <= value <= 127, f"linear_static: expected zero_point in [-128, 127], got {value}")
+    cfg = Config.decode(config)
+    check_k("linear_static", x, config)
+    rows = _rotated_rows("linear_static", x, cfg)
+    finite = rows.isfinite().all(1)
+    nan = constant(float("nan"), rows)
+    row_scale = torch.where(finite, scale, nan)
+    row_zero_point = torch.where(finite, zero_point, torch.zeros_like(zero_point))
+    return _linear(x, rows, packed_weight, weight_sum, weight_scale, bias, row_scale, row_zero_point, cfg)
+
+
+def _rotated_rows(op: str, x: Tensor, cfg: Config) -> Tensor:
+    rows = rows_of(op, x)
+    if not cfg.rotation_block:
+        return rows
+    check_rotation(op, rows.shape[1], cfg.rotation_block)
+    return rotate(rows, cfg.rotation_block)
+
+
+def _linear(
+    x: Tensor,
+    rows: Tensor,
+    packed_weight: Tensor,
+    weight_sum: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    zero_point: Tensor,
+    cfg: Config,
+) -> Tensor:
+    n, k = weight_scale.shape[0], rows.shape[1]
+    weight = unpack_weight(packed_weight, n, k)
+    q = quantize(rows, scale, zero_point)
+    acc = _exact_mm(q, weight) - zero_point[:, None].to(torch.float64) * weight_sum.to(torch.float64)
+    out = (acc.to(torch.float32) * scale[:, None]) * weight_scale
+    if bias is not None:
+        out = out + bias
+    out = apply_epilogue(out, cfg.epilogue)
+    return out.to(cfg.out_dtype or x.dtype).reshape(*x.shape[:-1], n)

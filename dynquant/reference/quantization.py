@@ -1,0 +1,138 @@
+"""Ranges, qparams, quantized values and weights, and the rotation that may come before them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..config import Config
+from .checks import check, check_device, check_finite, check_float, check_qparams, check_rotation
+
+FLT_MIN = torch.finfo(torch.float32).tiny
+
+
+def constant(value: float, like: Tensor) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32, device=like.device)
+
+
+def rows_of(op: str, x: Tensor, name: str = "x") -> Tensor:
+    """x as fp32 [M, K]: every leading dimension is a row, a 1-D x is one row."""
+    check_float(op, name, x)
+    return x.to(torch.float32).reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def min_max(x: Tensor, per_token: bool) -> tuple[Tensor, Tensor]:
+    """Range of x, widened to hold 0: lo = min(min(x), 0), hi = max(max(x), 0).
+
+    Args:
+        x: [..., K], fp32, bf16, fp16 or fp64.
+        per_token: a range for each row (lo and hi are fp32 [M]) or one for all of x ([1]).
+
+    Returns:
+        lo <= 0 <= hi. Both are NaN where the range holds a NaN; an infinity stands in the one it belongs to.
+    """
+    rows = rows_of("min_max", x)
+    if not per_token:
+        rows = rows.reshape(1, -1)
+    if rows.shape[1] == 0:
+        zeros = torch.zeros(rows.shape[0], dtype=torch.float32, device=x.device)
+        return zeros, zeros.clone()
+    # + 0.0 turns a -0.0 into 0.0, whichever of the two the reduction met first.
+    return rows.amin(1).clamp(max=0.0) + 0.0, rows.amax(1).clamp(min=0.0) + 0.0
+
+
+def choose_qparams(lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+    """Affine int8 qparams of the range [lo, hi] (gemmlowp's ``real = scale * (q - zero_point)``).
+
+    Two divisions instead of one of the difference: hi - lo overflows at 3e38. FLT_MIN keeps 1/scale finite.
+
+    Args:
+        lo, hi: fp32 [M] or [1], as :func:`min_max` returns them.
+
+    Returns:
+        scale fp32 and zero_point int32 in [-128, 127]; NaN and 0 where lo or hi is not finite.
+    """
+    check(
+        lo.dtype == hi.dtype == torch.float32 and lo.shape == hi.shape,
+        f"choose_qparams: expected lo and hi of dtype float32 and one shape, got {lo.dtype} of shape "
+        f"{list(lo.shape)} and {hi.dtype} of shape {list(hi.shape)}",
+    )
+    check_device("choose_qparams", "lo", lo, "hi", hi)
+    steps = constant(255.0, lo)
+    finite = lo.isfinite() & hi.isfinite()
+    scale = torch.where(finite, (hi / steps - lo / steps).clamp(min=FLT_MIN), constant(float("nan"), lo))
+    zero_point = (-128.0 - lo * _inverse(scale)).round().clamp(-128.0, 127.0)
+    return scale, torch.where(finite, zero_point, 0.0).to(torch.int32)
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    return constant(1.0, scale) / scale
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """q = clamp(round(x * (1 / scale)) + zero_point, -128, 127); 0 where x or scale is NaN.
+
+    Args:
+        x: [..., K], fp32, bf16, fp16 or fp64.
+        scale, zero_point: fp32 and int32, [1] for the whole of x or [M], one for each row.
+
+    Returns:
+        int8 of x's shape.
+    """
+    rows = rows_of("quantize", x)
+    check_qparams("quantize", rows.shape[0], scale, zero_point)
+    check_device("quantize", "x", x, "scale", scale)
+    check_device("quantize", "x", x, "zero_point", zero_point)
+    steps = (rows * _inverse(scale)[:, None]).round() + zero_point[:, None].to(torch.float32)
+    q = torch.where(steps.isnan(), 0.0, steps.clamp(-128.0, 127.0))
+    return q.to(torch.int8).reshape(x.shape)
+
+
+def rotate(x: Tensor, block: int) -> Tensor:
+    """Unnormalized Walsh-Hadamard transform of each block of ``block`` elements along the last dimension.
+
+    Stages of strides 1, 2, 4 ... block/2, each (a, b) -> (a + b, a - b): additions only. Applied twice it
+    multiplies by ``block``.
+
+    Args:
+        x: [..., K], fp32, bf16, fp16 or fp64; ``block`` is a power of two up to 128 that divides K.
+
+    Returns:
+        fp32 of x's shape.
+    """
+    rows = rows_of("rotate", x)
+    k = rows.shape[1]
+    check_rotation("rotate", k, block)
+    stride = 1
+    while stride < block:
+        a, b = rows.reshape(rows.shape[0], k // (2 * stride), 2, stride).unbind(2)
+        rows = torch.stack((a + b, a - b), 2).reshape(rows.shape[0], k)
+        stride *= 2
+    return rows.reshape(x.shape).clone()
+
+
+def quantize_weight(weight: Tensor, config: int) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 weights: scale = max(max|w| / 127, FLT_MIN), 1 where all are 0; round(w / scale).
+
+    Args:
+        weight: [N, K], fp32, bf16, fp16 or fp64, finite. Rotated first where ``config`` says so.
+        config: see :mod:`dynquant.config`.
+
+    Returns:
+        int8 [N, K], and weight_scale fp32 [N] (per_channel) or [1] (per_tensor).
+
+    Raises:
+        RuntimeError: for a non-finite element, with its index.
+    """
+    cfg = Config.decode(config)
+    check(weight.dim() == 2, f"quantize_weight: expected weight with 2 dimensions [N, K], got {weight.dim()}")
+    w = rows_of("quantize_weight", weight, "weight")
+    check_finite("quantize_weight", "weight", w)
+    if cfg.rotation_block:
+        check_rotation("quantize_weight", w.shape[1], cfg.rotation_block)
+        w = rotate(w, cfg.rotation_block) * (1.0 / cfg.rotation_block)
+        check_finite("quantize_weight", "rotated weight", w)
+    groups = w if cfg.weights == "per_channel" else w.reshape(1, -1)
+    largest = groups.abs().amax(1) if groups.shape[1] else groups.new_zeros(groups.shape[0])
+    scale = torch.where(largest == 0, 1.0, (largest / constant(127.0, w)).clamp(min=FLT_MIN))
+    return (w / scale[:, None]).round().clamp(-127.0, 127.0).to(torch.int8), scale

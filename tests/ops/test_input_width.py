@@ -130,7 +130,7 @@ def test_autocast_keeps_it(dtype: torch.dtype) -> None:
     *tensors, _, code = layer()._packed
     with torch.autocast("cpu", dtype):
         refuses_others(lambda x: torch.ops.dynquant.linear_dynamic(x, *tensors, None, code))
-        in_python = ops._with_autocast_dtype("linear_dynamic", "AutocastCPU")
+        in_python = ops.linear._with_autocast_dtype("linear_dynamic", "AutocastCPU")
         refuses_others(lambda x: in_python(x, *tensors, None, code))
         made, x = layer(), torch.randn(2, K)
         assert_same_bits(in_python(x, *tensors, made.bias, code), made(x))

@@ -152,7 +152,7 @@ def test_gradient_is_of_k_inputs(rotation_block: int) -> None:
         config=config,
         needs_input_grad=(True, *[False] * 5),
     )
-    grad_x = ops._linear_backward(context, grad_out)[0]
+    grad_x = ops.linear._linear_backward(context, grad_out)[0]
     dequantized = weight * weight_scale[:, None]
     if rotation_block:
         dequantized = reference.rotate(dequantized, rotation_block)

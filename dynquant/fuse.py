@@ -1,53 +1,27 @@
 """fuse: activation functions into the layer before them, layers that read the same tensor side by side.
 
-What may be fused is said by RULES, by the type of the module that holds the layers: only its forward tells
-that nothing else happens between them. A module of another type, or of a subclass, is left alone.
+The patterns of :mod:`dynquant.patterns.registry` say what may be fused, by the type of the module that holds
+the layers.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from .hugging_face import ACTIVATIONS, SAME_INPUT, THEN
 from .nn.linear import QLinear
 from .nn.shared_input import SharedInput
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What a module's forward does with its layers, by their names.
-
-    Attributes:
-        then: pairs (layer, activation): the output of the layer goes to the activation and nowhere else.
-        same_input: groups of layers that are called with one and the same tensor, as a rule, in this order.
-    """
-
-    then: tuple[tuple[str, str], ...] = ()
-    same_input: tuple[tuple[str, ...], ...] = ()
-
-
-_FEED_FORWARD = Rule(then=(("linear1", "activation"),))
-
-RULES: dict[str, Rule] = {
-    "torch.nn.modules.transformer.TransformerEncoderLayer": _FEED_FORWARD,
-    "torch.nn.modules.transformer.TransformerDecoderLayer": _FEED_FORWARD,
-    **{name: Rule(then=(pair,)) for name, pair in THEN.items()},
-    **{name: Rule(same_input=(layers,)) for name, layers in SAME_INPUT.items()},
-}
-"""Rules by the dotted name of a type, such as ``"torch.nn.modules.transformer.TransformerEncoderLayer"``; add
-what your models have. nn.Sequential needs no rule."""
+from .patterns.activations import epilogue_of
+from .patterns.registry import pattern_of
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """Fuse what RULES and nn.Sequential allow in a model with QLinear layers, in place.
+    """Fuse what PATTERNS and nn.Sequential allow in a model with QLinear layers, in place.
 
     An activation function moves into the QLinear before it (``epilogue=``), and nn.Identity takes its place.
     relu gives the same bits; gelu and silu are those of :mod:`dynquant.reference.epilogue` then, within 2^-22
@@ -62,48 +36,21 @@ def fuse(model: nn.Module) -> nn.Module:
     """
     uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     for parent in list(model.modules()):
-        for layer_name, activation_name in _then(parent):
+        for layer_name, activation_name in _activation_pairs(parent):
             _fuse_activation(parent, layer_name, activation_name, uses)
-        for names in rule_of(parent).same_input:
+        for names in pattern_of(parent).same_input:
             _share_input(parent, names, uses)
     return model
 
 
-def rule_of(module: nn.Module) -> Rule:
-    """The rule of a module's own type, an empty one where there is none."""
-    return RULES.get(type_name(module), Rule())
-
-
-def type_name(thing: Any) -> str:
-    return f"{type(thing).__module__}.{type(thing).__qualname__}"
-
-
-def epilogue_of(activation: Any) -> str | None:
-    """The epilogue that computes an activation module or function, None where there is none."""
-    if type(activation) is nn.GELU:
-        return "gelu" if activation.approximate == "none" else "gelu_tanh"
-    if type(activation) in _MODULES:
-        return _MODULES[type(activation)]
-    if isinstance(activation, nn.Module):
-        return ACTIVATIONS.get(type_name(activation))
-    return next((epilogue for function, epilogue in _FUNCTIONS if function is activation), None)
-
-
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_MODULES = {nn.ReLU: "relu", nn.SiLU: "silu"}
-_FUNCTIONS: list[tuple[Callable[..., Tensor], str]] = [
-    (F.relu, "relu"),
-    (torch.relu, "relu"),
-    (F.gelu, "gelu"),
-    (F.silu, "silu"),
-]
 
 
-def _then(parent: nn.Module) -> Iterator[tuple[str, str]]:
+def _activation_pairs(parent: nn.Module) -> Iterator[tuple[str, str]]:
     if type(parent).forward is nn.Sequential.forward:
         names = list(parent._modules)
         yield from pairwise(names)
-    yield from rule_of(parent).then
+    yield from pattern_of(parent).activation_after
 
 
 def _fuse_activation(parent: nn.Module, layer_name: str, activation_name: str, uses: Counter[int]) -> None:

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .config import Config, recode
-from .fuse import epilogue_of, has_hooks
+from .fuse import has_hooks
 from .nn.linear import QLinear
+from .patterns.activations import EPILOGUE_OF_TARGET, GELU_OF_APPROXIMATE, epilogue_of
 from .reference import packed_shape
 
 _ops, _aten = torch.ops.dynquant, torch.ops.aten
@@ -129,13 +130,14 @@ def _activation(module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, str, li
         sigmoid = _silu_in_two(node)
         if sigmoid is not None:
             return sigmoid.args[0], "silu", [sigmoid, node]  # type: ignore[return-value]
-        epilogue = _EPILOGUES.get(node.target) if node.op in ("call_function", "call_method") else None
+        is_call = node.op in ("call_function", "call_method")
+        epilogue = EPILOGUE_OF_TARGET.get(node.target) if is_call else None
     source = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
     if epilogue is None or not isinstance(source, fx.Node):
         return None
     if epilogue == "gelu" and node.op != "call_module":
         approximate = node.args[1] if len(node.args) > 1 else node.kwargs.get("approximate", "none")
-        epilogue = {"none": "gelu", "tanh": "gelu_tanh"}.get(str(approximate))
+        epilogue = GELU_OF_APPROXIMATE.get(str(approximate))
     return None if epilogue is None else (source, epilogue, [node])
 
 
@@ -152,13 +154,6 @@ def _silu_in_two(node: fx.Node) -> fx.Node | None:
 
 _MUL: set[Any] = {_aten.mul.Tensor, operator.mul, torch.mul, "mul"}
 _SIGMOID: set[Any] = {_aten.sigmoid.default, torch.sigmoid, F.sigmoid, "sigmoid"}
-# In place or not: only the activation reads what it changes.
-_EPILOGUES: dict[Any, str] = {
-    **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), "relu"),
-    **dict.fromkeys((_aten.relu.default, _aten.relu_.default), "relu"),
-    **dict.fromkeys((F.gelu, _aten.gelu.default, _aten.gelu_.default), "gelu"),
-    **dict.fromkeys((F.silu, torch._C._nn.silu, _aten.silu.default, _aten.silu_.default), "silu"),
-}
 
 
 # ---- ops that read the same tensor

@@ -13,13 +13,13 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .fuse import type_name
-from .hugging_face import CONV1D
 from .nn.linear import QLinear
+from .patterns.activations import apply_float
+from .patterns.hugging_face import CONV1D
+from .patterns.registry import type_name
 from .progress import layer_bar
 from .sample import Sample
 from .selection import default_mapping, label
@@ -32,14 +32,6 @@ MODEL_ROUNDS, MODEL_SECONDS = 3, 0.02
 TIMED_SHAPES = 8
 """So many different numbers of rows are timed for each layer, the first that come."""
 _CHUNK = 1 << 22
-
-_EPILOGUES: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda y: y,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
-    "silu": F.silu,
-}
 
 
 @dataclass(frozen=True)
@@ -54,7 +46,7 @@ class Pair:
         """What the int8 layer stands for: the float layer and the activation that went into the epilogue."""
         epilogue = self.int8_layer.config.epilogue if isinstance(self.int8_layer, QLinear) else "none"
         y: Tensor = self.float_layer.forward(x)
-        return _EPILOGUES[epilogue](y)
+        return apply_float(epilogue, y)
 
     def actual(self, x: Tensor) -> Tensor:
         """The int8 layer's output."""

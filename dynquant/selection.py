@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from .config import Config
-from .fuse import type_name
-from .hugging_face import CONV1D, linear_of_conv1d
 from .nn.linear import QLinear
+from .patterns.hugging_face import CONV1D
+from .patterns.registry import type_name
 from .reference import FLOAT_DTYPES
 
 Words = dict[str, Any]
@@ -61,6 +61,16 @@ class _Conv1D:
         return QLinear.from_float(
             linear, activations=activations, weights=weights, rotation=rotation, epilogue=epilogue
         )
+
+
+def linear_of_conv1d(conv: Any) -> nn.Linear:
+    """GPT-2's Conv1D as the nn.Linear that computes the same; it shares the weight's memory."""
+    k, n = conv.weight.shape
+    linear = nn.Linear(k, n, bias=conv.bias is not None, device="meta")
+    linear.weight = nn.Parameter(conv.weight.detach().t(), requires_grad=False)
+    if conv.bias is not None:
+        linear.bias = conv.bias
+    return linear.train(conv.training)
 
 
 def read_spec(

@@ -18,9 +18,10 @@ from torch.nn import functional as F
 
 import dynquant
 from dynquant import QLinear
-from dynquant.fuse import RULES, Rule, epilogue_of
-from dynquant.hugging_face import SAME_INPUT, THEN
 from dynquant.nn.shared_input import SharingLinear
+from dynquant.patterns.activations import epilogue_of
+from dynquant.patterns.hugging_face import ACTIVATION_AFTER, QKV_GROUPS
+from dynquant.patterns.registry import PATTERNS, Pattern
 from tests.support.nets import CountInt8, Written
 from tests.support.same_bits import assert_same_bits
 
@@ -181,14 +182,14 @@ def test_gpt2_layers_are_converted_without_fusing_too() -> None:
 
 def test_the_names_in_the_table_are_names_of_transformers() -> None:
     found = set()
-    for name in THEN.keys() | SAME_INPUT.keys():
+    for name in ACTIVATION_AFTER.keys() | QKV_GROUPS.keys():
         module, _, cls = name.rpartition(".")
         try:
             if hasattr(importlib.import_module(module), cls):
                 found.add(name)
         except ImportError:
             continue
-    missing = (THEN.keys() | SAME_INPUT.keys()) - found
+    missing = (ACTIVATION_AFTER.keys() | QKV_GROUPS.keys()) - found
     assert len(found) > 80
     assert len(missing) < 10, missing
 
@@ -210,9 +211,9 @@ class Attention(nn.Module):
 @pytest.fixture(autouse=True)
 def _rule_of_attention():
     name = f"{Attention.__module__}.{Attention.__qualname__}"
-    RULES[name] = Rule(same_input=(("q", "k", "v"),))
+    PATTERNS[name] = Pattern(same_input=(("q", "k", "v"),))
     yield
-    del RULES[name]
+    del PATTERNS[name]
 
 
 def both(widths: tuple[int, ...] = (64, 64, 64), bias: bool = True, **scheme) -> tuple[nn.Module, nn.Module]:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import dynquant
 from dynquant import Config, QLinear, fuse_graph, torch_compile
-from dynquant.fuse import RULES, Rule
+from dynquant.patterns.registry import PATTERNS, Pattern
 from tests.support.nets import Written
 from tests.support.same_bits import assert_same_bits
 
@@ -492,7 +492,7 @@ def test_large_weights_are_joined_only_where_they_lie_side_by_side(monkeypatch: 
             return heads(x, self.a, self.b, self.c)
 
     holder = Holder()
-    monkeypatch.setitem(RULES, f"{__name__}.{Holder.__qualname__}", Rule(same_input=(("a", "b", "c"),)))
+    monkeypatch.setitem(PATTERNS, f"{__name__}.{Holder.__qualname__}", Pattern(same_input=(("a", "b", "c"),)))
     dynquant.fuse(holder)
     for net, widths in ((model, [64, 64, 64]), (holder, [192])):
         torch._dynamo.reset()

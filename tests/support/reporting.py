@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dynquant import Report, quantize_dynamic
-from dynquant.fuse import RULES, Rule
+from dynquant.patterns.registry import PATTERNS, Pattern
 from dynquant.timing import Timing
 
 measure = importlib.import_module("dynquant.measure")
@@ -85,6 +85,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int, int], flo
 @pytest.fixture
 def shared_attention() -> Iterator[Attention]:
     name = f"{Attention.__module__}.{Attention.__qualname__}"
-    RULES[name] = Rule(same_input=(("q", "k", "v"),))
+    PATTERNS[name] = Pattern(same_input=(("q", "k", "v"),))
     yield Attention()
-    del RULES[name]
+    del PATTERNS[name]

@@ -6,10 +6,6 @@ transformers 4 and 5; what an installed version does not have matches nothing.
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import nn
-
 CONV1D = "transformers.pytorch_utils.Conv1D"
 """GPT-2's linear layer, whose weight is [K, N]."""
 
@@ -91,7 +87,7 @@ def _modeling(folder: str, name: str) -> str:
     return f"transformers.models.{folder}.modeling_{module}.{name}"
 
 
-THEN: dict[str, tuple[str, str]] = {
+ACTIVATION_AFTER: dict[str, tuple[str, str]] = {
     **{
         _modeling(folder, f"{prefix}Intermediate"): ("dense", "intermediate_act_fn")
         for folder, prefix in (_BERT | _BERT_INTERMEDIATE_ONLY).items()
@@ -128,7 +124,7 @@ THEN: dict[str, tuple[str, str]] = {
 }
 """By type: the layer and the activation that its output goes to."""
 
-SAME_INPUT: dict[str, tuple[str, ...]] = {
+QKV_GROUPS: dict[str, tuple[str, ...]] = {
     **{
         _modeling(folder, f"{prefix}SelfAttention"): ("query", "key", "value")
         for folder, prefix in _BERT.items()
@@ -144,13 +140,3 @@ SAME_INPUT: dict[str, tuple[str, ...]] = {
     },
 }
 """By type: the layers that read the same tensor, in the order in which they are called."""
-
-
-def linear_of_conv1d(conv: Any) -> nn.Linear:
-    """GPT-2's Conv1D as the nn.Linear that computes the same; it shares the weight's memory."""
-    k, n = conv.weight.shape
-    linear = nn.Linear(k, n, bias=conv.bias is not None, device="meta")
-    linear.weight = nn.Parameter(conv.weight.detach().t(), requires_grad=False)
-    if conv.bias is not None:
-        linear.bias = conv.bias
-    return linear.train(conv.training)

@@ -1,0 +1,91 @@
+"""The table of activation functions: each with its epilogue and the forms in which models call it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import hugging_face
+from .registry import type_name
+
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Activation:
+    """One activation function, under the name of its epilogue.
+
+    Attributes:
+        function: torch's float function.
+        modules: types of torch.nn that compute it.
+        functions: functions that a module may hold as its activation.
+        targets: of nodes in a torch.fx graph; in place or not: only the activation reads the tensor that it
+            changes.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    modules: tuple[type[nn.Module], ...] = ()
+    functions: tuple[Any, ...] = ()
+    targets: tuple[Any, ...] = ()
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "relu": Activation(
+        F.relu,
+        modules=(nn.ReLU,),
+        functions=(F.relu, torch.relu),
+        targets=(
+            F.relu,
+            F.relu_,
+            torch.relu,
+            torch.relu_,
+            "relu",
+            "relu_",
+            _aten.relu.default,
+            _aten.relu_.default,
+        ),
+    ),
+    # nn.GELU and gelu in a graph may be gelu_tanh as well: their argument ``approximate`` says so.
+    "gelu": Activation(
+        F.gelu, functions=(F.gelu,), targets=(F.gelu, _aten.gelu.default, _aten.gelu_.default)
+    ),
+    "gelu_tanh": Activation(lambda y: F.gelu(y, approximate="tanh")),
+    "silu": Activation(
+        F.silu,
+        modules=(nn.SiLU,),
+        functions=(F.silu,),
+        targets=(F.silu, torch._C._nn.silu, _aten.silu.default, _aten.silu_.default),
+    ),
+}
+
+GELU_OF_APPROXIMATE = {"none": "gelu", "tanh": "gelu_tanh"}
+"""Epilogue by the argument ``approximate`` of torch's gelu."""
+
+EPILOGUE_OF_TARGET: dict[Any, str] = {
+    target: epilogue for epilogue, entry in ACTIVATIONS.items() for target in entry.targets
+}
+"""Epilogue by the target of a node in a torch.fx graph."""
+
+_MODULES = {module: epilogue for epilogue, entry in ACTIVATIONS.items() for module in entry.modules}
+_FUNCTIONS = [(function, epilogue) for epilogue, entry in ACTIVATIONS.items() for function in entry.functions]
+
+
+def epilogue_of(activation: Any) -> str | None:
+    """The epilogue that computes an activation module or function, None where there is none."""
+    if type(activation) is nn.GELU:
+        return "gelu" if activation.approximate == "none" else "gelu_tanh"
+    if type(activation) in _MODULES:
+        return _MODULES[type(activation)]
+    if isinstance(activation, nn.Module):
+        return hugging_face.ACTIVATIONS.get(type_name(activation))
+    return next((epilogue for function, epilogue in _FUNCTIONS if function is activation), None)
+
+
+def apply_float(epilogue: str, y: Tensor) -> Tensor:
+    """torch's float function of an epilogue's name; y itself for ``"none"``."""
+    return y if epilogue == "none" else ACTIVATIONS[epilogue].function(y)

@@ -1,0 +1,49 @@
+"""Patterns by the type of a module: only its forward tells what happens between its layers.
+
+A module of another type, or of a subclass, has no pattern.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from . import hugging_face, torch_nn
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Roles of a module's layers in its forward, by their names.
+
+    Attributes:
+        activation_after: pairs (layer, activation): the output of the layer goes to the activation and
+            nowhere else.
+        same_input: groups of layers that are called with one and the same tensor, as a rule, in this order.
+    """
+
+    activation_after: tuple[tuple[str, str], ...] = ()
+    same_input: tuple[tuple[str, ...], ...] = ()
+
+
+_ACTIVATION_AFTER = torch_nn.ACTIVATION_AFTER | hugging_face.ACTIVATION_AFTER
+_QKV_GROUPS = hugging_face.QKV_GROUPS
+
+PATTERNS: dict[str, Pattern] = {
+    name: Pattern(
+        activation_after=(_ACTIVATION_AFTER[name],) if name in _ACTIVATION_AFTER else (),
+        same_input=(_QKV_GROUPS[name],) if name in _QKV_GROUPS else (),
+    )
+    for name in (*_ACTIVATION_AFTER, *_QKV_GROUPS)
+}
+"""By the dotted name of a type, such as ``"torch.nn.modules.transformer.TransformerEncoderLayer"``.
+nn.Sequential needs no pattern."""
+
+
+def pattern_of(module: Any) -> Pattern:
+    """The pattern of a module's own type, an empty one where there is none."""
+    return PATTERNS.get(type_name(module), Pattern())
+
+
+def type_name(thing: Any) -> str:
+    """The dotted name of a thing's type."""
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"

@@ -1,7 +1,6 @@
 """Dynamic int8 quantization for PyTorch: linear layers on CPU and CUDA, exact to the bit on every path."""
 
-from . import ops as _ops  # noqa: F401  registers torch.ops.dynquant
-from . import reference
+from . import _saved_names, reference  # noqa: F401
 from ._version import __version__
 from .calibrate import calibrate, freeze
 from .config import Config

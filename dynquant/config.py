@@ -123,6 +123,32 @@ class Config:
         )
 
 
+def layer_config(
+    in_features: int, activations: str, weights: str, rotation: str | int | None, epilogue: str = "none"
+) -> Config:
+    """The Config of a layer from the words that users write.
+
+    Args:
+        rotation: None, ``"hadamard"`` or a block size; the block becomes the largest power of two that
+            divides ``in_features`` and is at most that size (128 for ``"hadamard"``).
+
+    Raises:
+        ValueError: for a word or a block size that is not among these.
+    """
+    sizes = [1 << i for i in range(MAX_ROTATION_BLOCK.bit_length())]
+    if rotation is None:
+        block = 0
+    elif rotation == "hadamard":
+        block = rotation_block(in_features)
+    elif type(rotation) is int and rotation in sizes:
+        block = min(rotation, rotation_block(in_features))
+    else:
+        raise ValueError(
+            f"dynquant: expected rotation to be None, 'hadamard' or one of {sizes}, got {rotation!r}"
+        )
+    return Config(activations, weights, block, epilogue)
+
+
 def recode(code: int, **fields: Any) -> int:
     """``code`` with some fields of its Config replaced; it says the same of K."""
     return replace(Config.decode(code), **fields).encode() | code >> _K_SHIFT << _K_SHIFT

@@ -15,10 +15,11 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from .config import layer_config
 from .fuse import fuse as fuse_layers
 from .guard import check_arguments, kept_float
 from .measure import measure_layers, pair_layers
-from .nn.linear import QLinear, layer_config
+from .nn.linear import QLinear
 from .progress import layer_bar
 from .qtensor import QTensor
 from .report import Report, make_report

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from .nn.linear import QLinear
-from .nn.shared_input import SharedInput
+from .nn.merged import MergedGroup
 from .patterns.activations import epilogue_of
 from .patterns.registry import pattern_of
 
@@ -39,7 +39,7 @@ def fuse(model: nn.Module) -> nn.Module:
         for layer_name, activation_name in _activation_pairs(parent):
             _fuse_activation(parent, layer_name, activation_name, uses)
         for names in pattern_of(parent).same_input:
-            _share_input(parent, names, uses)
+            _merge(parent, names, uses)
     return model
 
 
@@ -67,13 +67,13 @@ def _fuse_activation(parent: nn.Module, layer_name: str, activation_name: str, u
         setattr(parent, "activation_relu_or_gelu", 0)  # noqa: B010
 
 
-def _share_input(parent: nn.Module, names: tuple[str, ...], uses: Counter[int]) -> None:
+def _merge(parent: nn.Module, names: tuple[str, ...], uses: Counter[int]) -> None:
     layers = [getattr(parent, name, None) for name in names]
     if any(type(layer) is not QLinear or uses[id(layer)] > 1 for layer in layers):
         return
-    shared = SharedInput([layer for layer in layers if isinstance(layer, QLinear)])
-    if shared.wide is not None:
-        for name, layer in zip(names, shared.layers, strict=True):
+    group = MergedGroup([layer for layer in layers if isinstance(layer, QLinear)])
+    if group.merged is not None:
+        for name, layer in zip(names, group.layers, strict=True):
             setattr(parent, name, layer)
 
 

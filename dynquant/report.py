@@ -17,7 +17,7 @@ from .extras import MissingPackageError, needs
 from .info import isa
 from .measure import Measured, MeasuredModel, Pair, measure_layers, measure_models, pair_layers, tensors_in
 from .nn.linear import QLinear
-from .nn.shared_input import SharingLinear
+from .nn.merged import MergedLinear
 from .sample import Sample, measuring
 from .selection import Left, default_mapping, select
 
@@ -388,8 +388,8 @@ def _of_layer(pair: Pair, seen: Measured) -> LayerReport:
 
 
 def _shares_input(layer: nn.Module) -> int:
-    if isinstance(layer, SharingLinear) and layer.shared.wide is not None:
-        return len(layer.shared.layers)
+    if isinstance(layer, MergedLinear) and layer.group.merged is not None:
+        return len(layer.group.layers)
     return 1
 
 

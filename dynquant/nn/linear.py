@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,40 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import MAX_ROTATION_BLOCK, Config, rotation_block
-from ..qtensor import FLOAT_WORDS, QTensor, dequantize, moved, shown, weight_scale
+from .. import ops  # noqa: F401  registers torch.ops.dynquant
+from ..config import Config, layer_config
+from ..qtensor import FLOAT_WORDS, QTensor, dequantize, moved, weight_scale
 from ..reference import FLOAT_DTYPES
-
-FORMAT_VERSION = 1
+from .state import (
+    check_activation_qparams,
+    check_bias,
+    check_not_rotated,
+    format_entry,
+    is_float_weight,
+    quantized,
+    read_activation_qparams,
+    read_weight,
+    weight_entries,
+)
 
 _linear_dynamic = torch.ops.dynquant.linear_dynamic.default
 _linear_static = torch.ops.dynquant.linear_static.default
-
-
-def layer_config(
-    in_features: int, activations: str, weights: str, rotation: str | int | None, epilogue: str = "none"
-) -> Config:
-    """The Config of a layer from the words that users write.
-
-    Args:
-        rotation: None, ``"hadamard"`` or a block size; the block becomes the largest power of two that
-            divides ``in_features`` and is at most that size (128 for ``"hadamard"``).
-
-    Raises:
-        ValueError: for a word or a block size that is not among these.
-    """
-    sizes = [1 << i for i in range(MAX_ROTATION_BLOCK.bit_length())]
-    if rotation is None:
-        block = 0
-    elif rotation == "hadamard":
-        block = rotation_block(in_features)
-    elif type(rotation) is int and rotation in sizes:
-        block = min(rotation, rotation_block(in_features))
-    else:
-        raise ValueError(
-            f"dynquant: expected rotation to be None, 'hadamard' or one of {sizes}, got {rotation!r}"
-        )
-    return Config(activations, weights, block, epilogue)
 
 
 class QLinear(nn.Module):
@@ -57,7 +40,7 @@ class QLinear(nn.Module):
         in_features, out_features, bias, device, dtype: as nn.Linear's.
         activations: ``"per_token"`` (qparams for each row of x) or ``"per_tensor"``.
         weights: ``"per_channel"`` (a scale for each output) or ``"per_tensor"``.
-        rotation: None, ``"hadamard"`` or a block size, see :func:`layer_config`.
+        rotation: None, ``"hadamard"`` or a block size, see :func:`dynquant.config.layer_config`.
         epilogue: ``"none"``, ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``.
 
     Attributes:
@@ -122,7 +105,7 @@ class QLinear(nn.Module):
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"QLinear.from_float: expected an nn.Linear, got {type(linear).__name__}")
         if linear.bias is not None:
-            _check_bias(linear.bias)
+            check_bias(linear.bias)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._init_from(linear, layer_config(linear.in_features, activations, weights, rotation, epilogue))
@@ -138,7 +121,7 @@ class QLinear(nn.Module):
         self.register_parameter("bias", bias)
         self.register_buffer("activation_scale", None)
         self.register_buffer("activation_zero_point", None)
-        self._set_weight(_quantized(linear.weight, config), config)
+        self._set_weight(quantized(linear.weight, config), config)
 
     def _set_weight(self, weight: QTensor, config: Config) -> None:
         expected = (self.out_features, self.in_features)
@@ -148,7 +131,7 @@ class QLinear(nn.Module):
         scale, zero_point = self.activation_scale, self.activation_zero_point
         qparams = None if scale is None or zero_point is None else (scale, zero_point)
         if qparams is not None:
-            _check_not_rotated(config)
+            check_not_rotated(config)
         # All that the op takes in one tuple: the forward call looks up one thing.
         self.__dict__["weight"] = weight
         self.__dict__["_packed"] = (
@@ -170,8 +153,8 @@ class QLinear(nn.Module):
                 beyond [-128, 127], a layer that rotates its input.
         """
         if scale is not None and zero_point is not None:
-            _check_activation_qparams(scale, zero_point)
-            _check_not_rotated(self.config)
+            check_activation_qparams(scale, zero_point)
+            check_not_rotated(self.config)
         elif scale is not None or zero_point is not None:
             raise ValueError("QLinear: expected both of scale and zero_point or none of them")
         self.activation_scale, self.activation_zero_point = scale, zero_point
@@ -185,7 +168,7 @@ class QLinear(nn.Module):
             config = replace(self.config, weights=config.weights, rotation_block=config.rotation_block)
             self._set_weight(value, config)
         elif isinstance(value, Tensor):
-            self._set_weight(_quantized(value, self.config), self.config)
+            self._set_weight(quantized(value, self.config), self.config)
         else:
             raise TypeError(f"QLinear: expected a tensor for .weight, got {type(value).__name__}")
 
@@ -287,18 +270,9 @@ class QLinear(nn.Module):
         self._set_weight(self.weight, Config.decode(state["_packed"]))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Format 1: ``weight`` int8 [N, K], ``weight_scale`` fp32 [N] or [1], ``bias`` fp32 [N] if any, and
-        ``format`` int64 [4]: (version, config, 1 + index in FLOAT_DTYPES of the dtype of ``.weight``, 0). A
-        static layer has ``activation_scale`` fp32 [1] and ``activation_zero_point`` int32 [1] besides."""
-        destination[prefix + "weight"] = self.weight.int_repr()
-        scale = self.weight_scale
-        if scale.untyped_storage().nbytes() != scale.nbytes:  # a slice, which safetensors' save_model refuses
-            scale = scale.clone()
-        destination[prefix + "weight_scale"] = scale
+        destination[prefix + "weight"], destination[prefix + "weight_scale"] = weight_entries(self.weight)
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        dtype = 1 + FLOAT_DTYPES.index(self.weight.dtype)
-        scheme = [FORMAT_VERSION, self.config.encode(), dtype, 0]
-        destination[prefix + "format"] = torch.tensor(scheme, device="cpu")
+        destination[prefix + "format"] = format_entry(self.weight.dtype, self.config)
 
     def _load_from_state_dict(
         self,
@@ -310,22 +284,20 @@ class QLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """The weight is loaded whole or not at all; a float one, of an unquantized model, is quantized. The
-        layer becomes static or dynamic as the one was that is loaded."""
-        own: dict[str, Any] = {
-            name: state_dict.get(prefix + name) for name in ("weight", "weight_scale", "format")
-        }
-        missing = [name for name, value in own.items() if value is None]
-        of_float_model = own["weight"] is not None and own["weight"].is_floating_point() and len(missing) == 2
+        """Loads the weight whole or not at all; quantizes a float weight, of an unquantized model. The layer
+        becomes static or dynamic as the saved one was."""
+        entries = {name: state_dict.get(prefix + name) for name in ("weight", "weight_scale", "format")}
+        missing = [name for name, value in entries.items() if value is None]
         loaded: tuple[QTensor, Config] | None = None
-        if missing and not of_float_model:
+        if missing and not is_float_weight(entries):
             missing_keys.extend(prefix + name for name in missing)
         else:
             try:
                 assign = local_metadata.get("assign_to_params_buffers", False)
                 device = None if assign else self.weight.device
-                loaded = self._read(**own, bias=state_dict.get(prefix + "bias"), device=device)
-                qparams = self._read_qparams(state_dict, prefix, loaded[1], device)
+                bias = state_dict.get(prefix + "bias")
+                loaded = read_weight(entries, bias, like=self.weight, config=self.config, device=device)
+                qparams = read_activation_qparams(state_dict, prefix, loaded[1], device)
             except ValueError as error:
                 error_msgs.append(f"QLinear {prefix.removesuffix('.')!r}: {error}")
                 return
@@ -336,98 +308,6 @@ class QLinear(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected, error_msgs
         )
-        unexpected_keys.extend(key for key in unexpected if key.removeprefix(prefix) not in own)
+        unexpected_keys.extend(key for key in unexpected if key.removeprefix(prefix) not in entries)
         if loaded is not None:
             self._set_weight(*loaded)
-
-    def _read(
-        self,
-        weight: Tensor,
-        weight_scale: Tensor | None,
-        format: Tensor | None,
-        bias: Tensor | None,
-        device: torch.device | None,
-    ) -> tuple[QTensor, Config]:
-        """The weight that a state_dict holds, packed on ``device`` (None: where it is), and the scheme.
-
-        ValueError in words for what does not fit this layer.
-        """
-        expected = [self.out_features, self.in_features]
-        if list(weight.shape) != expected:
-            raise ValueError(f"expected weight of shape {expected}, got {list(weight.shape)}")
-        if bias is not None:
-            _check_bias(bias)
-        if weight_scale is None or format is None:
-            warnings.warn(
-                "QLinear: the state_dict holds float weights, of an unquantized model: quantizing them",
-                stacklevel=2,
-            )
-            return shown(_quantized(weight.to(device), self.config), self.weight.dtype), self.config
-        if format.dtype != torch.int64 or list(format.shape) != [4]:
-            raise ValueError(f"expected format to be int64 [4], got {format.dtype} {list(format.shape)}")
-        version, code, dtype, reserved = format.tolist()
-        if version != FORMAT_VERSION or reserved or not 1 <= dtype <= len(FLOAT_DTYPES):
-            raise ValueError(
-                f"format {format.tolist()} is not one that this dynquant reads (version {FORMAT_VERSION}); "
-                "a newer dynquant may have written it"
-            )
-        config = Config.decode(code)
-        if config.encode() != code:
-            raise ValueError(f"config {code} has bits that no file holds")
-        if config.epilogue != self.config.epilogue:
-            raise ValueError(f"expected epilogue {self.config.epilogue!r}, got {config.epilogue!r}")
-        if bias is not None and bias.dtype != torch.float32:
-            raise ValueError(f"expected bias of dtype torch.float32, got {bias.dtype}")
-        weight, weight_scale = weight.to(device), weight_scale.to(device)
-        return QTensor.from_int8(weight, weight_scale, config, FLOAT_DTYPES[dtype - 1]), config
-
-    def _read_qparams(
-        self, state_dict: dict[str, Any], prefix: str, config: Config, device: torch.device | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Room for the qparams of a static layer where a state_dict holds them, which must be sound."""
-        scale = state_dict.get(prefix + "activation_scale")
-        zero_point = state_dict.get(prefix + "activation_zero_point")
-        if scale is None and zero_point is None:
-            return None, None
-        if scale is None or zero_point is None:
-            raise ValueError("expected activation_scale and activation_zero_point together, got one of them")
-        _check_activation_qparams(scale, zero_point)
-        _check_not_rotated(config)
-        return torch.empty_like(scale, device=device), torch.empty_like(zero_point, device=device)
-
-
-def _check_not_rotated(config: Config) -> None:
-    if config.rotation_block:
-        raise ValueError(
-            f"expected a static layer to have no rotation, got rotation=hadamard({config.rotation_block}): "
-            "its qparams are of the input itself, not of the rotated one"
-        )
-
-
-def _check_activation_qparams(scale: Tensor, zero_point: Tensor) -> None:
-    for name, value, dtype in (
-        ("activation_scale", scale, torch.float32),
-        ("activation_zero_point", zero_point, torch.int32),
-    ):
-        if value.dtype != dtype or list(value.shape) != [1]:
-            raise ValueError(
-                f"expected {name} to be {dtype} of shape [1], got {value.dtype} of shape {list(value.shape)}"
-            )
-    if scale.device.type != "meta":
-        if not (scale.isfinite() & (scale > 0)).item():
-            raise ValueError(f"expected activation_scale to be finite and positive, got {scale.item()}")
-        if not -128 <= zero_point.item() <= 127:
-            raise ValueError(f"expected activation_zero_point in [-128, 127], got {zero_point.item()}")
-
-
-def _quantized(weight: Tensor, config: Config) -> QTensor:
-    try:
-        return QTensor.quantize(weight, config)
-    except RuntimeError as error:
-        raise ValueError(str(error).removeprefix("quantize_weight: ")) from None
-
-
-def _check_bias(bias: Tensor) -> None:
-    """A NaN in the bias is a fault; an infinity may be meant, to rule an output out."""
-    if bias.device.type != "meta" and bias.isnan().any():
-        raise ValueError(f"expected bias without NaN, got nan at bias{bias.isnan().nonzero()[0].tolist()}")

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import dynquant
 from dynquant import QLinear
-from dynquant.nn.shared_input import SharingLinear
+from dynquant.nn.merged import MergedLinear
 from dynquant.patterns.activations import epilogue_of
 from dynquant.patterns.hugging_face import ACTIVATION_AFTER, QKV_GROUPS
 from dynquant.patterns.registry import PATTERNS, Pattern
@@ -161,8 +161,8 @@ def test_hugging_face_models(name: str, scheme: dict[str, str]) -> None:
         dynquant.quantize_dynamic(model, **scheme),
     )
     assert sum(layer.config.epilogue != "none" for layer in layers(fused)) == epilogues
-    assert sum(isinstance(layer, SharingLinear) for layer in layers(fused)) == sharing
-    assert all(layer.shared.wide for layer in layers(fused) if isinstance(layer, SharingLinear))
+    assert sum(isinstance(layer, MergedLinear) for layer in layers(fused)) == sharing
+    assert all(layer.group.merged for layer in layers(fused) if isinstance(layer, MergedLinear))
     assert set(fused.state_dict()) == set(plain.state_dict())
     with torch.no_grad():
         out, exact = fused(TOKENS).last_hidden_state, model(TOKENS).last_hidden_state
@@ -230,14 +230,14 @@ def test_sharing_gives_the_same_bits(widths, scheme, bias, dtype) -> None:
     for shape in ((24,), (1, 24), (3, 5, 24), (0, 24)):
         x = torch.randn(shape).to(dtype)
         assert_same_bits(shared(x), plain(x))
-    assert shared.q.shared.wide is not None
+    assert shared.q.group.merged is not None
 
 
 def test_the_wide_weight_is_that_of_one_wider_layer() -> None:
     shared, plain = both((128, 64, 50))
     x = torch.randn(3, 24)
     biases = torch.cat([layer.bias for layer in layers(plain)])
-    wide = shared.q.shared.wide
+    wide = shared.q.group.merged
     y = torch.ops.dynquant.linear_dynamic(x, *wide[:3], biases, wide.config)
     assert_same_bits(y, plain(x))
 
@@ -329,7 +329,7 @@ def test_weights_are_held_once() -> None:
     for name in ("q", "k", "v"):
         mine, other = getattr(shared, name), getattr(plain, name)
         storage = mine.weight.packed_weight.untyped_storage().data_ptr()
-        assert storage == shared.q.shared.wide.packed_weight.untyped_storage().data_ptr()
+        assert storage == shared.q.group.merged.packed_weight.untyped_storage().data_ptr()
         assert_same_bits(mine.weight.int_repr(), other.weight.int_repr())
         assert_same_bits(mine.dequantize_weight(), other.dequantize_weight())
         assert_same_bits(mine.weight_scale, other.weight_scale)
@@ -346,7 +346,7 @@ def test_state_dicts_go_both_ways() -> None:
         layer.bias.data.normal_()
     for assign in (False, True):
         shared.load_state_dict(other.state_dict(), assign=assign)
-        assert shared.q.shared.wide is not None
+        assert shared.q.group.merged is not None
         assert_same_bits(shared(x), other(x))
     plain.load_state_dict(shared.state_dict())
     assert_same_bits(plain(x), other(x))
@@ -360,19 +360,19 @@ def test_copies_pickles_moves_and_new_weights_share_again() -> None:
         pickle.loads(pickle.dumps(shared)),
         copy.deepcopy(shared).half().cpu(),
     ):
-        assert other.q.shared is not shared.q.shared
-        assert other.q.shared is other.v.shared
-        assert other.q.shared.wide is not None
+        assert other.q.group is not shared.q.group
+        assert other.q.group is other.v.group
+        assert other.q.group.merged is not None
         assert_same_bits(other(x), plain(x))
         assert set(other.state_dict()) == set(plain.state_dict())
     for dtype in (torch.bfloat16, torch.float64):
         other = copy.deepcopy(shared).to(dtype)
-        assert other.q.shared.wide is not None
+        assert other.q.group.merged is not None
         assert_same_bits(other(x.to(dtype)), plain(x.to(dtype)))
     new = torch.randn(64, 24)
     shared.k.weight, plain.k.weight = new, new
     shared.v.bias.data, plain.v.bias.data = new[0].repeat(3)[:64], new[0].repeat(3)[:64]
-    assert shared.q.shared.wide is not None
+    assert shared.q.group.merged is not None
     assert_same_bits(shared(x), plain(x))
     assert shared.to("meta")(x.to("meta")).shape == (2, 192)
 
@@ -413,10 +413,10 @@ def test_static_layers_share_too(observer: str) -> None:
             model(x)
         dynquant.freeze(model)
     shared, plain = models
-    assert shared.q.shared.wide.qparams is not None
+    assert shared.q.group.merged.qparams is not None
     assert_same_bits(shared(x), plain(x))
     shared.k.set_activation_qparams(None, None)
-    assert shared.q.shared.wide is None
+    assert shared.q.group.merged is None
     plain.k.set_activation_qparams(None, None)
     assert_same_bits(shared(x), plain(x))
 

@@ -512,7 +512,7 @@ def test_large_weights_are_joined_only_where_they_lie_side_by_side(monkeypatch: 
 
     with torch.no_grad():
         compiled(holder, keep)(X)
-    wide = holder.a.shared.wide.packed_weight
+    wide = holder.a.group.merged.packed_weight
     given = next(x for x in inputs if isinstance(x, Tensor) and x.shape == wide.shape)
     assert given.data_ptr() == wide.data_ptr()
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import dynquant
 from dynquant import Config, QLinear, quantize_dynamic
-from dynquant.nn.shared_input import SharingLinear
+from dynquant.nn.merged import MergedLinear
 from tests.support.nets import assert_unchanged, converted, net, state
 from tests.support.reporting import X, names, reasons, reported
 from tests.support.same_bits import assert_same_bits
@@ -110,7 +110,7 @@ def test_a_layer_that_stays_float_parts_those_that_shared_its_input(shared_atten
     assert [layer.shares_input for layer in report.layers] == [1, 1]
     assert_same_bits(quantized(X), quantize_dynamic(shared_attention, {"q", "k"})(X))
     quantized = quantize_dynamic(shared_attention, fuse=True, sample=X, min_speedup=0.5)
-    assert all(type(layer) is SharingLinear for layer in quantized.children())
+    assert all(type(layer) is MergedLinear for layer in quantized.children())
 
 
 def test_tied_modules_and_subclasses_under_the_guard(clock) -> None:

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dynquant import QLinear, fuse_graph, ops, reference
 from dynquant.config import Config, k_modulo_16, recode
-from dynquant.nn.shared_input import SharedInput
+from dynquant.nn.merged import MergedGroup
 from tests.support.same_bits import assert_same_bits
 
 K, N = 15, 64
@@ -196,11 +196,11 @@ def test_fused_graphs(leaves: bool) -> None:
 
 def test_layers_that_share_an_input() -> None:
     layers = [QLinear(K, N), QLinear(K, N)]
-    wide = SharedInput(layers).wide
+    wide = MergedGroup(layers).merged
     assert wide is not None
     assert k_modulo_16(wide.config) == K
     # The packed weights of both have one shape.
-    assert SharedInput([QLinear(K, N), QLinear(K - 1, N)]).wide is None
+    assert MergedGroup([QLinear(K, N), QLinear(K - 1, N)]).merged is None
 
 
 def test_weight_in_a_linear_function() -> None:

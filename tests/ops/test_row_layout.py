@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dynquant import QLinear, QTensor, ops, qtensor, reference
 from dynquant.config import Config
 from dynquant.nn import linear
-from dynquant.nn.shared_input import SharedInput
+from dynquant.nn.merged import MergedGroup
 from dynquant.reference import layout
 from tests.support.same_bits import assert_same_bits
 
@@ -134,9 +134,9 @@ def test_layers_of_any_width_lie_side_by_side() -> None:
     first, second = QLinear(20, 6), QLinear(20, 33)
     x = torch.randn(4, 20)
     expected = [first(x), second(x)]
-    shared = SharedInput([first, second])
-    assert shared.wide is not None
-    assert list(shared.wide.packed_weight.shape) == [39, 32]
+    shared = MergedGroup([first, second])
+    assert shared.merged is not None
+    assert list(shared.merged.packed_weight.shape) == [39, 32]
     for layer, wanted in zip(shared.layers, expected, strict=True):
         assert_same_bits(layer(x).detach(), wanted.detach())
 

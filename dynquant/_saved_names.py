@@ -1,0 +1,22 @@
+"""Names of moved classes and functions in files that version 0.1.0 saved.
+
+A pickle (``torch.save(model)``, a pickled Report) names each class by the module that defined it. The modules
+below are registered under those names, with the objects at their present places.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+from .nn.merged import MergedGroup, MergedLinear
+
+_NAMES: dict[str, dict[str, Any]] = {
+    "dynquant.nn.shared_input": {"SharedInput": MergedGroup, "SharingLinear": MergedLinear},
+}
+
+for _path, _objects in _NAMES.items():
+    _module = ModuleType(_path, f"Names in files of version 0.1.0; see {__name__}.")
+    vars(_module).update(_objects)
+    sys.modules[_path] = _module

@@ -4,12 +4,12 @@ from . import _saved_names, reference  # noqa: F401
 from ._version import __version__
 from .calibrate import calibrate, freeze
 from .config import Config
-from .convert import quantize_dynamic
 from .fuse import fuse
 from .graph import fuse_graph
 from .info import Info, available_isas, info, isa
 from .nn import QLinear
 from .qtensor import QTensor
+from .quantize import quantize_dynamic
 from .report import Report, report
 
 __all__ = [

@@ -11,8 +11,10 @@ from types import ModuleType
 from typing import Any
 
 from .nn.merged import MergedGroup, MergedLinear
+from .quantize import quantize_dynamic
 
 _NAMES: dict[str, dict[str, Any]] = {
+    "dynquant.convert": {"quantize_dynamic": quantize_dynamic},
     "dynquant.nn.shared_input": {"SharedInput": MergedGroup, "SharingLinear": MergedLinear},
 }
 

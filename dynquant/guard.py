@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .conversion.plan import Skipped
 from .measure import Measured, Pair
 from .sample import SAMPLE_WORDS
-from .selection import Left
 
 
 def check_arguments(sample: Any, report: bool, min_speedup: float | None, min_sqnr: float | None) -> None:
@@ -39,12 +39,12 @@ def check_arguments(sample: Any, report: bool, min_speedup: float | None, min_sq
             raise ValueError(f"quantize_dynamic: expected {name} to be a number, got nan")
 
 
-def kept_float(
+def below_thresholds(
     pairs: Sequence[Pair],
     measured: Mapping[str, Measured],
     min_speedup: float | None,
     min_sqnr: float | None,
-) -> list[Left]:
+) -> list[Skipped]:
     """The pairs that do not reach what was asked for, and by how much. What was not measured does.
 
     Args:
@@ -52,12 +52,12 @@ def kept_float(
         min_speedup: time of the float layer / time of the int8 layer.
         min_sqnr: dB.
     """
-    left = []
+    rejected = []
     for pair in pairs:
         reason = _why_float(measured[pair.name], min_speedup, min_sqnr)
         if reason is not None:
-            left.append(Left(pair.name, pair.float_layer, reason))
-    return left
+            rejected.append(Skipped(pair.name, pair.float_layer, reason))
+    return rejected
 
 
 def _why_float(seen: Measured, min_speedup: float | None, min_sqnr: float | None) -> str | None:

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .conversion.plan import label
+from .conversion.sources import default_mapping
 from .nn.linear import QLinear
 from .patterns.activations import apply_float
 from .patterns.hugging_face import CONV1D
 from .patterns.registry import type_name
 from .progress import layer_bar
 from .sample import Sample
-from .selection import default_mapping, label
 from .timing import compare
 
 LAYER_ROUNDS, LAYER_SECONDS = 5, 0.001

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .conversion.plan import Skipped
+from .conversion.select import select
+from .conversion.sources import default_mapping
 from .extras import MissingPackageError, needs
 from .info import isa
 from .measure import Measured, MeasuredModel, Pair, measure_layers, measure_models, pair_layers, tensors_in
 from .nn.linear import QLinear
 from .nn.merged import MergedLinear
 from .sample import Sample, measuring
-from .selection import Left, default_mapping, select
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -325,13 +327,13 @@ def make_report(
     int8_model: nn.Module,
     sample: Sample,
     *,
-    kept: Sequence[Left] = (),
+    rejected: Sequence[Skipped] = (),
     measured: Mapping[str, Measured] | None = None,
 ) -> Report:
     """:func:`report` under :func:`dynquant.sample.measuring`.
 
     Args:
-        kept: layers that the guard kept float, and why.
+        rejected: layers that missed a threshold, and why.
         measured: of the layers, by name, where it is known already.
     """
     pairs = pair_layers(model, int8_model)
@@ -341,7 +343,7 @@ def make_report(
     return Report(
         _of_model(model, int8_model, whole),
         tuple(_of_layer(pair, measured[pair.name]) for pair in pairs),
-        tuple(_skipped(model, int8_model, pairs, kept)),
+        tuple(_skipped(model, int8_model, pairs, rejected)),
         str(sample),
         torch.get_num_threads(),
         isa(),
@@ -394,16 +396,16 @@ def _shares_input(layer: nn.Module) -> int:
 
 
 def _skipped(
-    model: nn.Module, int8_model: nn.Module, pairs: Iterable[Pair], kept: Sequence[Left]
+    model: nn.Module, int8_model: nn.Module, pairs: Iterable[Pair], rejected: Sequence[Skipped]
 ) -> list[SkippedLayer]:
     """What has a weight matrix and was not converted, in the order of the model."""
     # The spec that covers everything tells of each module whether it could have been converted.
-    _, left = select(model, {nn.Module: {}}, {}, default_mapping(model))
-    reasons = {id(item.module): item.reason for item in (*left, *kept)}
+    _, skipped = select(model, {nn.Module: {}}, {}, default_mapping(model))
+    reasons = {id(item.module): item.reason for item in (*skipped, *rejected)}
     linear_types = tuple(default_mapping(model))
     converted = {id(pair.float_layer) for pair in pairs}
     types = {name: type(layer) for name, layer in int8_model.named_modules(remove_duplicate=False)}
-    skipped = []
+    layers = []
     for name, module in model.named_modules():
         if id(module) in converted:
             continue
@@ -418,8 +420,8 @@ def _skipped(
         else:
             continue  # something else took its place, through a mapping of the user's or in a graph
         if reason is not None:
-            skipped.append(SkippedLayer(name, type(module).__name__, _nbytes(tensors), reason))
-    return skipped
+            layers.append(SkippedLayer(name, type(module).__name__, _nbytes(tensors), reason))
+    return layers
 
 
 def _tensors_of(module: nn.Module) -> list[Tensor]:

@@ -606,7 +606,7 @@ def test_hooks_of_the_model_see_each_run_and_come_along() -> None:
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("stage", ["measure_layers", "kept_float", "make_report"])
+@pytest.mark.parametrize("stage", ["measure_layers", "below_thresholds", "make_report"])
 def test_an_interruption_leaves_the_model_as_it_was(monkeypatch, inplace: bool, stage: str) -> None:
     model = net()
     before = state(model)
@@ -615,7 +615,7 @@ def test_an_interruption_leaves_the_model_as_it_was(monkeypatch, inplace: bool, 
     def interrupted(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(importlib.import_module("dynquant.convert"), stage, interrupted)
+    monkeypatch.setattr(importlib.import_module("dynquant.quantize"), stage, interrupted)
     with pytest.raises(KeyboardInterrupt):
         reported(model, inplace=inplace, min_speedup=1.0, fuse=True)
     assert list(model.modules()) == modules

@@ -3,79 +3,24 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .config import Config
-from .nn.linear import QLinear
-from .patterns.hugging_face import CONV1D
-from .patterns.registry import type_name
-from .reference import FLOAT_DTYPES
-
-Words = dict[str, Any]
-"""The scheme of a layer as ``from_float`` takes it: activations, weights, rotation and so on."""
-
-
-@dataclass(frozen=True)
-class Selected:
-    """A module that is to be converted."""
-
-    name: str
-    module: nn.Module
-    target: Any
-    words: Words
-
-
-@dataclass(frozen=True)
-class Left:
-    """A module that stays float although the spec covers it, and why."""
-
-    name: str
-    module: nn.Module
-    reason: str
-
-
-def default_mapping(model: nn.Module) -> dict[type, Any]:
-    """Float type to quantized type: nn.Linear, and Hugging Face's Conv1D where ``model`` has any."""
-    conv1d = {type(module): _Conv1D for module in model.modules() if type_name(module) == CONV1D}
-    return {nn.Linear: QLinear, **conv1d}
-
-
-class _Conv1D:
-    """Makes QLinear layers of Hugging Face's Conv1D."""
-
-    @staticmethod
-    def from_float(
-        conv: nn.Module,
-        activations: str,
-        weights: str,
-        rotation: str | int | None = None,
-        epilogue: str = "none",
-    ) -> QLinear:
-        linear = linear_of_conv1d(conv)
-        return QLinear.from_float(
-            linear, activations=activations, weights=weights, rotation=rotation, epilogue=epilogue
-        )
-
-
-def linear_of_conv1d(conv: Any) -> nn.Linear:
-    """GPT-2's Conv1D as the nn.Linear that computes the same; it shares the weight's memory."""
-    k, n = conv.weight.shape
-    linear = nn.Linear(k, n, bias=conv.bias is not None, device="meta")
-    linear.weight = nn.Parameter(conv.weight.detach().t(), requires_grad=False)
-    if conv.bias is not None:
-        linear.bias = conv.bias
-    return linear.train(conv.training)
+from ..config import Config
+from ..reference import FLOAT_DTYPES
+from .plan import Scheme, Selected, Skipped, label
 
 
 def read_spec(
-    qconfig_spec: Mapping[type | str, Any] | Collection[type | str] | None, dtype: torch.dtype, words: Words
-) -> dict[type | str, Words | None]:
+    qconfig_spec: Mapping[type | str, Any] | Collection[type | str] | None,
+    dtype: torch.dtype,
+    default: Scheme,
+) -> dict[type | str, Scheme | None]:
     """``qconfig_spec`` as a dict of types and names to their scheme, None for what is to stay float."""
     if not isinstance(qconfig_spec, Mapping) and dtype not in (torch.qint8, torch.int8):
         raise ValueError(
@@ -83,7 +28,7 @@ def read_spec(
             "weights of that dtype"
         )
     if qconfig_spec is None:
-        return {nn.Linear: words}
+        return {nn.Linear: default}
     if isinstance(qconfig_spec, str) or not isinstance(qconfig_spec, Collection):
         raise TypeError(
             "quantize_dynamic: expected qconfig_spec to be None, a set of types and names or a dict of them, "
@@ -93,11 +38,11 @@ def read_spec(
         if not isinstance(key, (type, str)):
             raise TypeError(f"quantize_dynamic: expected types and names in qconfig_spec, got {key!r}")
     if isinstance(qconfig_spec, Mapping):
-        return {key: read_qconfig(label(key), value, words) for key, value in qconfig_spec.items()}
-    return dict.fromkeys(qconfig_spec, words)
+        return {key: read_qconfig(label(key), value, default) for key, value in qconfig_spec.items()}
+    return dict.fromkeys(qconfig_spec, default)
 
 
-def read_qconfig(of: str, qconfig: Any, words: Words) -> Words | None:
+def read_qconfig(of: str, qconfig: Any, default: Scheme) -> Scheme | None:
     """One value of the spec: None, a Config, or torch.ao's QConfig (a pair of observer factories)."""
     if qconfig is None:
         return None
@@ -124,16 +69,16 @@ def read_qconfig(of: str, qconfig: Any, words: Words) -> Words | None:
             f"got {observer.dtype}"
         )
     per_channel = observer.qscheme in (torch.per_channel_symmetric, torch.per_channel_affine)
-    return {**words, "weights": "per_channel" if per_channel else "per_tensor"}
+    return {**default, "weights": "per_channel" if per_channel else "per_tensor"}
 
 
 def select(
-    model: nn.Module, spec: Mapping[type | str, Words | None], words: Words, mapping: Mapping[type, Any]
-) -> tuple[list[Selected], list[Left]]:
+    model: nn.Module, spec: Mapping[type | str, Scheme | None], default: Scheme, mapping: Mapping[type, Any]
+) -> tuple[list[Selected], list[Skipped]]:
     """The modules that the spec covers: those that can be converted, each once, and those that cannot.
 
     Args:
-        words: the scheme for modules that have a ``qconfig`` attribute, where that leaves it open.
+        default: the scheme for modules that have a ``qconfig`` attribute, where that leaves it open.
 
     Raises:
         ValueError: for a name in ``spec`` that ``model`` does not have, a layer that has no weight yet.
@@ -147,12 +92,12 @@ def select(
                 f"quantize_dynamic: qconfig_spec names {key!r}, which the model does not have{hint}"
             )
 
-    covered: dict[str, Words | None] = {}
+    covered: dict[str, Scheme | None] = {}
     for name, module in modules.items():
         keys = [name, *type(module).__mro__]
         found = next((key for key in keys if key in spec), None)
         if "qconfig" in vars(module):
-            covered[name] = read_qconfig(label(name), module.qconfig, words)
+            covered[name] = read_qconfig(label(name), module.qconfig, default)
         elif found is not None:
             covered[name] = spec[found]
         elif name and (parent := name.rpartition(".")[0]) in covered:
@@ -161,7 +106,7 @@ def select(
     stays_float = {id(modules[name]) for name, scheme in covered.items() if scheme is None}
 
     selected: dict[int, Selected] = {}
-    left: dict[int, Left] = {}
+    skipped: dict[int, Skipped] = {}
     for name, scheme in covered.items():
         module = modules[name]
         if scheme is None or id(module) in stays_float or id(module) in selected:
@@ -169,10 +114,10 @@ def select(
         base = next((base for base in type(module).__mro__ if base in mapping), None)
         reason = _why_not(name, module, base)
         if reason is not None:
-            left[id(module)] = Left(name, module, reason)
+            skipped[id(module)] = Skipped(name, module, reason)
         elif base is not None:
             selected[id(module)] = Selected(name, module, mapping[base], scheme)
-    return list(selected.values()), list(left.values())
+    return list(selected.values()), list(skipped.values())
 
 
 def _why_not(name: str, module: nn.Module, base: Any) -> str | None:
@@ -194,8 +139,27 @@ def _why_not(name: str, module: nn.Module, base: Any) -> str | None:
     return None
 
 
-def label(key: type | str) -> str:
-    """A key of a spec, or the name of a layer, as messages call it."""
-    if isinstance(key, type):
-        return key.__name__
-    return f"layer {key!r}" if key else "the model itself"
+def warn_of_unconverted(
+    model: nn.Module,
+    spec: Mapping[type | str, Scheme | None],
+    selected: list[Selected],
+    skipped: list[Skipped],
+) -> None:
+    """One warning that lists the keys of the spec under which no module is converted."""
+    converted = {id(item.module) for item in selected}
+    reasons = {id(item.module): item.reason for item in skipped}
+    stays = {}
+    for key, scheme in spec.items():
+        if scheme is None:
+            continue
+        matches = {
+            name: module
+            for name, module in model.named_modules(remove_duplicate=False)
+            if (name == key or key in type(module).__mro__) and spec.get(name, scheme) is not None
+        }
+        if converted.isdisjoint(id(part) for module in matches.values() for part in module.modules()):
+            for name, module in matches.items():
+                reason = reasons.get(id(module), "there is nothing in it to convert")
+                stays[name] = f"{label(name)} ({type(module).__name__}): {reason}"
+    if stays:
+        warnings.warn("quantize_dynamic: left as they are: " + "; ".join(stays.values()), stacklevel=3)

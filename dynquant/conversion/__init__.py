@@ -1,0 +1,1 @@
+"""From a float model to one with quantized modules: selection, conversion, replacement."""

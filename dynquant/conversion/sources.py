@@ -1,0 +1,44 @@
+"""Float types and the quantized types that their modules become."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..nn.linear import QLinear
+from ..patterns.hugging_face import CONV1D
+from ..patterns.registry import type_name
+
+
+def default_mapping(model: nn.Module) -> dict[type, Any]:
+    """Float type to quantized type: nn.Linear, and Hugging Face's Conv1D where ``model`` has any."""
+    conv1d = {type(module): _Conv1D for module in model.modules() if type_name(module) == CONV1D}
+    return {nn.Linear: QLinear, **conv1d}
+
+
+class _Conv1D:
+    """Makes QLinear layers of Hugging Face's Conv1D."""
+
+    @staticmethod
+    def from_float(
+        conv: nn.Module,
+        activations: str,
+        weights: str,
+        rotation: str | int | None = None,
+        epilogue: str = "none",
+    ) -> QLinear:
+        linear = linear_of_conv1d(conv)
+        return QLinear.from_float(
+            linear, activations=activations, weights=weights, rotation=rotation, epilogue=epilogue
+        )
+
+
+def linear_of_conv1d(conv: Any) -> nn.Linear:
+    """GPT-2's Conv1D as the nn.Linear that computes the same; it shares the weight's memory."""
+    k, n = conv.weight.shape
+    linear = nn.Linear(k, n, bias=conv.bias is not None, device="meta")
+    linear.weight = nn.Parameter(conv.weight.detach().t(), requires_grad=False)
+    if conv.bias is not None:
+        linear.bias = conv.bias
+    return linear.train(conv.training)

@@ -1,0 +1,197 @@
+"""quantize_dynamic: select, convert, fuse, measure, judge, report."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from .config import layer_config
+from .conversion.plan import Scheme, Selected
+from .conversion.select import read_spec, select, warn_of_unconverted
+from .conversion.sources import default_mapping
+from .conversion.swap import convert, swap
+from .fuse import fuse as fuse_modules
+from .guard import below_thresholds, check_arguments
+from .measure import measure_layers, pair_layers
+from .report import Report, make_report
+from .sample import Sample, measuring
+
+Spec = Mapping[type | str, Any] | Collection[type | str] | None
+
+
+@overload
+def quantize_dynamic(
+    model: nn.Module,
+    qconfig_spec: Spec = None,
+    dtype: torch.dtype = torch.qint8,
+    mapping: Mapping[type, Any] | None = None,
+    inplace: bool = False,
+    *,
+    activations: str = "per_token",
+    weights: str = "per_channel",
+    rotation: str | int | None = None,
+    fuse: bool = False,
+    sample: Any = None,
+    min_speedup: float | None = None,
+    min_sqnr: float | None = None,
+    report: Literal[False] = False,
+) -> nn.Module: ...
+
+
+@overload
+def quantize_dynamic(
+    model: nn.Module,
+    qconfig_spec: Spec = None,
+    dtype: torch.dtype = torch.qint8,
+    mapping: Mapping[type, Any] | None = None,
+    inplace: bool = False,
+    *,
+    activations: str = "per_token",
+    weights: str = "per_channel",
+    rotation: str | int | None = None,
+    fuse: bool = False,
+    sample: Any = None,
+    min_speedup: float | None = None,
+    min_sqnr: float | None = None,
+    report: Literal[True],
+) -> tuple[nn.Module, Report]: ...
+
+
+def quantize_dynamic(
+    model: nn.Module,
+    qconfig_spec: Spec = None,
+    dtype: torch.dtype = torch.qint8,
+    mapping: Mapping[type, Any] | None = None,
+    inplace: bool = False,
+    *,
+    activations: str = "per_token",
+    weights: str = "per_channel",
+    rotation: str | int | None = None,
+    fuse: bool = False,
+    sample: Any = None,
+    min_speedup: float | None = None,
+    min_sqnr: float | None = None,
+    report: bool = False,
+) -> nn.Module | tuple[nn.Module, Report]:
+    """Swap the nn.Linear layers of a model for :class:`dynquant.QLinear`; torch.ao's function of that name.
+
+    Subclasses of nn.Linear are swapped where they run nn.Linear's own forward, the model itself where it is
+    one. A module that appears several times is converted once, and layers that share a weight go on sharing
+    it. Forward and backward hooks come along. Everything else stays as it is, and where anything fails so
+    does the model. The result is in eval mode, as torch.ao's.
+
+    Args:
+        model: any module on any device.
+        qconfig_spec: what to convert. None: every nn.Linear. A set of types and dotted names: these, and what
+            is below them. A dict of types and dotted names to None (leave float), a :class:`dynquant.Config`
+            or one of torch.ao's QConfig objects, whose weight observer says per_tensor or per_channel. A name
+            goes before a type, both before what holds for the parent, a ``qconfig`` attribute before all.
+        dtype: torch.qint8 or torch.int8; ignored where ``qconfig_spec`` is a dict, as by torch.ao.
+        mapping: float type to quantized type with a ``from_float``; None for {nn.Linear: QLinear}, and
+            Hugging Face's Conv1D, GPT-2's linear layer, likewise.
+        inplace: swap in ``model`` itself instead of a copy. A model that is itself an nn.Linear is never
+            changed: use what is returned.
+        activations, weights, rotation: the scheme, as of :class:`dynquant.QLinear`.
+        fuse: move activation functions into the layers before them, and bring layers that read the same
+            tensor together, see :func:`dynquant.fuse`.
+        sample: what the model is called with, as of :func:`dynquant.report`, for the three that follow. They
+            run the model on it, in eval mode and without gradients.
+        min_speedup: keep a layer float where time of the float layer / time of the int8 layer, measured on
+            its inputs from the sample, is below this; 1.0: no layer becomes slower. Layers that the sample
+            does not reach are converted.
+        min_sqnr: likewise where the SQNR of its output is below this, in dB; 20 is an error of a tenth.
+        report: return what was measured too.
+
+    Returns:
+        The converted model; with ``report=True`` the pair of it and a :class:`dynquant.Report`.
+
+    Raises:
+        ValueError: for a name that the model does not have, a scheme word, dtype or qconfig that is not for
+            int8, a NaN or an infinity in a weight, with the name of the layer; for a sample that the model
+            does not take, ``min_speedup``, ``min_sqnr`` or ``report`` without a sample.
+        TypeError: for a ``qconfig_spec`` or a key or value in it of another kind, a minimum that is no
+            number.
+    """
+    scheme: Scheme = {"activations": activations, "weights": weights, "rotation": rotation}
+    layer_config(1, **scheme)
+    check_arguments(sample, report, min_speedup, min_sqnr)
+    spec = read_spec(qconfig_spec, dtype, scheme)
+    if mapping is None:
+        mapping = default_mapping(model)
+        if qconfig_spec is None:
+            spec = {**dict.fromkeys(mapping, spec[nn.Linear]), **spec}
+    selected, skipped = select(model, spec, scheme, mapping)
+    warn_of_unconverted(model, spec if qconfig_spec is not None else {}, selected, skipped)
+    if sample is None:
+        return _build(model, selected, fuse=fuse, inplace=inplace)
+    result, made_report = _convert_measured(
+        model,
+        selected,
+        Sample.of(sample),
+        fuse=fuse,
+        inplace=inplace,
+        min_speedup=min_speedup,
+        min_sqnr=min_sqnr,
+        report=report,
+    )
+    return result if made_report is None else (result, made_report)
+
+
+def _build(
+    model: nn.Module,
+    selected: Collection[Selected],
+    *,
+    fuse: bool,
+    inplace: bool = False,
+    shared: Iterable[Tensor] = (),
+) -> nn.Module:
+    with torch.inference_mode(False):
+        result = swap(model, convert(selected), inplace, shared).eval()
+        return fuse_modules(result) if fuse else result
+
+
+def _convert_measured(
+    model: nn.Module,
+    selected: list[Selected],
+    sample: Sample,
+    *,
+    fuse: bool,
+    inplace: bool,
+    min_speedup: float | None,
+    min_sqnr: float | None,
+    report: bool,
+) -> tuple[nn.Module, Report | None]:
+    """Convert the selected modules but for those that miss a threshold on the sample; report the result."""
+    with measuring(model):
+        # A sample that does not fit is an error before anything is converted.
+        sample.run(model, "the model")
+        # In place, the model itself comes last, when nothing can fail any more: the measured model is a copy
+        # that shares its tensors.
+        shared = [*model.parameters(), *model.buffers()] if inplace else []
+        result = _build(model, selected, fuse=fuse, shared=shared)
+        pairs = pair_layers(model, result)
+        measured = measure_layers(model, pairs, sample, timed=report or min_speedup is not None)
+        # A user's from_float may have converted layers that are not selected themselves; they stay int8.
+        selected_ids = {id(item.module) for item in selected}
+        candidates = [pair for pair in pairs if id(pair.float_layer) in selected_ids]
+        rejected = below_thresholds(candidates, measured, min_speedup, min_sqnr)
+        if rejected and min_speedup is not None:
+            # On a busy machine any layer may look slow once: rejected layers are timed again, which decides.
+            names = {item.name for item in rejected}
+            candidates = [pair for pair in candidates if pair.name in names]
+            measured |= measure_layers(model, candidates, sample)
+            rejected = below_thresholds(candidates, measured, min_speedup, min_sqnr)
+        if rejected:
+            del result, pairs, candidates
+            rejected_ids = {id(item.module) for item in rejected}
+            selected = [item for item in selected if id(item.module) not in rejected_ids]
+            result = _build(model, selected, fuse=fuse, shared=shared)
+        made_report = None
+        if report:
+            made_report = make_report(model, result, sample, rejected=rejected, measured=measured)
+    if inplace:
+        result = _build(model, selected, fuse=fuse, inplace=True)
+    return result, made_report

@@ -4,8 +4,8 @@ from . import _saved_names, reference  # noqa: F401
 from ._version import __version__
 from .calibrate import calibrate, freeze
 from .config import Config
-from .fuse import fuse
-from .graph import fuse_graph
+from .fusion.graph import fuse_graph
+from .fusion.modules import fuse
 from .info import Info, available_isas, info, isa
 from .nn import QLinear
 from .qtensor import QTensor

@@ -13,7 +13,7 @@ from .conversion.plan import Scheme, Selected
 from .conversion.select import read_spec, select, warn_of_unconverted
 from .conversion.sources import default_mapping
 from .conversion.swap import convert, swap
-from .fuse import fuse as fuse_modules
+from .fusion.modules import fuse as fuse_modules
 from .guard import below_thresholds, check_arguments
 from .measure import measure_layers, pair_layers
 from .report import Report, make_report

@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import dynquant
-from dynquant import Config, QLinear, fuse_graph, torch_compile
+from dynquant import Config, QLinear, fuse_graph
+from dynquant.fusion import compile_backend
 from dynquant.patterns.registry import PATTERNS, Pattern
 from tests.support.nets import Written
 from tests.support.same_bits import assert_same_bits
@@ -480,7 +481,7 @@ def test_a_layer_with_two_inputs_is_not_lent_to_a_group() -> None:
 
 
 def test_large_weights_are_joined_only_where_they_lie_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_compile, "COPIED_BYTES", 0)
+    monkeypatch.setattr(compile_backend, "COPIED_BYTES", 0)
     model = Net(heads, 3)
 
     class Holder(nn.Module):

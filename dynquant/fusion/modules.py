@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import nn
 
-from .nn.linear import QLinear
-from .nn.merged import MergedGroup
-from .patterns.activations import epilogue_of
-from .patterns.registry import pattern_of
+from ..nn.linear import QLinear
+from ..nn.merged import MergedGroup
+from ..patterns.activations import epilogue_of
+from ..patterns.registry import pattern_of
 
 
 def fuse(model: nn.Module) -> nn.Module:

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .graph import Call, fold_activations, join, join_calls, lie_side_by_side, parts_of
+from .epilogues import fold_activations
+from .merge import are_contiguous, merge_calls, merge_tensors, parts_of
+from .nodes import Call
 
 COPIED_BYTES = 1 << 22
 """Up to this many bytes of packed weights are copied to stand side by side. One op instead of three saves
@@ -31,7 +33,7 @@ def backend(
     It runs before autograd takes the graph apart: the fused ops bring gradients of their own, and the
     results are the same with gradients and without (the backward of an epilogue computes its layer again).
     A new weight in a layer takes effect at the next call, without compiling again. Weights that
-    :func:`dynquant.fuse` laid side by side are joined where they are; others are copied for it, small ones
+    :func:`dynquant.fuse` laid side by side are merged where they are; others are copied for it, small ones
     only (:data:`COPIED_BYTES`).
 
     Args:
@@ -51,7 +53,7 @@ def backend(
         raise ValueError("dynquant: expected options['backend'] to be another backend, got 'dynquant'")
     fold_activations(module)
     inputs = list(example_inputs)
-    joined = _join_inputs(module, inputs)
+    merged = _merge_inputs(module, inputs)
     module.recompile()
     if inner == "inductor":
         from torch import _inductor as inductor
@@ -60,46 +62,46 @@ def backend(
         compiled: Callable[..., Any] = inductor.compile(module, inputs, options=patches)
     else:
         compiled = torch._dynamo.lookup_backend(inner)(module, inputs)
-    if not joined:
+    if not merged:
         return compiled
 
     def run(*args: Any) -> Any:
         inputs = list(args)
-        for weight in joined:
+        for weight in merged:
             weight.put(args, inputs)
         return compiled(*inputs)
 
     return run
 
 
-class _JoinedInput:
-    """An input of the compiled function that is several of the graph's own, joined.
+class _MergedInput:
+    """An input of the compiled function that is several of the graph's own, merged.
 
-    Layers keep their weights as long as nobody assigns new ones, so what was joined once is good while the
+    Layers keep their weights as long as nobody assigns new ones, so what was merged once is good while the
     very same tensors come. The first part's place is that of the whole; the others are read no more.
     """
 
     def __init__(self, places: Sequence[int], inputs: Sequence[Any]) -> None:
         self.places = places
-        self.held = self._joined(inputs)
+        self.held = self._merged(inputs)
 
-    def _joined(self, inputs: Sequence[Any]) -> tuple[tuple[Tensor, ...], Tensor]:
+    def _merged(self, inputs: Sequence[Any]) -> tuple[tuple[Tensor, ...], Tensor]:
         parts = tuple(inputs[place] for place in self.places)
-        return parts, join(parts)
+        return parts, merge_tensors(parts)
 
     def put(self, args: Sequence[Any], inputs: list[Any]) -> None:
         held = self.held  # read once: another thread may be replacing it
         if any(args[place] is not part for part, place in zip(held[0], self.places, strict=True)):
-            self.held = held = self._joined(args)
+            self.held = held = self._merged(args)
         inputs[self.places[0]] = held[1]
 
 
-def _join_inputs(module: fx.GraphModule, inputs: list[Any]) -> list[_JoinedInput]:
-    """Join what the graph's layers share where their weights are inputs of it; ``inputs`` change with it."""
+def _merge_inputs(module: fx.GraphModule, inputs: list[Any]) -> list[_MergedInput]:
+    """Merge the weights of layers with one input, where they are inputs of the graph, in ``inputs``."""
     placeholders = module.graph.find_nodes(op="placeholder")
     places = {node: place for place, node in enumerate(placeholders)}
     originals = list(inputs)
-    joined: list[_JoinedInput] = []
+    merged: list[_MergedInput] = []
 
     def value_of(node: fx.Node) -> Tensor | None:
         value = originals[places[node]] if node in places else None
@@ -109,22 +111,22 @@ def _join_inputs(module: fx.GraphModule, inputs: list[Any]) -> list[_JoinedInput
         columns = parts_of(calls)
         packed_weights = [originals[places[node]] for node in columns[0]]
         size = sum(part.numel() for part in packed_weights)
-        if size > COPIED_BYTES and not lie_side_by_side(packed_weights):
+        if size > COPIED_BYTES and not are_contiguous(packed_weights):
             return None
         # The first part's place is lent to the whole, so nothing else may read that part.
         if any(set(column[0].users) != {calls[0].node} for column in columns):
             return None
         for column in columns:
-            whole = _JoinedInput([places[node] for node in column], originals)
-            joined.append(whole)
+            whole = _MergedInput([places[node] for node in column], originals)
+            merged.append(whole)
             inputs[places[column[0]]] = _shown(column[0], whole.held[1])
         biases = [call.bias for call in calls if call.bias is not None]
         # Joined at each call: a bias is trained and loaded in place.
         bias = module.graph.call_function(torch.cat, (biases,)) if biases else None
         return [column[0] for column in columns], bias
 
-    join_calls(module, value_of, place)
-    return joined
+    merge_calls(module, value_of, place)
+    return merged
 
 
 def _shown(node: fx.Node, whole: Tensor) -> Tensor:

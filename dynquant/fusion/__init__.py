@@ -1,0 +1,1 @@
+"""Fusions of quantized layers: in modules by patterns, in torch.fx graphs, and for torch.compile."""

@@ -1,0 +1,73 @@
+"""Activation functions in a torch.fx graph become epilogues of the ops before them."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from ..config import recode
+from ..patterns.activations import EPILOGUE_OF_TARGET, GELU_OF_APPROXIMATE, epilogue_of
+from .modules import has_hooks
+from .nodes import Call, between, kind_of, value_at
+
+_aten = torch.ops.aten
+
+_MUL: set[Any] = {_aten.mul.Tensor, operator.mul, torch.mul, "mul"}
+_SIGMOID: set[Any] = {_aten.sigmoid.default, torch.sigmoid, F.sigmoid, "sigmoid"}
+
+
+def fold_activations(module: fx.GraphModule) -> None:
+    """Activation functions into the op before them, where nothing else reads that op's output."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        found = _activation(module, node)
+        if found is None:
+            continue
+        source, epilogue, parts = found
+        call = Call.of(source)
+        if call is None or call.config.epilogue != "none" or set(source.users) != set(parts):
+            continue
+        # An activation that autocast moves to another dtype has an output that the epilogue would not have.
+        dtypes = {value.dtype for value in map(value_at, (source, node)) if isinstance(value, Tensor)}
+        if len(dtypes) > 1 or any(kind_of(module, other) == "unknown" for other in between(source, node)):
+            continue
+        source.args = (*call.arguments[:-1], recode(call.arguments[-1], epilogue=epilogue))
+        source.kwargs = {}
+        node.replace_all_uses_with(source)
+        for part in reversed(parts):
+            graph.erase_node(part)
+
+
+def _activation(module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, str, list[fx.Node]] | None:
+    """What an activation is applied to, its epilogue and its nodes, which end in ``node``."""
+    if node.op == "call_module":
+        activation = module.get_submodule(str(node.target))
+        epilogue = None if has_hooks(activation) else epilogue_of(activation)
+    else:
+        sigmoid = _silu_in_two(node)
+        if sigmoid is not None:
+            return sigmoid.args[0], "silu", [sigmoid, node]  # type: ignore[return-value]
+        is_call = node.op in ("call_function", "call_method")
+        epilogue = EPILOGUE_OF_TARGET.get(node.target) if is_call else None
+    source = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
+    if epilogue is None or not isinstance(source, fx.Node):
+        return None
+    if epilogue == "gelu" and node.op != "call_module":
+        approximate = node.args[1] if len(node.args) > 1 else node.kwargs.get("approximate", "none")
+        epilogue = GELU_OF_APPROXIMATE.get(str(approximate))
+    return None if epilogue is None else (source, epilogue, [node])
+
+
+def _silu_in_two(node: fx.Node) -> fx.Node | None:
+    """The sigmoid(y) of a node y * sigmoid(y), as which silu is exported."""
+    if node.target not in _MUL or len(node.args) != 2:
+        return None
+    for y, gate in (node.args, node.args[::-1]):
+        is_gate = isinstance(gate, fx.Node) and gate.target in _SIGMOID and gate.args == (y,)
+        if is_gate and isinstance(gate, fx.Node) and set(gate.users) == {node}:
+            return gate
+    return None

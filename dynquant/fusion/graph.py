@@ -1,0 +1,150 @@
+"""fuse_graph: the fusions of :func:`dynquant.fuse`, found in a torch.fx graph instead of by module types.
+
+A graph shows every use of every value, so nothing has to be known of the modules: an activation function
+moves into the op before it where nothing else reads that op's output, and ops that read the same tensor
+become one wider op, whose weights are merged beforehand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..nn.linear import QLinear
+from .epilogues import fold_activations
+from .merge import merge_calls, merge_tensors, parts_of
+from .modules import has_hooks
+from .nodes import LINEAR_OPS, Call
+
+
+def fuse_graph(module: fx.GraphModule) -> fx.GraphModule:
+    """Fuse the int8 layers of a traced or exported module, in place, for inference.
+
+    - QLinear modules that the graph calls become ops on constants of ``module``.
+    - relu, gelu (both forms) and silu after ``linear_dynamic`` or ``linear_static``, as function, method,
+      module or ATen op, become its epilogue, where nothing else reads the op's output.
+    - Ops of one config that read the same tensor become one op, where their weights are constants that fill
+      whole panels side by side, and nothing depends on how their outputs lie in memory. Each weight is still
+      held once.
+
+    Joined ops give the same bits, and so does relu. gelu and silu are those of
+    :mod:`dynquant.reference.epilogue` then, within 2^-22 of the exact function. An epilogue is computed in
+    fp32 before the one cast to the output's dtype: for bf16 and fp16 that is closer to exact than an
+    activation of the rounded output. Gradients go on reaching the input and biases that require them; biases
+    that do not are merged to a constant.
+
+    What changes a weight, dtype or device comes before: the weights are constants in the result.
+
+    Args:
+        module: of ``torch.fx.symbolic_trace``, with QLinear traced through or left as a module, or of
+            ``torch.export.export(...).module()``, before or after ``run_decompositions()``.
+
+    Returns:
+        ``module``.
+
+    Raises:
+        TypeError: for anything but a torch.fx.GraphModule.
+    """
+    if not isinstance(module, fx.GraphModule):
+        raise TypeError(f"fuse_graph: expected a torch.fx.GraphModule, got {type(module).__name__}")
+    _modules_to_ops(module)
+    fold_activations(module)
+    constants_before = [node for node in module.graph.nodes if node.op == "get_attr" and node.users]
+    merged: dict[tuple[str, ...], list[str]] = {}
+
+    def constants(calls: Sequence[Call]) -> tuple[list[fx.Node], fx.Node | None] | None:
+        key = tuple(str(part.target) for call in calls for part in (*call.weight, call.bias) if part)
+        if key not in merged:
+            tensors = [
+                merge_tensors([_attribute(module, part) for part in parts]) for parts in parts_of(calls)
+            ]
+            own = [_attribute(module, call.bias) for call in calls if call.bias is not None]
+            names = ["packed_weight", "weight_sum", "weight_scale"]
+            if own and not any(bias.requires_grad for bias in own):
+                tensors.append(merge_tensors(own))
+                names.append("bias")
+            holder = next(name for i in count() if not hasattr(module, name := f"shared_input_{i}"))
+            module.add_submodule(holder, _holder(dict(zip(names, tensors, strict=True))))
+            merged[key] = [f"{holder}.{name}" for name in names]
+        nodes = [module.graph.get_attr(name) for name in merged[key]]
+        if len(nodes) == 4:
+            return nodes[:3], nodes[3]
+        biases = [module.graph.get_attr(str(call.bias.target)) for call in calls if call.bias is not None]
+        return nodes, module.graph.call_function(torch.cat, (biases,)) if biases else None
+
+    def value_of(node: fx.Node) -> Tensor | None:
+        return _attribute(module, node) if node.op == "get_attr" else None
+
+    merge_calls(module, value_of, constants)
+    for node in constants_before:
+        if not node.users:
+            module.graph.erase_node(node)
+    used = {node.target for node in module.graph.nodes if node.op == "get_attr"}
+    for target in {str(node.target) for node in constants_before} - used:
+        _delete(module, target)
+    module.graph.lint()
+    module.recompile()
+    return module
+
+
+def _modules_to_ops(module: fx.GraphModule) -> None:
+    graph = module.graph
+    holders: dict[str, nn.Module] = {}
+    for node in list(graph.nodes):
+        layer = module.get_submodule(node.target) if node.op == "call_module" else None
+        if not isinstance(layer, QLinear) or type(layer).forward is not QLinear.forward or has_hooks(layer):
+            continue
+        packed_weight, weight_sum, weight_scale, qparams, config = layer._packed
+        scale, zero_point = (None, None) if qparams is None else qparams
+        tensors = {
+            "packed_weight": packed_weight,
+            "weight_sum": weight_sum,
+            "weight_scale": weight_scale,
+            "bias": layer.bias,
+            "activation_scale": scale,
+            "activation_zero_point": zero_point,
+        }
+        holders[node.target] = _holder(tensors)
+        with graph.inserting_before(node):
+            x = node.args[0] if node.args else node.kwargs["x"]
+            nodes = {
+                name: None if tensor is None else graph.create_node("get_attr", f"{node.target}.{name}")
+                for name, tensor in tensors.items()
+            }
+            weights = [nodes.pop(name) for name in ("packed_weight", "weight_sum", "weight_scale", "bias")]
+            qparam_nodes = [] if qparams is None else list(nodes.values())
+            op = graph.call_function(LINEAR_OPS[qparams is not None], (x, *weights, *qparam_nodes, config))
+        op.meta = dict(node.meta)
+        node.replace_all_uses_with(op)
+        graph.erase_node(node)
+    for name, holder in holders.items():
+        module.add_submodule(name, holder)
+
+
+def _holder(tensors: dict[str, Tensor | None]) -> nn.Module:
+    holder = nn.Module()
+    for name, tensor in tensors.items():
+        if isinstance(tensor, nn.Parameter):
+            holder.register_parameter(name, tensor)
+        elif tensor is not None:
+            holder.register_buffer(name, tensor)
+    return holder
+
+
+def _attribute(module: nn.Module, node: fx.Node) -> Tensor:
+    value: Any = module
+    for name in str(node.target).split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _delete(module: nn.Module, target: str) -> None:
+    path, _, name = target.rpartition(".")
+    holder = module.get_submodule(path)
+    # What tracing or this pass made to hold constants, not a module of the user's.
+    if holder is module or type(holder) is nn.Module:
+        delattr(holder, name)

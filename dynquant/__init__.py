@@ -2,7 +2,7 @@
 
 from . import _saved_names, reference  # noqa: F401
 from ._version import __version__
-from .calibrate import calibrate, freeze
+from .calibration.calibrate import calibrate, freeze
 from .config import Config
 from .fusion.graph import fuse_graph
 from .fusion.modules import fuse

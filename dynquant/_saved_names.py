@@ -10,12 +10,14 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from .calibration.calibrate import calibrate, freeze
 from .fusion.graph import fuse_graph
 from .fusion.modules import fuse
 from .nn.merged import MergedGroup, MergedLinear
 from .quantize import quantize_dynamic
 
 _NAMES: dict[str, dict[str, Any]] = {
+    "dynquant.calibrate": {"calibrate": calibrate, "freeze": freeze},
     "dynquant.convert": {"quantize_dynamic": quantize_dynamic},
     "dynquant.fuse": {"fuse": fuse},
     "dynquant.graph": {"fuse_graph": fuse_graph},

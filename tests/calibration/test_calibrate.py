@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import dynquant
 from dynquant import QLinear, reference
-from dynquant.observers import OBSERVERS, Mse, Percentile
+from dynquant.calibration.observers import OBSERVERS, Mse, Percentile
 from tests.support.same_bits import assert_same_bits
 
 

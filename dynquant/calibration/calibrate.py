@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import one_of
-from .nn.linear import QLinear
+from ..config import one_of
+from ..nn.linear import QLinear
 from .observers import OBSERVERS, Observer, make_observer
 
 _OBSERVED = "_observed_range"

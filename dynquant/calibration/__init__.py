@@ -1,0 +1,1 @@
+"""Static quantization: activation ranges from sample batches, and the layers that are frozen with them."""

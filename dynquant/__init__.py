@@ -7,10 +7,11 @@ from .config import Config
 from .fusion.graph import fuse_graph
 from .fusion.modules import fuse
 from .info import Info, available_isas, info, isa
+from .measurement.report import report
+from .measurement.report_data import Report
 from .nn import QLinear
 from .qtensor import QTensor
 from .quantize import quantize_dynamic
-from .report import Report, report
 
 __all__ = [
     "Config",

@@ -13,6 +13,11 @@ from typing import Any
 from .calibration.calibrate import calibrate, freeze
 from .fusion.graph import fuse_graph
 from .fusion.modules import fuse
+from .measurement.layers import Measured, MeasuredModel
+from .measurement.report import report
+from .measurement.report_data import LayerReport, ModelReport, Report, SkippedLayer
+from .measurement.sample import Sample
+from .measurement.timing import Timing
 from .nn.merged import MergedGroup, MergedLinear
 from .quantize import quantize_dynamic
 
@@ -21,7 +26,17 @@ _NAMES: dict[str, dict[str, Any]] = {
     "dynquant.convert": {"quantize_dynamic": quantize_dynamic},
     "dynquant.fuse": {"fuse": fuse},
     "dynquant.graph": {"fuse_graph": fuse_graph},
+    "dynquant.measure": {"Measured": Measured, "MeasuredModel": MeasuredModel},
     "dynquant.nn.shared_input": {"SharedInput": MergedGroup, "SharingLinear": MergedLinear},
+    "dynquant.report": {
+        "LayerReport": LayerReport,
+        "ModelReport": ModelReport,
+        "Report": Report,
+        "SkippedLayer": SkippedLayer,
+        "report": report,
+    },
+    "dynquant.sample": {"Sample": Sample},
+    "dynquant.timing": {"Timing": Timing},
 }
 
 for _path, _objects in _NAMES.items():

@@ -14,10 +14,11 @@ from .conversion.select import read_spec, select, warn_of_unconverted
 from .conversion.sources import default_mapping
 from .conversion.swap import convert, swap
 from .fusion.modules import fuse as fuse_modules
-from .guard import below_thresholds, check_arguments
-from .measure import measure_layers, pair_layers
-from .report import Report, make_report
-from .sample import Sample, measuring
+from .measurement.layers import measure_layers, pair_layers
+from .measurement.report import make_report
+from .measurement.report_data import Report
+from .measurement.sample import Sample, measuring
+from .measurement.thresholds import below_thresholds, check_arguments
 
 Spec = Mapping[type | str, Any] | Collection[type | str] | None
 

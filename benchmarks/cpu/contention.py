@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dynquant.timing import Timing, compare, take_turns
+from dynquant.measurement.timing import Timing, compare, take_turns
 
 from . import baselines
 from .linear import Row, layer_and_input

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import dynquant
-from dynquant.timing import Timing, sampler, take_turns
+from dynquant.measurement.timing import Timing, sampler, take_turns
 
 from . import roofline
 from .linear import layer_and_input

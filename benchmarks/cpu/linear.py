@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dynquant.timing import Timing, sampler, take_turns
+from dynquant.measurement.timing import Timing, sampler, take_turns
 
 from . import baselines, roofline
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dynquant
-from dynquant.timing import compare
+from dynquant.measurement.timing import compare
 
 from .linear import Row, layer_and_input
 

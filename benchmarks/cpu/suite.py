@@ -19,7 +19,7 @@ import torch
 
 import dynquant
 from dynquant import _extension
-from dynquant.timing import keep_freed_memory
+from dynquant.measurement.timing import keep_freed_memory
 
 from . import (
     contention,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..timing import keep_freed_memory
+from ..measurement.timing import keep_freed_memory
 from . import encoder, regression
 from .sentences import SENTENCES
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import dynquant
 
 from ..extras import MissingPackageError
-from ..timing import compare
+from ..measurement.timing import compare
 from .regression import quantize_with_torch_ao
 from .sentences import SENTENCES
 
@@ -172,7 +172,7 @@ def run(
         versions: as :data:`VERSIONS`; each function is given a copy of the float model.
         workloads: as :data:`WORKLOADS`.
         threads: torch's by default.
-        rounds, seconds: see :func:`dynquant.timing.compare`.
+        rounds, seconds: see :func:`dynquant.measurement.timing.compare`.
     """
     model, tokenizer = load()
 

@@ -33,7 +33,8 @@ from benchmarks.cpu import (
     suite,
     targets,
 )
-from dynquant import _extension, timing
+from dynquant import _extension
+from dynquant.measurement import timing
 
 EXTENSION = _extension.extension
 
@@ -157,7 +158,7 @@ def test_freed_memory_is_kept() -> None:
 import resource
 import sys
 import torch
-from dynquant.timing import keep_freed_memory
+from dynquant.measurement.timing import keep_freed_memory
 
 def fresh_pages():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -22,12 +22,11 @@ from torch.nn.utils import parametrizations
 
 import dynquant
 from dynquant import Config, QLinear, quantize_dynamic
-from dynquant.sample import Sample
+from dynquant.measurement import layers as measure
+from dynquant.measurement.sample import Sample
 from tests.support.nets import Net, assert_unchanged, converted, net, state
 from tests.support.reporting import X, decibels, names, reasons, reported
 from tests.support.same_bits import assert_same_bits
-
-measure = importlib.import_module("dynquant.measure")
 
 pytestmark = pytest.mark.usefixtures("quick_measuring")
 

@@ -127,7 +127,7 @@ def test_picture(tmp_path: Path, kind: str) -> None:
 )
 def test_optional_packages_that_are_missing(monkeypatch, tmp_path, package, method, sentence) -> None:
     _, report = reported(net())
-    monkeypatch.delitem(sys.modules, "dynquant.report_plot", raising=False)
+    monkeypatch.delitem(sys.modules, "dynquant.measurement.report_picture", raising=False)
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
@@ -158,5 +158,5 @@ def test_a_bar_is_shown_where_measuring_takes_long(capsys, monkeypatch) -> None:
 
 
 def test_public_names() -> None:
-    assert dynquant.report is importlib.import_module("dynquant.report").report
+    assert dynquant.report is importlib.import_module("dynquant.measurement.report").report
     assert dynquant.Report is Report

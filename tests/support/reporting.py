@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -12,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from dynquant import Report, quantize_dynamic
+from dynquant.measurement import layers as measure
+from dynquant.measurement.timing import Timing
 from dynquant.patterns.registry import PATTERNS, Pattern
-from dynquant.timing import Timing
-
-measure = importlib.import_module("dynquant.measure")
 
 X = torch.linspace(-2, 3, 60).reshape(5, 12)
 
@@ -57,7 +55,7 @@ def quick_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(measure, name, 1e-5)
     for name in ("LAYER_ROUNDS", "SLOW_LAYER_ROUNDS", "MODEL_ROUNDS"):
         monkeypatch.setattr(measure, name, 1)
-    monkeypatch.setattr("dynquant.timing.settle", lambda: None)
+    monkeypatch.setattr("dynquant.measurement.timing.settle", lambda: None)
 
 
 @pytest.fixture

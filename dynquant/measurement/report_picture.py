@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
-    from .report import Report
+    from .report_data import Report
 
 _FLOAT, _INT8, _SLOWER = "#d5d8dc", "#2a6f97", "#c8553d"
 _ROW_INCHES = 0.21

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .conversion.plan import label
-from .conversion.sources import default_mapping
-from .nn.linear import QLinear
-from .patterns.activations import apply_float
-from .patterns.hugging_face import CONV1D
-from .patterns.registry import type_name
-from .progress import layer_bar
+from ..conversion.plan import label
+from ..conversion.sources import default_mapping
+from ..nn.linear import QLinear
+from ..patterns.activations import apply_float
+from ..patterns.hugging_face import CONV1D
+from ..patterns.registry import type_name
+from ..progress import layer_bar
 from .sample import Sample
 from .timing import compare
 
@@ -148,7 +148,7 @@ def measure_layers(
     """Run the float model on the sample and measure each pair at the inputs of its float layer.
 
     Args:
-        model: the float model, under :func:`dynquant.sample.measuring`.
+        model: the float model, under :func:`dynquant.measurement.sample.measuring`.
         timed: without it no time is taken.
 
     Returns:
@@ -162,7 +162,7 @@ def measure_layers(
 
 
 def measure_models(model: nn.Module, int8_model: nn.Module, sample: Sample) -> MeasuredModel:
-    """Both models on the sample, under :func:`dynquant.sample.measuring`.
+    """Both models on the sample, under :func:`dynquant.measurement.sample.measuring`.
 
     Raises:
         ValueError: where one of them does not take the sample.

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .conversion.plan import Skipped
-from .measure import Measured, Pair
+from ..conversion.plan import Skipped
+from .layers import Measured, Pair
 from .sample import SAMPLE_WORDS
 
 

@@ -1,0 +1,1 @@
+"""Measurements of a converted model on a sample: layers, times, thresholds, reports."""

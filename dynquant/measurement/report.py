@@ -1,0 +1,152 @@
+"""report: what a conversion did to each layer and to the whole, in size, closeness and time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..conversion.plan import Skipped
+from ..conversion.select import select
+from ..conversion.sources import default_mapping
+from ..info import isa
+from ..nn.linear import QLinear
+from ..nn.merged import MergedLinear
+from .layers import Measured, MeasuredModel, Pair, measure_layers, measure_models, pair_layers
+from .report_data import LayerReport, ModelReport, Report, SkippedLayer
+from .sample import Sample, measuring
+from .sizes import model_bytes, nbytes_of, tensors_of
+
+
+def report(model_fp32: nn.Module, model_int8: nn.Module, sample: Any) -> Report:
+    """Measure a converted model against the float one on a sample: each layer on its own inputs, the whole.
+
+    Both models run in eval mode without gradients and are left in the mode they were in, without hooks, and
+    the random number generators of torch stand where they stood. Each layer is measured while the float model
+    runs, so no inputs are collected; times are medians of float and int8 in turns
+    (:func:`dynquant.measurement.timing.compare`).
+
+    Args:
+        model_fp32: the model before its conversion, of any float dtype.
+        model_int8: what :func:`dynquant.quantize_dynamic` made of it. Layers that torch.ao made are measured
+            too.
+        sample: what the models are called with: a tensor, a tuple of arguments, or a dict of keyword
+            arguments (any mapping, such as what a tokenizer returns). Everything else is the one argument.
+
+    Raises:
+        ValueError: where a model does not take the sample, with what it said; for models that are not the
+            same before and after a conversion.
+        TypeError: for a sample whose keys are no names, or that cannot be copied.
+    """
+    if model_fp32 is model_int8:
+        raise ValueError(
+            "dynquant.report: expected the model before and after its conversion, got one and the same "
+            f"{type(model_fp32).__name__}; keep a copy of the float model before converting it inplace"
+        )
+    given = Sample.of(sample)
+    with measuring(model_fp32, model_int8):
+        return make_report(model_fp32, model_int8, given)
+
+
+def make_report(
+    model: nn.Module,
+    int8_model: nn.Module,
+    sample: Sample,
+    *,
+    rejected: Sequence[Skipped] = (),
+    measured: Mapping[str, Measured] | None = None,
+) -> Report:
+    """:func:`report` under :func:`dynquant.measurement.sample.measuring`.
+
+    Args:
+        rejected: layers that missed a threshold, and why.
+        measured: of the layers, by name, where it is known already.
+    """
+    pairs = pair_layers(model, int8_model)
+    whole = measure_models(model, int8_model, sample)
+    if measured is None:
+        measured = measure_layers(model, pairs, sample)
+    return Report(
+        _of_model(model, int8_model, whole),
+        tuple(_of_layer(pair, measured[pair.name]) for pair in pairs),
+        tuple(_skipped(model, int8_model, pairs, rejected)),
+        str(sample),
+        torch.get_num_threads(),
+        isa(),
+    )
+
+
+def _of_model(model: nn.Module, int8_model: nn.Module, whole: MeasuredModel) -> ModelReport:
+    return ModelReport(
+        type(model).__name__,
+        model_bytes(model),
+        model_bytes(int8_model),
+        whole.sqnr_db,
+        whole.cosine,
+        whole.ms_float,
+        whole.ms_int8,
+    )
+
+
+def _of_layer(pair: Pair, seen: Measured) -> LayerReport:
+    before, after = pair.float_layer, pair.int8_layer
+    config = after.config if isinstance(after, QLinear) else None
+    sizes: Any = after if isinstance(after, QLinear) else before
+    return LayerReport(
+        name=pair.name,
+        float_type=type(before).__name__,
+        int8_type=type(after).__name__,
+        activations=config.activations if config else None,
+        weights=config.weights if config else None,
+        rotation_block=config.rotation_block if config else None,
+        epilogue=config.epilogue if config else None,
+        static=isinstance(after, QLinear) and after.activation_scale is not None,
+        shares_input=_shares_input(after),
+        n=sizes.out_features,
+        k=sizes.in_features,
+        bytes_float=nbytes_of(tensors_of(before)),
+        bytes_int8=nbytes_of(tensors_of(after)),
+        calls=seen.calls,
+        rows=seen.rows,
+        sqnr_db=seen.sqnr_db,
+        cosine=seen.cosine,
+        us_float=seen.us_float,
+        us_int8=seen.us_int8,
+    )
+
+
+def _shares_input(layer: nn.Module) -> int:
+    if isinstance(layer, MergedLinear) and layer.group.merged is not None:
+        return len(layer.group.layers)
+    return 1
+
+
+def _skipped(
+    model: nn.Module, int8_model: nn.Module, pairs: Iterable[Pair], rejected: Sequence[Skipped]
+) -> list[SkippedLayer]:
+    """What has a weight matrix and was not converted, in the order of the model."""
+    # The spec that covers everything tells of each module whether it could have been converted.
+    _, skipped = select(model, {nn.Module: {}}, {}, default_mapping(model))
+    reasons = {id(item.module): item.reason for item in (*skipped, *rejected)}
+    linear_types = tuple(default_mapping(model))
+    converted = {id(pair.float_layer) for pair in pairs}
+    types = {name: type(layer) for name, layer in int8_model.named_modules(remove_duplicate=False)}
+    layers = []
+    for name, module in model.named_modules():
+        if id(module) in converted:
+            continue
+        if isinstance(module, QLinear):
+            reason: str | None = "it was a QLinear before"
+            tensors = tensors_of(module)
+        elif types.get(name) is type(module):
+            reason = reasons.get(id(module))
+            if reason is None and isinstance(module, linear_types):
+                reason = "the spec leaves it float"
+            tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        else:
+            continue  # something else took its place, through a mapping of the user's or in a graph
+        if reason is not None:
+            layers.append(SkippedLayer(name, type(module).__name__, nbytes_of(tensors), reason))
+    return layers

@@ -1,0 +1,47 @@
+"""Bytes of tensors, layers and models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.linear import QLinear
+from .layers import tensors_in
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """All tensors that a module and those in it hold, also packed ones."""
+    tensors: list[Tensor] = []
+    for part in module.modules():
+        tensors += [*part.parameters(recurse=False), *part.buffers(recurse=False)]
+        if isinstance(part, QLinear):
+            weight = part.weight
+            tensors += [weight.packed_weight, weight.weight_sum, weight.channel_scale]
+        elif type(part).__module__.startswith("torch.ao."):
+            # Its packed weights are opaque; what it saves has their size.
+            packed: dict[str, Any] = {}
+            part._save_to_state_dict(packed, "", False)
+            tensors += [
+                tensor for name in packed.keys() - part._buffers for tensor in tensors_in(packed[name])
+            ]
+    return tensors
+
+
+def nbytes_of(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of the memory that a model's tensors are in, each memory counted once."""
+    sizes: dict[int, int] = {}
+    tensors = tensors_of(model)
+    for tensor in tensors:
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+        else:
+            sizes[id(tensor)] = tensor.nbytes
+    return sum(sizes.values())

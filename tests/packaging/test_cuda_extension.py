@@ -53,9 +53,9 @@ def test_loads_where_no_gpu_can_be_seen() -> None:
 def test_what_cards_below_8_0_run_is_the_reference(op: str) -> None:
     """Their calls go to the kernel for no device in particular."""
     table = torch._C._dispatch_dump_table(f"dynquant::{op}")
-    assert re.search(r"^Undefined: registered at \S*ops\.py:\d+ \[default backend kernel\]", table, re.M), (
-        table
-    )
+    assert re.search(
+        r"^Undefined: registered at \S*ops/registry\.py:\d+ \[default backend kernel\]", table, re.M
+    ), table
     if op == "linear_dynamic":
         x, weight = torch.randn(3, 20), torch.randint(-127, 128, (5, 20), dtype=torch.int8)
         arguments = (x, *reference.pack_weight(weight), torch.ones(5), None, 0)

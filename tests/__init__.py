@@ -1,1 +1,1 @@
-"""Tests of dynquant: a room for each kind, ``support`` for what several share."""
+"""Tests of dynquant: one folder per subject, ``support`` for shared code."""

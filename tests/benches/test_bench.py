@@ -1,4 +1,4 @@
-"""The benchmarks' arithmetic, their checks and what they write. No test asserts a speed."""
+"""The CPU benchmarks: arithmetic, checks, files. No test asserts a speed."""
 
 from __future__ import annotations
 
@@ -93,15 +93,15 @@ def test_fractions_of_the_limits() -> None:
 # ---- timing ----
 
 
-def test_everybody_is_sampled_in_every_round_and_nobody_always_first() -> None:
-    heard: list[str] = []
+def test_every_candidate_is_sampled_in_every_round_from_a_rotating_start() -> None:
+    order: list[str] = []
 
-    def hear(name: str) -> float:
-        heard.append(name)
-        return float(len(heard))
+    def record(name: str) -> float:
+        order.append(name)
+        return float(len(order))
 
-    samples = timing.take_turns({name: lambda name=name: hear(name) for name in "abc"}, 3)  # type: ignore[misc]
-    assert "".join(heard) == "abcbcacab"
+    samples = timing.take_turns({name: lambda name=name: record(name) for name in "abc"}, 3)  # type: ignore[misc]
+    assert "".join(order) == "abcbcacab"
     assert samples["a"] == [1.0, 6.0, 8.0]
 
 
@@ -135,8 +135,8 @@ def test_slow_calls_are_not_repeated(
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="the state of threads is read from /proc")
-def test_what_is_timed_waits_for_threads_that_run() -> None:
-    # About a second without the interpreter's lock.
+def test_timing_waits_for_running_threads() -> None:
+    # Runs for about a second without the GIL.
     thread = threading.Thread(target=hashlib.pbkdf2_hmac, args=("sha256", b"", b"", 3_000_000))
     thread.start()
     end = time.monotonic() + 10
@@ -151,9 +151,9 @@ def test_what_is_timed_waits_for_threads_that_run() -> None:
     assert time.monotonic() - start < 10, "nothing is left to wait for"
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="keeping freed memory is told to glibc alone")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has a setting to keep freed memory")
 def test_freed_memory_is_kept() -> None:
-    """The same buffers again cost no fresh pages, under settings that else give each back to the system."""
+    """Reused buffers cost no fresh pages, under settings that would return each to the system."""
     program = """
 import resource
 import sys
@@ -174,8 +174,8 @@ print(fresh_pages())
 
     def pages(how: str) -> int:
         command = [sys.executable, "-c", program, how]
-        given_back = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
-        return int(subprocess.run(command, capture_output=True, text=True, check=True, env=given_back).stdout)
+        returning = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
+        return int(subprocess.run(command, capture_output=True, text=True, check=True, env=returning).stdout)
 
     one_buffer = (8 << 20) // resource.getpagesize()
     assert pages("kept") < one_buffer < pages("as it is")
@@ -187,7 +187,7 @@ def test_timing_quantiles() -> None:
     assert (samples.quantile_us(0.0), samples.quantile_us(0.9), samples.quantile_us(1.0)) == (1, 5, 5)
 
 
-# ---- contenders ----
+# ---- candidates ----
 
 
 def _prepare(name: str) -> float:
@@ -196,7 +196,7 @@ def _prepare(name: str) -> float:
 
 
 @pytest.mark.parametrize("name", [*baselines.OURS, "fp32", "bf16", "torch.ao x86"])
-def test_a_contender_is_close_to_float(name: str) -> None:
+def test_a_candidate_is_close_to_float(name: str) -> None:
     assert _prepare(name) < 0.05
 
 
@@ -211,7 +211,7 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         _prepare("fp32")
 
 
-def test_a_contender_that_fails_or_is_missing_is_left_out_with_a_word(
+def test_a_candidate_that_fails_or_is_missing_is_left_out_with_the_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
@@ -244,7 +244,7 @@ def test_kernels_are_checked_and_reported() -> None:
     assert all(entry["us"] > 0 and entry["rate"] >= 0 for entry in results)
 
 
-def test_additions_are_checked_and_reported() -> None:
+def test_option_costs_are_checked_and_reported() -> None:
     (row,) = option_cost.run([(2, 8, 16)], rounds=1, seconds=0.0001, log=lambda line: None)
     assert (row["M"], row["K"], row["N"], row["threads"]) == (2, 8, 16, 1)
     assert row["plain_us"] > 0
@@ -260,7 +260,7 @@ def test_spinning_processes_spin_and_end() -> None:
         os.kill(pid, 0)
 
 
-# ---- the whole ----
+# ---- whole runs ----
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_seed_tables_show_weights_and_losses() -> None:
 
 
 class _Encoder(nn.Module):
-    """What a Hugging Face encoder looks like from outside."""
+    """The interface of a Hugging Face encoder."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class _Encoder(nn.Module):
 
 
 class _Tokenizer:
-    """A token a word, ids by length; pads with 0."""
+    """One token per word, ids by word length; pads with 0."""
 
     def __call__(
         self,

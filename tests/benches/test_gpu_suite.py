@@ -1,4 +1,4 @@
-"""The GPU suite without a GPU: both parts rehearsed over the emulator, and what they do with faults."""
+"""The GPU suite without a GPU: rehearsals of both parts over the emulator, and their handling of faults."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SUITE = Path("benchmarks", "gpu", "suite.py")
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """probe.cu and the kernels' own sources over the emulator: a 9.0 with 4 multiprocessors."""
+    """probe.cu and the kernels' sources over the emulator: capability 9.0, 4 multiprocessors."""
     return build_emulator(tmp_path_factory.mktemp("probe_on_host"))
 
 
@@ -136,7 +136,7 @@ def test_wrong_words(words: list[str], sentence: str, capsys: pytest.CaptureFixt
 
 
 def script(name: str, text: str, limit_s: float = 30.0) -> Stage:
-    """A stage that runs this, with ``add`` to write an entry."""
+    """A stage that runs ``text``, in which ``add`` writes an entry."""
     head = (
         "import json, os, subprocess, sys, time; file = open(sys.argv[-1], 'a');"
         "add = lambda kind, **more: print(json.dumps({'kind': kind, **more}), file=file, flush=True);"
@@ -258,7 +258,7 @@ def test_a_dead_card_ends_its_process(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "illegal memory access" in results.new_entries(tmp_path / "x.jsonl", 0)[0][0]["error"]
 
 
-def test_an_entry_in_the_making_waits(tmp_path: Path) -> None:
+def test_an_incomplete_entry_is_not_read(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
     file.write_text('{"kind": "a"}\n{"ki')
     found, offset = results.new_entries(file, 0)
@@ -312,17 +312,17 @@ def test_a_wrong_kernel_is_not_timed(library: Path, tmp_path: Path, monkeypatch:
     assert "libcublasLt is not loaded" in result["times"]["cuBLASLt int8"]["left_out"]
 
 
-def test_clock_takes_turns() -> None:
-    heard: list[str] = []
-    calls = {"a": [lambda: heard.append("a")], "b": [lambda: heard.append("b")]}
+def test_clock_interleaves() -> None:
+    order: list[str] = []
+    calls = {"a": [lambda: order.append("a")], "b": [lambda: order.append("b")]}
     result = clock.measure(calls, CPU, rounds=4, seconds=0.0)
-    assert "".join(heard) == "abba" + "ab", "3 rounds although the time is over"
+    assert "".join(order) == "abba" + "ab", "3 rounds although the time is over"
     assert result["a"]["samples"] == 3
     assert clock.host_us({"a": calls["a"][0]}, CPU, rounds=3, calls=2)["a"]["us"] > 0
 
 
 class FakeCublasLt:
-    """Writes down the calls that are made of cublasLt.h, and computes the product on the CPU."""
+    """Records the calls to cublasLt.h's functions and computes the product on the CPU."""
 
     def __init__(self, algorithms: int = 1) -> None:
         self.algorithms, self.calls = algorithms, list[tuple[str, tuple[Any, ...]]]()
@@ -345,7 +345,7 @@ class FakeCublasLt:
         return torch.frombuffer(raw, dtype=torch.int8 if size == 1 else torch.int32).view(rows, columns)
 
     def values(self, name: str) -> list[list[object]]:
-        """The numbers that calls of this name were given."""
+        """The numeric arguments of all calls of this name."""
         return [
             [one.value for one in arguments if hasattr(one, "value")]
             for called, arguments in self.calls
@@ -389,7 +389,7 @@ def test_the_probe_is_built_without_torch(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def example(ours: float) -> dict[str, Any]:
-    """Results in which ours takes this time, and what it is compared with about 100."""
+    """Results in which ours takes this time and its baselines about 100."""
 
     def entry(kind: str, m: int = 1, n: int = 4096, more: Any = (), **us: float) -> dict[str, Any]:
         times = {name.replace("__", " "): {"us": value} for name, value in us.items()}

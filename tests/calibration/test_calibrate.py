@@ -1,4 +1,4 @@
-"""Static quantization: what the observers choose, what freeze makes of it, and what goes wrong in words."""
+"""Static quantization: the ranges of observers, frozen layers, error messages."""
 
 from __future__ import annotations
 
@@ -252,7 +252,7 @@ def calibrated(model: nn.Module, *args, **options) -> None:
         raise AssertionError("the calibration began")
 
 
-def test_words_for_what_does_not_fit() -> None:
+def test_wrong_arguments_raise_a_sentence() -> None:
     with pytest.raises(ValueError, match=r"expected a model with QLinear layers, got Sequential with none"):
         calibrated(nn.Sequential())
     with pytest.raises(ValueError, match="expected a model with QLinear layers, got Linear with none"):

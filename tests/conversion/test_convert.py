@@ -1,4 +1,4 @@
-"""quantize_dynamic: what is converted, what is left, and that nothing is lost."""
+"""quantize_dynamic: the selection of layers, and the attributes, hooks and ties that conversion keeps."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_every_linear_is_converted_and_nothing_else():
 
 
 def test_no_float_weight_is_copied():
-    """A copy of a model holds int8 weights and never float ones, not even for a moment."""
+    """Conversion into a copy never allocates a float weight."""
 
     class Watched(nn.Parameter):
         def __deepcopy__(self, memo):
@@ -114,7 +114,7 @@ def test_both_names_of_int8(dtype):
         ({nn.LSTM, nn.Linear}, EVERY),
     ],
 )
-def test_what_a_spec_selects(spec, names):
+def test_selection_by_spec(spec, names):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert converted(quantize_dynamic(net(), spec)) == names
@@ -155,7 +155,7 @@ def test_a_qconfig_attribute_wins():
 
 
 def test_the_same_calls_as_torch_ao():
-    """Each call that works there selects the same layers here."""
+    """Each call that torch.ao accepts selects the same layers here."""
     calls = [
         lambda f: f(net(), {nn.Linear}, dtype=torch.qint8),
         lambda f: f(net(), qconfig_spec={nn.Linear}, dtype=torch.qint8, inplace=True),
@@ -181,7 +181,7 @@ def test_the_same_calls_as_torch_ao():
 class Subclass(nn.Linear):
     def __init__(self, width: int) -> None:
         super().__init__(width, width)
-        self.tag = "kept"
+        self.tag = "from the model"
 
 
 class OtherForward(nn.Linear):
@@ -197,7 +197,7 @@ def test_subclasses_where_the_forward_is_nn_linears_own():
     )
     quantized = quantize_dynamic(model)
     assert converted(quantized) == ["0", "2"]
-    assert quantized[0].tag == "kept"
+    assert quantized[0].tag == "from the model"
     with pytest.warns(
         UserWarning, match="left as they are: layer '1' .OtherForward.: its forward is not that of Linear"
     ):
@@ -238,13 +238,13 @@ def test_an_embedding_tied_to_a_layer_stays_as_it_is():
     quantized = quantize_dynamic(model)
     assert_same_bits(quantized["embed"].weight, model["embed"].weight)
     before = quantized["head"].weight.int_repr()
-    quantized["head"].weight = quantized["embed"].weight  # what tie_weights() of Hugging Face does
+    quantized["head"].weight = quantized["embed"].weight  # as Hugging Face's tie_weights()
     assert isinstance(quantized["head"], QLinear)
     assert_same_bits(quantized["head"].weight.int_repr(), before)
 
 
 class Owner(nn.Module):
-    """Holds its layer a second time, outside the modules, and as the owner of a hook."""
+    """Refers to its layer twice more: outside the modules, and through a bound hook."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -309,7 +309,7 @@ def test_reparametrized_weights(reparametrize):
     model = nn.Sequential(reparametrize(nn.Linear(8, 8))).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(1.5)  # what a load_state_dict does: the computed weight is now stale
+            parameter.mul_(1.5)  # as load_state_dict does: the computed weight is now stale
     x = torch.randn(16, 8)
     before = state(model)
     quantized = quantize_dynamic(model)
@@ -335,8 +335,8 @@ def test_models_on_the_meta_device():
     assert_same_bits(model(x), quantize_dynamic(net())(x))
 
 
-def test_memory_that_holds_anything_can_be_packed(monkeypatch):
-    """What to_empty gives before a state_dict is loaded may hold -128, which no weight does."""
+def test_uninitialised_memory_can_be_packed(monkeypatch):
+    """Memory of to_empty may hold -128, which no quantized weight does."""
     monkeypatch.setattr(torch, "empty_like", lambda like, **options: torch.full_like(like, -128, **options))
     model = quantize_dynamic(net().to("meta")).to_empty(device="cpu")
     monkeypatch.undo()
@@ -383,8 +383,9 @@ def test_transformer_encoder(batch_first, options):
             y = quantized(x, src_key_padding_mask=mask)
         assert count.calls == 6, "out_proj, linear1, linear2 of two layers"
         expected = model(x, src_key_padding_mask=mask)
-        kept = ~mask if mask is not None else torch.ones_like(padding, dtype=torch.bool)
-        y, expected = y[kept if batch_first else kept.t()], expected[kept if batch_first else kept.t()]
+        tokens = ~mask if mask is not None else torch.ones_like(padding, dtype=torch.bool)
+        tokens = tokens if batch_first else tokens.t()
+        y, expected = y[tokens], expected[tokens]
         assert ((y - expected).norm() / expected.norm()) < 0.03
 
 
@@ -419,10 +420,10 @@ def test_transformer_with_decoder():
     assert ((y - model(source, target)).norm() / y.norm()) < 0.05
 
 
-# ---- what is left, and what is said
+# ---- float layers and warnings
 
 
-def test_recurrent_layers_are_left_and_said_so_once():
+def test_recurrent_layers_stay_float_and_warn_once():
     model = nn.ModuleDict({"lstm": nn.LSTM(4, 4), "cell": nn.GRUCell(4, 4), "fc": nn.Linear(4, 4)})
     with pytest.warns(UserWarning, match="left as they are") as caught:
         quantized = quantize_dynamic(model, {nn.LSTM, nn.GRUCell, nn.Linear})
@@ -438,14 +439,14 @@ def test_recurrent_layers_are_left_and_said_so_once():
         assert converted(quantize_dynamic(model)) == ["fc"]
 
 
-def test_a_name_without_anything_to_convert_is_said():
+def test_a_name_without_a_convertible_layer_warns():
     with pytest.warns(
         UserWarning, match=r"left as they are: layer 'norm' \(LayerNorm\): there is nothing in it"
     ):
         quantize_dynamic(net(), {"norm", "fc1"})
 
 
-def test_weights_of_other_dtypes_are_left():
+def test_weights_of_other_dtypes_stay_float():
     model = net()
     model.fc1 = nn.Linear(12, 16, dtype=torch.complex64)
     assert converted(quantize_dynamic(model)) == EVERY[1:]
@@ -485,7 +486,7 @@ def test_a_bar_is_shown_where_it_takes_longer_than_a_second(capsys, monkeypatch)
     assert "quantize_dynamic: 100%" in capsys.readouterr().err
 
 
-# ---- what does not fit
+# ---- wrong arguments
 
 
 def _with_nan(layer: str, index: tuple[int, ...], value: float = NAN, tensor: str = "weight") -> Net:
@@ -584,7 +585,7 @@ def _with_nan(layer: str, index: tuple[int, ...], value: float = NAN, tensor: st
         ),
     ],
 )
-def test_what_does_not_fit_is_said_and_changes_nothing(model, arguments, error, sentence, inplace):
+def test_wrong_arguments_raise_a_sentence_and_change_nothing(model, arguments, error, sentence, inplace):
     model = model()
     before = state(model) if not any(map(torch.nn.parameter.is_lazy, model.parameters())) else None
     modules = list(model.modules())

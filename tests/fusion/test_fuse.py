@@ -1,4 +1,4 @@
-"""Fused models: which patterns are found, that the bits are those of the parts, what must be left alone."""
+"""Eager fusion: patterns, bits equal to those of the parts, and models that must not be fused."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ACTIVATIONS = [
 
 
 def as_written(model: nn.Module) -> nn.Module:
-    """A copy of an unfused model with every activation as the reference writes it."""
+    """A copy of an unfused model whose activations are the reference's functions."""
     model = copy.deepcopy(model)
     for module in list(model.modules()):
         for name, value in {**vars(module), **module._modules}.items():
@@ -87,7 +87,7 @@ def test_transformer_encoder_layer(act: str | Callable[[Tensor], Tensor], norm_f
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_the_fast_path_of_nn_transformer_encoder_calls_the_layers(nested: bool) -> None:
-    """In eval mode without gradients torch has a float kernel for the whole layer, and nested tensors."""
+    """In eval mode without gradients torch would use nested tensors and one float kernel for the layer."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(32, 4, 64, activation="gelu", batch_first=True)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested).eval()
@@ -115,7 +115,7 @@ def test_transformer_decoder_layer() -> None:
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 WIDER = {**SMALL, "hidden_size": 128}
 MODELS: dict[str, tuple[transformers.PretrainedConfig, int, int]] = {
-    # the model, how many layers get an epilogue, how many share their input
+    # model, number of layers with an epilogue, number of layers that share their input
     "bert": (transformers.BertConfig(vocab_size=50, **SMALL), 2, 6),
     "roberta": (transformers.RobertaConfig(vocab_size=50, hidden_act="gelu_new", **SMALL), 2, 6),
     "mpnet": (transformers.MPNetConfig(vocab_size=50, **SMALL), 2, 6),
@@ -244,7 +244,7 @@ def test_the_wide_weight_is_that_of_one_wider_layer() -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_file_holds_no_slices(scheme, tmp_path) -> None:
-    """safetensors' save_model refuses them, and torch.save would write the wide tensor with each."""
+    """safetensors' save_model refuses slices, and torch.save would write the wide tensor with each."""
     shared, plain = both(**scheme)
     assert all(value.untyped_storage().nbytes() == value.nbytes for value in shared.state_dict().values())
     safetensors.save_model(shared, str(tmp_path / "shared.safetensors"))
@@ -327,12 +327,12 @@ def test_functorch_transforms() -> None:
 def test_weights_are_held_once() -> None:
     shared, plain = both()
     for name in ("q", "k", "v"):
-        mine, other = getattr(shared, name), getattr(plain, name)
-        storage = mine.weight.packed_weight.untyped_storage().data_ptr()
+        merged, other = getattr(shared, name), getattr(plain, name)
+        storage = merged.weight.packed_weight.untyped_storage().data_ptr()
         assert storage == shared.q.group.merged.packed_weight.untyped_storage().data_ptr()
-        assert_same_bits(mine.weight.int_repr(), other.weight.int_repr())
-        assert_same_bits(mine.dequantize_weight(), other.dequantize_weight())
-        assert_same_bits(mine.weight_scale, other.weight_scale)
+        assert_same_bits(merged.weight.int_repr(), other.weight.int_repr())
+        assert_same_bits(merged.dequantize_weight(), other.dequantize_weight())
+        assert_same_bits(merged.weight_scale, other.weight_scale)
     assert "input shared by 3 layers" in repr(shared.k)
 
 
@@ -384,8 +384,8 @@ def test_gradients_are_those_of_the_parts() -> None:
         x = torch.linspace(-1, 1, 48).reshape(2, 24).requires_grad_()
         (model(x) * torch.linspace(0, 1, 192)).sum().backward()
         grads.append([x.grad, *(layer.bias.grad for layer in layers(model))])
-    for mine, other in zip(*grads, strict=True):
-        torch.testing.assert_close(mine, other)
+    for merged, other in zip(*grads, strict=True):
+        torch.testing.assert_close(merged, other)
 
 
 def test_outputs_may_be_changed_in_place() -> None:
@@ -399,9 +399,9 @@ def test_outputs_may_be_changed_in_place() -> None:
 
 def test_functional_call_with_other_biases() -> None:
     shared, plain = both()
-    x, given = torch.randn(2, 24), {"k.bias": torch.randn(64)}
-    expected = torch.func.functional_call(plain, given, (x,))
-    assert_same_bits(torch.func.functional_call(shared, given, (x,)), expected)
+    x, parameters = torch.randn(2, 24), {"k.bias": torch.randn(64)}
+    expected = torch.func.functional_call(plain, parameters, (x,))
+    assert_same_bits(torch.func.functional_call(shared, parameters, (x,)), expected)
 
 
 @pytest.mark.parametrize("observer", ["min_max", "mse"])
@@ -421,10 +421,10 @@ def test_static_layers_share_too(observer: str) -> None:
     assert_same_bits(shared(x), plain(x))
 
 
-# ---- left alone
+# ---- not fused
 
 
-def test_what_is_left_alone() -> None:
+def test_not_fused() -> None:
     class Own(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
             return self[1](self[0](x)) + self[0](x)

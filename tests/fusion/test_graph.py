@@ -27,7 +27,7 @@ MODES = (torch.enable_grad, torch.no_grad, torch.inference_mode)
 
 
 class Net(nn.Module):
-    """Layers and what is done with them, written as a function of both."""
+    """Layers whose forward is a function of them and the input."""
 
     def __init__(self, body: Callable[..., Tensor], layers: int = 1, **words: Any) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Net(nn.Module):
 
 
 class WithLeaves(fx.Tracer):
-    """Leaves QLinear a module."""
+    """Keeps QLinear as a call of a module."""
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return isinstance(module, QLinear) or super().is_leaf_module(module, name)
@@ -66,7 +66,7 @@ GRAPHS = [leaves, traced, exported, decomposed]
 
 
 def calls(module: fx.GraphModule) -> list[tuple[int, str]]:
-    """N and epilogue of every op of dynquant in a graph, in order."""
+    """N and epilogue of every dynquant op in a graph, in order."""
     found = []
     for node in module.graph.nodes:
         if "dynquant.linear" in str(node.target):
@@ -155,7 +155,7 @@ UNTOUCHED: list[Callable[..., Any]] = [
 
 
 @pytest.mark.parametrize("body", UNTOUCHED)
-def test_what_something_else_reads_is_left_alone(body) -> None:
+def test_outputs_with_other_users_are_not_fused(body) -> None:
     model = Net(body)
     graph = fuse_graph(exported(model, X))
     assert calls(graph) == [(64, "none")]
@@ -191,7 +191,7 @@ def test_a_hook_stays() -> None:
 
 
 def heads(x: Tensor, *layers: nn.Module) -> Tensor:
-    """What attention does with its projections: views that fit contiguous outputs."""
+    """Attention's views of its projections, which need contiguous outputs."""
     q, k, v = (layer(x).view(-1, 4, 16).transpose(0, 1) for layer in layers)
     return F.scaled_dot_product_attention(q, k, v).transpose(0, 1).reshape(x.shape[0], -1)
 
@@ -278,7 +278,7 @@ def twice(x: Tensor, a: nn.Module, b: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize("body", [stored, changed, asked, returned, other_inputs, twice])
 @pytest.mark.parametrize("graph_of", [traced, exported])
-def test_what_is_not_joined(body, graph_of) -> None:
+def test_layers_that_are_not_merged(body, graph_of) -> None:
     model = Net(body, 2)
     graph = fuse_graph(graph_of(model, X.clone()))
     assert calls(graph) == [(64, "none")] * 2
@@ -340,8 +340,8 @@ def test_gradients_of_a_fused_graph() -> None:
         x = X.clone().requires_grad_()
         run(x).square().sum().backward()
         grads.append([x.grad, *(parameter.grad for parameter in run.parameters())])
-    for mine, other in zip(*grads, strict=True):
-        torch.testing.assert_close(mine, other)
+    for unfused, fused in zip(*grads, strict=True):
+        torch.testing.assert_close(unfused, fused)
 
 
 def test_a_fused_graph_is_exported_again(tmp_path) -> None:
@@ -372,7 +372,7 @@ def _fresh_compiler(tmp_path, monkeypatch):
 
 
 class Seen:
-    """A backend that keeps the fused graph and runs it as it is."""
+    """A backend that records the fused graph and runs it unchanged."""
 
     def __init__(self) -> None:
         self.graphs: list[fx.GraphModule] = []
@@ -416,10 +416,10 @@ def test_inductor_is_what_compiles() -> None:
 
 
 def test_options_and_modes_go_to_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[Any] = []
+    options_of_inductor: list[Any] = []
 
     def compile_(graph: fx.GraphModule, inputs: list[Any], options: dict[str, Any]) -> Callable[..., Any]:
-        given.append(options)
+        options_of_inductor.append(options)
         return graph.forward
 
     monkeypatch.setattr(torch._inductor, "compile", compile_)
@@ -427,7 +427,7 @@ def test_options_and_modes_go_to_inductor(monkeypatch: pytest.MonkeyPatch) -> No
     for words in ({"options": {"max_autotune": True}}, {"mode": "max-autotune-no-cudagraphs"}):
         torch._dynamo.reset()
         torch.compile(model, backend="dynquant", **words)(X)
-        assert given.pop()["max_autotune"] is True
+        assert options_of_inductor.pop()["max_autotune"] is True
 
 
 @pytest.mark.parametrize(
@@ -440,7 +440,7 @@ def test_options_and_modes_go_to_inductor(monkeypatch: pytest.MonkeyPatch) -> No
         ({"options": {"backend": "dynquant"}}, "to be another backend, got 'dynquant'"),
     ],
 )
-def test_what_other_backends_do_not_take(words: dict[str, Any], sentence: str) -> None:
+def test_unsupported_options_are_refused(words: dict[str, Any], sentence: str) -> None:
     with pytest.raises(Exception, match=sentence):
         torch.compile(Net(block, 5), backend="dynquant", **words)(X)
 
@@ -455,8 +455,8 @@ def test_gradients_of_compiled_models() -> None:
         y = call(x)
         y.square().sum().backward()
         results.append([y, x.grad, *(parameter.grad for parameter in model.parameters())])
-    for mine, other in zip(*results, strict=True):
-        torch.testing.assert_close(mine, other)
+    for eager, fused in zip(*results, strict=True):
+        torch.testing.assert_close(eager, fused)
 
 
 def test_new_weights_biases_and_batches_take_effect_without_compiling_again() -> None:
@@ -474,13 +474,13 @@ def test_new_weights_biases_and_batches_take_effect_without_compiling_again() ->
     assert len(seen.graphs) == 1
 
 
-def test_a_layer_with_two_inputs_is_not_lent_to_a_group() -> None:
+def test_a_layer_with_two_inputs_is_not_merged() -> None:
     model = Net(lambda x, a, b: a(x) * b(x) + a(x + 1), 2)
     with torch.no_grad():
         assert_same_bits(compiled(model, "eager")(X), model(X))
 
 
-def test_large_weights_are_joined_only_where_they_lie_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_weights_are_merged_only_if_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile_backend, "COPIED_BYTES", 0)
     model = Net(heads, 3)
 
@@ -514,8 +514,8 @@ def test_large_weights_are_joined_only_where_they_lie_side_by_side(monkeypatch: 
     with torch.no_grad():
         compiled(holder, keep)(X)
     wide = holder.a.group.merged.packed_weight
-    given = next(x for x in inputs if isinstance(x, Tensor) and x.shape == wide.shape)
-    assert given.data_ptr() == wide.data_ptr()
+    wide_input = next(x for x in inputs if isinstance(x, Tensor) and x.shape == wide.shape)
+    assert wide_input.data_ptr() == wide.data_ptr()
 
 
 def test_threads_call_a_compiled_model() -> None:

@@ -1,4 +1,4 @@
-"""The CUDA kernels' own sources, run on the CPU thread by thread in random order, against the reference."""
+"""The sources of the CUDA kernels, run on the CPU thread by thread in random order, against the reference."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.same_bits import assert_same_bits
 SMALL = [("small", (rows, 16)) for rows in (8, 16, 32)]
 MMA = [("mma", (64, 64)), ("mma", (128, 128))]
 WGMMA = [("wgmma", (128, columns)) for columns in (32, 64, 128, 256)]
-# Groups of 32, 64 ... 512 threads hold rows up to 1024, 2048 ... 16384; longer ones are read twice.
+# Groups of 32, 64 ... 512 threads hold rows up to 1024, 2048 ... 16384; longer rows are read twice.
 ROW_SHAPES = [
     (5, 1),
     (11, 3),
@@ -120,7 +120,7 @@ def test_accumulators(
 ) -> None:
     m, n, k = shape
     if kernel == "wgmma":
-        k = max(k, 1)  # the plan sees to that
+        k = max(k, 1)  # ensured by the plan
     q, weight = random_int8(m, k), random_int8(n, k)
     expected = exact_product(q, weight)
     for parts, host.alignment in itertools.product((1,) if kernel == "wgmma" else (1, 3), (1, 16)):
@@ -130,7 +130,7 @@ def test_accumulators(
 @pytest.mark.parametrize(("kernel", "tile"), [*SMALL, *MMA, *WGMMA])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_outputs(host: CudaOnHost, kernel: str, tile: tuple[int, int], dtype: torch.dtype) -> None:
-    """Rows of the output at multiples of 16 bytes and elsewhere: wgmma writes them by different code."""
+    """Output rows at multiples of 16 bytes and at other addresses: wgmma writes them by different code."""
     m = 2 * tile[0] + 1 if kernel.startswith("small") else 150
     for n, epilogue, host.alignment in itertools.product((72, 264, 37), ("none", "relu", "gelu"), (1, 16)):
         q, weight = random_int8(m, 48), random_int8(n, 48)
@@ -149,7 +149,7 @@ def test_outputs(host: CudaOnHost, kernel: str, tile: tuple[int, int], dtype: to
 @pytest.mark.parametrize("columns", [32, 64, 128, 256])
 @pytest.mark.parametrize("rows", [500, 300, 70, 17])
 def test_wgmma_takes_several_tiles_and_wraps_its_ring(host: CudaOnHost, rows: int, columns: int) -> None:
-    """Pairs of tiles along M, and where M has an odd number of tiles, along N; few rows are copied alone."""
+    """Tiles paired along M or, with an odd number along M, along N; a partial tile copies only its rows."""
     q, weight = random_int8(rows, 1152), random_int8(3 * columns + 8, 1152)
     assert_same_bits(host.gemm("wgmma", (128, columns), 1, q, weight), exact_product(q, weight))
 
@@ -207,7 +207,7 @@ def test_linear(host: CudaOnHost, capability: int, activations: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 2, 3, 4])
 def test_a_few_rows_take_one_launch(host: CudaOnHost, rows: int, dtype: torch.dtype) -> None:
-    """Rows of x that start at multiples of 16 bytes, held in registers up to 2048 or 4096 elements."""
+    """Rows of x at multiples of 16 bytes, held in registers up to 2048 or 4096 elements."""
     host.alignment = 16
     for k, activations in itertools.product((16, 1008, 2048, 4096), ("per_token", "per_tensor")):
         for rotation_block, static in itertools.product((0, largest_block(k)), (False, True)):
@@ -225,7 +225,7 @@ def test_a_few_rows_take_one_launch(host: CudaOnHost, rows: int, dtype: torch.dt
 
 @pytest.mark.parametrize("activations", ["per_token", "per_tensor"])
 def test_kernels_compiled_for_an_older_device_do_not_overlap(host: CudaOnHost, activations: str) -> None:
-    """PTX of 8.0 on a 9.0: it has no instruction that waits for the kernel before."""
+    """PTX of 8.0 on a 9.0 lacks the instruction that waits for the previous kernel."""
     host.set_device(90, 4, code=80)
     config = Config(activations=activations)
     for m, n, k in LINEAR_SHAPES:
@@ -311,7 +311,7 @@ def test_every_plan_can_run(host: CudaOnHost, capability: int) -> None:
         if kernel == "wgmma":
             assert capability == 90
             assert parts == 1
-        if m * n < 2**40:  # as many outputs as a device can hold
+        if m * n < 2**40:  # outputs up to the memory of a device
             assert -(-m // tile_m) * -(-n // tile_n) < 2**31, "blocks along x"
         assert parts <= 65_535, "blocks along y"
 
@@ -340,7 +340,7 @@ def test_swizzle_of_rows_of_64_bytes(host: CudaOnHost) -> None:
     offsets = [host.offset_in_rows_of_64(row, chunk) for row in range(128) for chunk in range(4)]
     assert sorted(offsets) == list(range(0, 128 * 64, 16))
     for first_row, chunk in itertools.product(range(0, 128, 8), range(4)):
-        # The eight rows that ldmatrix reads at once come from all 32 banks.
+        # The eight rows of one ldmatrix read cover all 32 banks.
         columns = {host.offset_in_rows_of_64(first_row + i, chunk) % 128 for i in range(8)}
         assert len(columns) == 8
 
@@ -357,7 +357,7 @@ def test_wgmma_descriptor(host: CudaOnHost) -> None:
 
 
 def test_only_calls_that_a_graph_capture_allows() -> None:
-    """Nothing in csrc/cuda allocates, waits for the device, or copies to or from the host."""
+    """csrc/cuda never allocates, never waits for the device, never copies to or from the host."""
     allowed = {
         "cudaDeviceGetAttribute",
         "cudaFuncGetAttributes",
@@ -378,7 +378,7 @@ def test_only_calls_that_a_graph_capture_allows() -> None:
     assert set(re.findall(r"\bcudaMemcpy[A-Z]\w+(?=,)", text)) == {"cudaMemcpyDeviceToDevice"}
 
 
-# ---- the tests' own test: a fault that is planted in a kernel must show ----
+# ---- the emulator must find planted faults ----
 
 PLANTED = {
     "mma reads a stage that has not arrived": (
@@ -444,7 +444,7 @@ PLANTED = {
 
 
 def exercise(host: CudaOnHost, file: str, times: int = 1) -> None:
-    """What the kernels of a file do, with other random orders each time."""
+    """Calls the kernels of a file, in a new random order each time."""
     for _ in range(times):
         exercise_once(host, file)
 
@@ -466,7 +466,7 @@ def exercise_once(host: CudaOnHost, file: str) -> None:
         return
     kernel, tile = WGMMA[2] if "wgmma" in file else MMA[0] if "mma" in file else SMALL[0]
     if kernel == "mma":
-        host.set_device(100, 2)  # kernels overlap, and there is no wgmma
+        host.set_device(100, 2)  # kernels overlap; no wgmma
     q, weight = random_int8(70, 1152), random_int8(140, 1152)
     for parts, host.alignment in itertools.product((1,) if kernel == "wgmma" else (1, 2), (1, 16)):
         assert_same_bits(host.gemm(kernel, tile, parts, q, weight), exact_product(q, weight), kernel)

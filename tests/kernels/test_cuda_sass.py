@@ -1,6 +1,6 @@
-"""What nvcc makes of the CUDA kernels, for every architecture of the default list: nothing in local memory,
-nothing serialized, the instructions that each kernel is named after, main loops without memory barriers, wide
-stores. Needs nvcc, no GPU."""
+"""Machine code of the CUDA kernels for every default architecture: no local memory, no serialized wgmma, the
+instructions that each kernel is named after, main loops without memory barriers, wide stores. Needs nvcc, no
+GPU."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tests.support import sass
 from tests.support.paths import CSRC, CUDA_SOURCES
 
 SOURCES = sorted(CUDA_SOURCES.glob("*.cu"))
-# Of each file the kernels (a part of their mangled names) and the instructions that each must have; a "*"
-# stands for what differs between architectures.
+# By file and kernel (a part of its mangled name): its instructions; "*" matches parts that differ between
+# architectures.
 SMALL = ["IMMA.16832.S8.S8", "LDG.E.NA.128.CONSTANT*"]
 INSTRUCTIONS = {
     "gemm_small": {"gemm_small_kernel": SMALL},
@@ -47,7 +47,7 @@ INSTRUCTIONS = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """One file, for all its architectures."""
+    """One file, compiled for all its architectures."""
 
     object: Path
     log: str
@@ -60,10 +60,10 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compiled]:
     if toolkit is None:
         pytest.skip("no nvcc on this machine: whether the CUDA kernels compile was not checked")
     folder = tmp_path_factory.mktemp("sass")
-    wanted = nvcc.architectures(None, toolkit.supported)
+    default_architectures = nvcc.architectures(None, toolkit.supported)
 
     def compile_one(source: Path) -> Compiled:
-        architectures = nvcc.architectures_of(source, wanted)
+        architectures = nvcc.architectures_of(source, default_architectures)
         gencode = [flag for architecture in architectures for flag in architecture.gencode()]
         target = folder / f"{source.stem}.o"
         command = [toolkit.nvcc, *nvcc.FLAGS, "-Xptxas", "-v", f"-I{CSRC}", *gencode, "-c", str(source)]
@@ -77,7 +77,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compiled]:
 
 @pytest.fixture(scope="session")
 def cuobjdump() -> dict[str, str]:
-    """The command and its PATH: the toolkit's, or of the packages nvidia-cuda-cuobjdump and -nvdisasm."""
+    """The command and its PATH, from the toolkit or the packages nvidia-cuda-cuobjdump and -nvdisasm."""
     packages = Path(sysconfig.get_path("purelib")) / "nvidia"
     folders = [os.environ["PATH"], "/usr/local/cuda/bin", *map(str, packages.glob("*/bin"))]
     path = os.pathsep.join(folders)
@@ -89,7 +89,7 @@ def cuobjdump() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def kernels(compiled: dict[str, Compiled], cuobjdump: dict[str, str]) -> dict[str, list[sass.Kernel]]:
-    """The kernels of each file that has any, of all its architectures."""
+    """The kernels by file, of all architectures."""
 
     def disassembled(one: Compiled) -> list[sass.Kernel]:
         done = subprocess.run(
@@ -105,7 +105,7 @@ def kernels(compiled: dict[str, Compiled], cuobjdump: dict[str, str]) -> dict[st
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
-def test_nothing_spills_and_nothing_is_serialized(compiled: dict[str, Compiled], source: Path) -> None:
+def test_no_spills_and_no_serialized_wgmma(compiled: dict[str, Compiled], source: Path) -> None:
     one = compiled[source.stem]
     frames = re.findall(
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", one.log
@@ -138,45 +138,45 @@ def test_instructions(
             for instruction in required:
                 pattern = re.escape(instruction).replace(r"\*", ".*")
                 assert any(re.fullmatch(pattern, present) for present in kernel.opcodes), (
-                    f"{shown(kernel)} has no {instruction}: {sorted(set(kernel.opcodes))}"
+                    f"{name_of(kernel)} has no {instruction}: {sorted(set(kernel.opcodes))}"
                 )
-            assert not {"LDL", "STL"} & {instruction.name for instruction in kernel.instructions}, shown(
+            assert not {"LDL", "STL"} & {instruction.name for instruction in kernel.instructions}, name_of(
                 kernel
             )
 
 
-def test_main_loops_of_wgmma_wait_for_no_memory(kernels: dict[str, list[sass.Kernel]]) -> None:
-    """A memory barrier or an invalidated L1 in each step costs more than its products. R2UR makes descriptors
-    uniform, after a wait; those of a uniform address are so in the first place.
+def test_main_loops_of_wgmma_do_not_wait_for_memory(kernels: dict[str, list[sass.Kernel]]) -> None:
+    """A memory barrier or an invalidation of L1 in each step costs more than its products. R2UR, which makes
+    a descriptor uniform, waits too; a descriptor of a uniform address needs none.
     """
     for kernel in kernels["gemm_wgmma_sm90"]:
         loops = kernel.innermost_loops("IGMMA")
-        assert loops, f"{shown(kernel)} has no loop around its products"
+        assert loops, f"{name_of(kernel)} has no loop around its products"
         for loop in loops:
             names = [instruction.name for instruction in loop]
             slow = {"MEMBAR", "CCTL", "ERRBAR", "CGAERRBAR"} & set(names)
-            assert not slow, f"{shown(kernel)}: {slow} in the loop from {loop[0].address:#x}"
+            assert not slow, f"{name_of(kernel)}: {slow} in the loop from {loop[0].address:#x}"
             products = [i for i, name in enumerate(names) if name == "IGMMA"]
             assert "R2UR" not in names[products[0] : products[-1]], (
-                f"{shown(kernel)}: R2UR between the products from {loop[products[0]].address:#x}"
+                f"{name_of(kernel)}: R2UR between the products from {loop[products[0]].address:#x}"
             )
 
 
 @pytest.mark.parametrize("name", [name for name in INSTRUCTIONS if name != "quantize"])
 def test_outputs_leave_by_16_bytes(kernels: dict[str, list[sass.Kernel]], name: str) -> None:
-    """Eight bf16 outputs of a row are one store, from registers or through shared memory."""
+    """Eight bf16 outputs of a row leave by one store, from registers or through shared memory."""
     rounding = set()
     for kernel in kernels[name]:
         wide = {"STG.E.128", "UTMASTG"} & {opcode.removesuffix(".2D") for opcode in kernel.opcodes}
-        assert wide, f"{shown(kernel)} stores no 16 bytes at once"
+        assert wide, f"{name_of(kernel)} stores no 16 bytes at once"
         if any(opcode.startswith("F2FP.BF16") for opcode in kernel.opcodes):
             rounding.add(kernel.architecture)
             stores = kernel.stores_of("F2FP.BF16")
             assert any(store.startswith(("STG.E.128", "STS")) for store in stores), (
-                f"{shown(kernel)} stores bf16 by {sorted(stores)} alone"
+                f"{name_of(kernel)} stores bf16 by {sorted(stores)} alone"
             )
     assert rounding == {kernel.architecture for kernel in kernels[name]}
 
 
-def shown(kernel: sass.Kernel) -> str:
+def name_of(kernel: sass.Kernel) -> str:
     return f"{kernel.name} for {kernel.architecture}"

@@ -1,4 +1,4 @@
-"""What can be proven of an instruction set on a CPU without it: its arithmetic, encoding and isolation."""
+"""Checks of an instruction set that need no CPU with it: arithmetic, encoding and isolation."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def on_every_core(tasks: list[tuple[object, ...]]) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Each instruction set's file as the extension compiles it."""
+    """The file of each instruction set, compiled with the extension's flags."""
     folder = tmp_path_factory.mktemp("objects")
     return dict(zip(ISAS, on_every_core([(folder, name, "-O3") for name in ISAS]), strict=True))
 
 
 def test_emulated_kernels_give_the_bits_of_the_scalar_ones(tmp_path: Path) -> None:
-    """AVX-VNNI and AVX512-VNNI over intrinsics written as loops, so that any x86-64 machine judges them."""
+    """AVX-VNNI and AVX512-VNNI over intrinsics written as loops, so that any x86-64 machine can run them."""
     shim = str(EMULATED_ISAS / "intrinsics.h")
     emulated = ["-O1", "-mavx2", "-mf16c", "-include", shim]
     objects = on_every_core(
@@ -78,7 +78,7 @@ def disassemble(path: Path) -> list[tuple[str, str]]:
 
 
 def functions_with(path: Path, instruction: str) -> set[str]:
-    """Mangled names of the functions that hold an instruction."""
+    """Mangled names of the functions that contain an instruction."""
     bodies = re.split(r"^[0-9a-f]+ <(\S+)>:$", listing(path), flags=re.MULTILINE)
     return {name for name, body in zip(bodies[1::2], bodies[2::2], strict=True) if instruction in body}
 
@@ -92,7 +92,7 @@ def is_vex(code: str) -> bool:
 
 
 def test_encodings(objects: dict[str, Path]) -> None:
-    """Each file holds the instruction that it is named after, and none that its CPUs lack."""
+    """Each file has the instruction that it is named after, and no instruction that its CPUs lack."""
     assert shutil.which("objdump"), "objdump comes with the compiler's binutils"
     code = {name: disassemble(path) for name, path in objects.items()}
     for name in ("scalar", "avx2", "avxvnni"):
@@ -114,7 +114,7 @@ def test_encodings(objects: dict[str, Path]) -> None:
 
 
 def test_nothing_leaks(objects: dict[str, Path]) -> None:
-    """A kernel file exports its table alone: a shared inline function could carry its code elsewhere."""
+    """A kernel file exports its table alone: its copy of an inline function could replace all others."""
     for name, path in objects.items():
         listing = subprocess.run(
             ["nm", "-C", "--defined-only", str(path)], check=True, capture_output=True, text=True
@@ -127,7 +127,7 @@ def test_nothing_leaks(objects: dict[str, Path]) -> None:
 
 
 def test_parallel_regions_are_compiled_in() -> None:
-    """at::parallel_for is a header: compiled without OpenMP it runs on one thread, and says nothing."""
+    """at::parallel_for is a header: compiled without OpenMP it silently runs on one thread."""
     if _extension.extension is None:
         pytest.skip(f"no extension to look into: {_extension.status}")
     library = str(_extension.extension.__file__)

@@ -8,7 +8,7 @@ from tests.support import sass
 
 
 def listing(body: str, architecture: str = "sm_90a") -> str:
-    """What cuobjdump prints of one kernel; ``body`` has an instruction a line, at 0x00, 0x10, 0x20 …"""
+    """cuobjdump's output for one kernel; ``body`` has one instruction per line, at 0x00, 0x10, 0x20 …"""
     lines = [f"arch = {architecture}", "\t\tFunction : _Zkernel"]
     for i, instruction in enumerate(body.strip().splitlines()):
         lines.append(f"        /*{16 * i:04x}*/    {instruction.strip()} ;      /* 0x00000a00ff017b82 */")
@@ -36,8 +36,8 @@ def test_instructions_are_read() -> None:
     assert second.opcodes == ["ERRBAR"]
 
 
-def test_a_loop_holds_what_stands_elsewhere() -> None:
-    """As nvcc lays it out: a tile loop, in it the main loop, whose waiting stands behind the end."""
+def test_a_loop_includes_instructions_behind_its_end() -> None:
+    """As nvcc lays it out: the main loop inside a tile loop, with its waiting code behind the end."""
     found = kernel("""
         MOV R0, RZ
         IADD3 R1, R1, 0x1, RZ
@@ -63,7 +63,7 @@ def test_a_loop_holds_what_stands_elsewhere() -> None:
     assert found.innermost_loops("HMMA") == []
 
 
-def test_a_jump_back_is_no_loop_where_another_way_leads_in() -> None:
+def test_a_jump_back_with_a_second_entry_is_no_loop() -> None:
     found = kernel("""
         @P0 BRA 0x20
         IADD3 R1, R1, 0x1, RZ

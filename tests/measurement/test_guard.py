@@ -1,4 +1,4 @@
-"""The guard: which layers stay float, and what becomes of a model then."""
+"""The guard: its choice of float layers, and the resulting model."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_layer_that_looks_slow_once_is_timed_again(clock) -> None:
     assert report.layers[3].us_int8 == 50.0
 
 
-def test_no_time_is_taken_where_none_is_asked_for(clock) -> None:
+def test_without_min_speedup_nothing_is_timed(clock) -> None:
     timed = clock(lambda m, n: 200.0)
     quantize_dynamic(net(), sample=X, min_sqnr=1.0)
     assert timed == []
@@ -54,7 +54,7 @@ def test_no_time_is_taken_where_none_is_asked_for(clock) -> None:
 def test_layers_that_would_be_inexact_stay_float() -> None:
     model = net()
     with torch.no_grad():
-        model.block[0].weight[:, 0] *= 1e4  # one column outweighs all others, which then vanish ...
+        model.block[0].weight[:, 0] *= 1e4  # one column outweighs all others, which quantize to 0 ...
         model.norm.weight[0] = 0  # ... and its own input is 0
         model.norm.bias[0] = 0
     quantized, report = reported(model, min_sqnr=20.0)
@@ -103,7 +103,7 @@ def test_a_fused_layer_that_stays_float_keeps_its_activation(clock) -> None:
     assert_same_bits(quantized[1](quantized[0](X)), model[:2](X))
 
 
-def test_a_layer_that_stays_float_parts_those_that_shared_its_input(shared_attention, clock) -> None:
+def test_a_layer_that_stays_float_leaves_its_group(shared_attention, clock) -> None:
     clock(lambda m, n: 200.0 if n == 128 else 50.0)
     quantized, report = reported(shared_attention, fuse=True, min_speedup=1.0)
     assert [type(layer) for layer in quantized.children()] == [QLinear, QLinear, nn.Linear]

@@ -1,4 +1,4 @@
-"""The conversion report: what is measured, what is said, that models are left as they were."""
+"""The conversion report: measurements, reasons, and unchanged models."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.support.same_bits import assert_same_bits
 pytestmark = pytest.mark.usefixtures("quick_measuring")
 
 
-# ---- what a report holds
+# ---- contents of a report
 
 
 def test_one_row_a_layer_with_size_scheme_and_closeness() -> None:
@@ -140,7 +140,7 @@ def test_layers_that_the_sample_does_not_reach() -> None:
     assert converted(quantized) == ["unused"]
 
 
-def test_what_stays_float_and_why() -> None:
+def test_skipped_layers_and_reasons() -> None:
     class Own(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * 2
@@ -222,7 +222,7 @@ def test_attention_of_torch_hands_its_out_projection_to_a_function() -> None:
     seen: list[Tensor] = []
     attention = model.layers[0].self_attn
     with torch.no_grad():
-        # With an identity for out_proj, the attention gives what out_proj reads.
+        # With an identity for out_proj, the attention's output is out_proj's input.
         bare = copy.deepcopy(attention)
         bare.out_proj.weight.copy_(torch.eye(16))
         bare.out_proj.bias.zero_()
@@ -255,7 +255,7 @@ def test_attention_that_fails_leaves_no_mode_behind(bias: bool) -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
 @pytest.mark.parametrize("fuse", [False, True])
-def test_hugging_face_models_and_what_a_tokenizer_returns(name: str, fuse: bool) -> None:
+def test_hugging_face_models_and_outputs_of_a_tokenizer(name: str, fuse: bool) -> None:
     torch.manual_seed(0)
     config = (
         transformers.GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=2)
@@ -423,7 +423,7 @@ def test_models_without_float_outputs() -> None:
 
 
 class Takes(nn.Module):
-    """Keeps what it was called with."""
+    """Records its arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -448,7 +448,7 @@ class Takes(nn.Module):
         (("a" * 60,), ("a" * 60,), {}, "'" + "a" * 36 + "..."),
     ],
 )
-def test_what_a_sample_may_be(sample: Any, args: Any, kwargs: Any, words: str) -> None:
+def test_kinds_of_samples(sample: Any, args: Any, kwargs: Any, words: str) -> None:
     model = Takes()
     _, report = reported(model, sample)
     assert model.seen == (args, kwargs)
@@ -514,10 +514,10 @@ def test_a_sample_that_does_not_fit(sample: Any, error: type, sentences: list[st
     assert_unchanged(model, before)
 
 
-# ---- models that are no pair
+# ---- models that do not match
 
 
-def test_models_that_are_no_pair() -> None:
+def test_models_that_do_not_match() -> None:
     model = net()
     quantized = quantize_dynamic(model)
     with pytest.raises(ValueError, match="got one and the same Net; keep a copy of the float model before"):
@@ -541,7 +541,7 @@ def test_models_that_are_no_pair() -> None:
     str(report)
 
 
-# ---- the models are left as they were
+# ---- unchanged models
 
 
 def test_modes_hooks_gradients_and_random_numbers_are_left_alone() -> None:
@@ -568,7 +568,7 @@ def test_modes_hooks_gradients_and_random_numbers_are_left_alone() -> None:
 
 
 def test_inputs_are_not_kept() -> None:
-    kept: list[Any] = []
+    references: list[Any] = []
 
     class Watched(nn.Module):
         def __init__(self) -> None:
@@ -576,10 +576,10 @@ def test_inputs_are_not_kept() -> None:
             self.fc = nn.Linear(12, 12)
 
         def forward(self, x: Tensor) -> Tensor:
-            alive = sum(reference() is not None for reference in kept)
+            alive = sum(reference() is not None for reference in references)
             assert alive <= 1, "the inputs of former layers"
             x = x * 1.0
-            kept.append(weakref.ref(x))
+            references.append(weakref.ref(x))
             return self.fc(x)
 
     gc.disable()

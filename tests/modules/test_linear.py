@@ -1,4 +1,4 @@
-"""QLinear: everything that nn.Linear's users rely on, and the scheme's own promises."""
+"""QLinear: the interface of nn.Linear, and the guarantees of the scheme."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def pair(k: int, n: int, bias: bool = True, dtype: torch.dtype | None = None, **
 
 
 def bound(linear: nn.Linear, layer: QLinear, x: Tensor) -> Tensor:
-    """How far 8 bits can be off, element by element, in float64: every w half a step from the value it stands
-    for, every x a whole one, since its zero_point is rounded too."""
+    """The largest error of 8 bits, element by element, in float64: half a step for each w, and a whole step
+    for each x, whose zero_point is rounded too."""
     x, w = x.detach().double().reshape(-1, x.shape[-1]), linear.weight.detach().double()
     block = layer.config.rotation_block
     if block:
@@ -117,7 +117,7 @@ def test_any_strides(strided):
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_empty_layers(k, n, bias, scheme):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # nn.Linear's own, about initialising nothing
+        warnings.simplefilter("ignore")  # nn.Linear's warning about an empty initialisation
         layer = QLinear(k, n, bias, **scheme)
     y = layer(torch.randn(3, k))
     expected = layer.bias.detach() if bias and k == 0 else torch.zeros(n)
@@ -250,7 +250,7 @@ def test_gradients_are_those_of_the_dequantized_layer(scheme):
     torch.testing.assert_close(got_bias, back.bias.grad)
 
 
-def test_what_wants_no_gradient_builds_no_graph():
+def test_no_graph_without_gradients():
     _, layer = pair(16, 6)
     layer.requires_grad_(False)
     assert not layer(torch.randn(2, 16)).requires_grad
@@ -284,7 +284,7 @@ def test_non_finite_inputs_give_nan_and_nothing_else(value):
 
 
 def test_tiny_and_huge_inputs_keep_their_precision():
-    """No floor under the scale, no overflow of its range."""
+    """The scale has no lower bound, and its range does not overflow."""
     linear, layer = pair(16, 6, bias=False)
     x = torch.randn(4, 16)
     for factor in (1e-30, 1e-4, 1e4, 1e34):
@@ -308,7 +308,7 @@ def test_hooks_run():
     assert seen == ["pre"]
 
 
-def test_casts_change_what_weight_shows_and_nothing_else():
+def test_casts_change_only_the_dtype_that_weight_shows():
     _, layer = pair(16, 6)
     x = torch.randn(3, 16)
     y = layer(x)
@@ -450,7 +450,7 @@ def test_bad_assignments_are_refused():
     assert_same_bits(layer(torch.ones(2, 16)), y)
 
 
-# ---- input that does not fit
+# ---- wrong input
 
 
 @pytest.mark.parametrize(
@@ -501,9 +501,9 @@ def test_input_that_is_no_tensor():
         ({"epilogue": "tanh"}, "expected epilogue to be one of 'none', 'relu', 'gelu', 'gelu_tanh', 'silu'"),
     ],
 )
-def test_unknown_words(scheme, sentence):
+def test_unknown_schemes(scheme, sentence):
     for build in (lambda: QLinear(96, 4, **scheme), lambda: QLinear.from_float(nn.Linear(96, 4), **scheme)):
-        with pytest.raises(ValueError) as error:  # noqa: PT011  the words are compared below
+        with pytest.raises(ValueError) as error:  # noqa: PT011  the message is compared below
             build()
         assert sentence in str(error.value)
 
@@ -517,7 +517,7 @@ def test_a_weight_that_is_not_finite(value):
         QLinear.from_float(linear)
 
 
-def test_a_bias_that_is_nan_is_refused_and_infinity_kept():
+def test_a_nan_bias_is_refused_an_infinite_one_accepted():
     linear = nn.Linear(16, 6)
     with torch.no_grad():
         linear.bias[4] = float("-inf")
@@ -536,7 +536,7 @@ def test_weights_of_other_dtypes(dtype):
         QLinear.from_float(linear)
 
 
-def test_from_float_wants_an_nn_linear():
+def test_from_float_requires_an_nn_linear():
     with pytest.raises(TypeError, match=r"expected an nn.Linear, got Conv1d"):
         QLinear.from_float(nn.Conv1d(1, 1, 1))
 

@@ -1,4 +1,4 @@
-"""``.weight`` of a quantized layer, as code that nobody here wrote reads it."""
+"""``.weight`` of a quantized layer, read by code written for float weights."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_reads_like_a_quantized_tensor_of_torch():
 
 
 def test_code_written_for_torch_ao_runs_unchanged():
-    """Reading weights of a torch.ao layer, line by line, with our layer in its place."""
+    """Code that reads the weight of a torch.ao layer, applied to our layer."""
     for layer in (QLinear(3, 3), QLinear(3, 1, weights="per_tensor")):
         text = str(torch.int_repr(layer.weight()))
         text += f"{layer.weight().int_repr()} {layer.weight().q_scale()} {layer.weight().q_zero_point()}"
@@ -216,7 +216,7 @@ def test_deepcopy_keeps_ties():
     assert first.packed_weight.data_ptr() != w.packed_weight.data_ptr()
 
 
-def test_pickle_holds_one_byte_a_weight():
+def test_pickle_holds_one_byte_per_weight():
     assert len(pickle.dumps(quantized(256, 256))) < 1.1 * 256 * 256
 
 
@@ -261,14 +261,14 @@ def test_any_shape(shape, weights):
         ),
     ],
 )
-def test_what_comes_from_outside_is_checked(change, sentence):
+def test_arguments_are_checked(change, sentence):
     parts = {
         "weight": torch.ones(6, 8, dtype=torch.int8),
         "weight_scale": torch.ones(6),
         "config": Config(),
         "dtype": torch.float32,
     }
-    with pytest.raises(ValueError) as error:  # noqa: PT011  the words are compared below
+    with pytest.raises(ValueError) as error:  # noqa: PT011  the message is compared below
         QTensor.from_int8(**{**parts, **change})
     assert sentence in str(error.value)
 

@@ -1,4 +1,4 @@
-"""Converted models in the hands of the rest of PyTorch: compile, export, workers, autocast and so on."""
+"""Converted models with the rest of PyTorch: compile, export, workers, autocast and more."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_compile_sees_a_new_weight_dtype_and_bias():
 
 
 class Reader(nn.Module):
-    """Foreign code that reads the weight of a layer."""
+    """A user's module that reads the weight of a layer."""
 
     def __init__(self, read) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ def test_compile_of_code_that_reads_the_weight(read, dtype):
 
 @pytest.mark.parametrize("build", ["encoder", "attention"])
 def test_compile_keeps_attention_in_int8(build):
-    """Without gradients torch has fast paths of its own here, which would run in float."""
+    """Without gradients torch would take its fast paths here, which run in float."""
     torch.manual_seed(0)
     if build == "encoder":
         model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1)
@@ -328,7 +328,7 @@ def test_dataloader_workers(start):
 
 
 def test_a_call_is_one_op():
-    """The scheduler sees one op; nothing is quantized, unpacked or cast around it."""
+    """The dispatcher sees one op, without separate quantization, unpacking or casts."""
     layer = QLinear(16, 8)
     seen: list[str] = []
 
@@ -377,7 +377,7 @@ def test_copies_of_a_model_are_independent():
     assert_same_bits(other(X), expected)
 
 
-def test_a_converted_model_of_a_bigger_kind_survives_it_all(tmp_path):
+def test_an_encoder_through_every_step(tmp_path):
     """Encoder → convert → half → save → load into a converted copy → compile."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)

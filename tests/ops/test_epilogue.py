@@ -40,7 +40,7 @@ def function(name: str) -> Callable[[Tensor], Tensor]:
 
 
 def dense_inputs() -> Tensor:
-    """Every bf16 pattern (each exponent, NaN, infinity), random fp32 patterns, and where the curves bend."""
+    """Every bf16 pattern (each exponent, NaN, infinity), random fp32 patterns, the bends of the curves."""
     generator = torch.Generator().manual_seed(0)
     every_bf16 = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
     patterns = torch.randint(-(2**31), 2**31, (1 << 16,), generator=generator).int().view(torch.float32)
@@ -75,7 +75,7 @@ def test_strides_do_not_matter(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", EPILOGUES)
 def test_every_isa_has_the_bits_of_the_reference(isa: str, name: str, dtype: torch.dtype) -> None:
-    """A layer without inputs shows its bias, and so what the epilogue makes of it."""
+    """A layer without inputs outputs the epilogue of its bias."""
     bias = dense_inputs()
     n = bias.shape[0]
     packed, weight_sum = reference.pack_weight(torch.zeros(n, 0, dtype=torch.int8))

@@ -1,4 +1,4 @@
-"""Bad input gets one sentence, whichever path runs: the kernels' checks and the reference's say the same."""
+"""Bad input raises the same message on all paths: the checks of the kernels and of the reference."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
 
 def good() -> dict[str, Tensor]:
-    """Arguments of the ops by their names."""
+    """Arguments of the ops by name."""
     weight, weight_scale = reference.quantize_weight(torch.randn(N, K), 0)
     packed_weight, weight_sum = reference.pack_weight(weight)
     return {
@@ -54,7 +54,7 @@ LAST: dict[str, tuple[int, ...]] = {
     "linear_static": (0,),
 }
 
-# One operand replaced, the words that must be there.
+# A replaced operand and a part of the message.
 CHANGES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "x int8": (lambda x: x.to(torch.int8), "got torch.int8"),
     "x complex": (lambda x: x * 1j, "got torch.complex64"),
@@ -82,12 +82,12 @@ def _cases() -> list[tuple[str, str]]:
     for op, operands in OPERANDS.items():
         cases += [(op, change) for change in CHANGES if change.split()[0] in operands]
         cases += [(op, f"{name} elsewhere") for name in operands[1:]]
-    # Of these two int8_mm takes the size from the operand itself.
+    # int8_mm takes its size from either of these operands.
     return [case for case in cases if case[0] != "int8_mm" or case[1] != "weight_scale short"]
 
 
 def _changed(op: str, change: str) -> tuple[list[object], str]:
-    """The arguments of a case, and the words that its error must hold."""
+    """The arguments of a case, and a part of its message."""
     operands = good()
     name = change.split()[0]
     if change.endswith("elsewhere"):
@@ -107,7 +107,7 @@ def _message(function: Callable[..., object], arguments: list[object], words: st
 
 
 def _kernel(op: str, keys: torch._C.DispatchKeySet) -> Callable[..., object]:
-    """The kernel of one device, whatever its arguments are on."""
+    """The kernel of one device, for arguments on any device."""
     overload = getattr(torch.ops.dynquant, op).default
     return lambda *arguments: overload.redispatch(keys, *arguments)
 
@@ -118,7 +118,7 @@ def test_kernels_and_reference_say_the_same(op: str, change: str) -> None:
     expected = _message(getattr(reference, op), arguments, words)
     assert expected.startswith(f"{op}: ")
     assert _message(_kernel(op, CPU), arguments, words) == expected
-    # The CUDA kernels check before they look for a device, so no GPU is needed to hear them.
+    # The CUDA kernels check their arguments before they look for a device, so no GPU is needed.
     built = extension is not None and read_record()["cuda"]["built"]
     shape_of_cpu = change.startswith("packed_weight ") and not change.endswith("elsewhere")
     if built and not shape_of_cpu:

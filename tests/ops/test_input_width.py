@@ -1,6 +1,6 @@
-"""A layer that has become a bare op takes inputs of its own width alone: the op's config says K mod 16.
+"""A layer in a graph, as a bare op, accepts only inputs of its own width: the op's config holds K mod 16.
 
-The packed weight of K = 15 looks like that of 13, 14 and 16, so that it cannot tell.
+The shape of the packed weight does not distinguish K = 13, 14, 15 and 16.
 """
 
 from __future__ import annotations
@@ -114,15 +114,15 @@ def test_fake(static: bool, device: str) -> None:
         refuses_others(call)
 
 
-def test_a_config_that_does_not_say_is_taken_as_before() -> None:
+def test_a_config_without_the_width_accepts_any() -> None:
     *tensors, _, code = layer()._packed
     assert code != 0
     x = torch.randn(2, K)
-    wanted = torch.ops.dynquant.linear_dynamic(x, *tensors, None, code)
-    assert_same_bits(torch.ops.dynquant.linear_dynamic(x, *tensors, None, 0), wanted)
+    expected = torch.ops.dynquant.linear_dynamic(x, *tensors, None, code)
+    assert_same_bits(torch.ops.dynquant.linear_dynamic(x, *tensors, None, 0), expected)
     wider = torch.cat([x, torch.zeros(2, 1)], 1)
     for function in (torch.ops.dynquant.linear_dynamic, reference.linear_dynamic):
-        assert_same_bits(function(wider, *tensors, None, 0), wanted)
+        assert_same_bits(function(wider, *tensors, None, 0), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -148,7 +148,7 @@ def test_backward_computes_the_layer_again(epilogue: str) -> None:
     torch.testing.assert_close(x.grad, y.grad @ made.dequantize_weight())
 
 
-# ---- what becomes of layers
+# ---- layers in programs
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -165,7 +165,7 @@ def test_traced_by_fx() -> None:
 
 def test_exported_with_a_free_width() -> None:
     program = torch.export.export(layer(), (torch.randn(2, K),), dynamic_shapes=({1: torch.export.Dim.AUTO},))
-    # By default a program's own guards refuse other widths before the op is called.
+    # By default the program's guards refuse other widths before the op is called.
     refuses_others(program.module(check_guards=False))
 
 
@@ -199,7 +199,7 @@ def test_layers_that_share_an_input() -> None:
     wide = MergedGroup(layers).merged
     assert wide is not None
     assert k_modulo_16(wide.config) == K
-    # The packed weights of both have one shape.
+    # Both packed weights have the same shape.
     assert MergedGroup([QLinear(K, N), QLinear(K - 1, N)]).merged is None
 
 
@@ -210,13 +210,13 @@ def test_weight_in_a_linear_function() -> None:
     )
 
 
-# ---- without values
+# ---- fake and meta tensors
 
 
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("other", [K + 16, K + 32, K - 1])
 def test_tracing_refuses_a_width_that_is_the_same_modulo_16(static: bool, other: int) -> None:
-    """There the config cannot tell; the shape of the packed weight does."""
+    """The config cannot distinguish them; the shape of the packed weight does."""
     made = layer(static=static)
     words = rf"QLinear: expected input\.shape\[-1\] == in_features \({K}\), got {other}"
     with pytest.raises(RuntimeError, match=words):
@@ -229,7 +229,7 @@ def test_tracing_refuses_a_width_that_is_the_same_modulo_16(static: bool, other:
 
 @pytest.mark.parametrize("static", [False, True])
 def test_meta_and_real_tensors_in_one_call_are_an_error(static: bool) -> None:
-    """Either way the fake kernel would run: it gave memory that nobody had written."""
+    """Otherwise the fake kernel would run and return uninitialised memory."""
     here = layer(static=static)
     there = copy.deepcopy(here).to("meta")
     op = torch.ops.dynquant.linear_static if static else torch.ops.dynquant.linear_dynamic
@@ -257,7 +257,7 @@ def test_no_op_mixes_meta_and_real_tensors(op: str, of_meta: int) -> None:
 
 
 @pytest.mark.parametrize("path", ["extension", "reference"])
-def test_what_is_no_tensor_is_told_alike(path: str) -> None:
+def test_non_tensors_raise_the_same_error_on_every_path(path: str) -> None:
     program = "import dynquant; dynquant.QLinear(3, 2)(None)"
     environment = os.environ | ({"DYNQUANT_ISA": "reference"} if path == "reference" else {})
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)

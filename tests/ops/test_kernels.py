@@ -60,14 +60,14 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def rotated(config: Config, k: int) -> Config:
-    """Gives a config that asks for a rotation the largest block that k allows."""
+    """The config with its rotation, if any, by the largest block that k allows."""
     if not config.rotation_block:
         return config
     return Config(config.activations, config.weights, rotation_block(k), config.epilogue, config.out_dtype)
 
 
 class Layer:
-    """A random layer: its packed weight and what the linear ops take beside x."""
+    """A random layer: its packed weight and the other arguments of the linear ops beside x."""
 
     def __init__(self, k: int, n: int, config: Config, bias: bool = True, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -91,7 +91,7 @@ class Layer:
 
 @pytest.mark.parametrize("name", EVERY_ISA)
 def test_an_isa_is_among_those_compared_below(name: str) -> None:
-    """One line of the summary for each whose kernels this machine cannot run."""
+    """A skipped test per ISA that this machine cannot run, for the summary."""
     if _extension.extension is None:
         pytest.skip(f"kernels not compared with the reference: {_extension.status}")
     if name not in dynquant.available_isas():
@@ -191,7 +191,7 @@ def test_output_casts_round_to_nearest_even(isa: str, small_outputs: float) -> N
 
 @pytest.mark.parametrize("k", [1, 4, 64, 1000, 33_025, 33_026, 66_311, 66_312, 70_001])
 def test_all_extreme_operands(isa: str, k: int) -> None:
-    """q = -128 or 127 against weights of +-127 everywhere: nothing saturates, nothing wraps."""
+    """q = -128 or 127 against weights of +-127 everywhere: no saturation, no wrap-around."""
     signs = torch.tensor([[1.0], [-1.0], [1.0]])
     weight = torch.ones(3, k) * signs
     weight[2, ::2] = -1.0
@@ -209,8 +209,8 @@ def test_all_extreme_operands(isa: str, k: int) -> None:
     assert_same_bits(ops.int8_mm(extreme, packed, weight_sum), reference.int8_mm(extreme, packed, weight_sum))
 
 
-# Activations whose sums of two and four are at or beyond what 16 bits hold beside any weights: signed
-# (128 of one sign) or with 128 added (256), around zero or cut off below.
+# Activations whose sums of two or four products are at or beyond the 16-bit limits for any weights: signed
+# (128 of one sign) or biased by 128 (256), around zero or with a lower bound.
 GROUPS = [
     (64, 64, 1, 0),
     (127, 1, -64, -64),
@@ -237,7 +237,7 @@ GROUPS = [
 @pytest.mark.parametrize("k", [4, 12, 30, 36, 768, 772, 1546])
 @pytest.mark.parametrize("kinds", ["all", "around zero", "cut off", "one"])
 def test_products_at_their_bounds(isa: str, rows: int, k: int, kinds: str) -> None:
-    """Which products are exact depends on the activations: each mix of groups, against weights of +-127."""
+    """The activations decide which products are exact: each mix of groups, against weights of +-127."""
     generator = torch.Generator().manual_seed(rows * k)
     palette = torch.tensor(GROUPS, dtype=torch.int8)
     if kinds == "around zero":
@@ -259,7 +259,7 @@ def test_products_at_their_bounds(isa: str, rows: int, k: int, kinds: str) -> No
 @pytest.mark.parametrize("rows", [12, 13, 64])
 @pytest.mark.parametrize("k", [64, 770, 1600])
 def test_activations_of_many_kinds(isa: str, threads: int, rows: int, k: int) -> None:
-    """Rows around zero, cut off below or above, with outliers, constant and not finite, side by side."""
+    """Neighbouring rows around zero, with a lower or upper bound, with outliers, constant and not finite."""
     generator = torch.Generator().manual_seed(k)
     x = torch.randn(rows, k, generator=generator)
     makers = [
@@ -384,9 +384,9 @@ def test_quantizers(
     for actual, expected in zip(ops.choose_qparams(*ranges), qparams, strict=True):
         assert_same_bits(actual, expected, "choose_qparams")
     assert_same_bits(ops.quantize(x, *qparams), reference.quantize(x, *qparams), "quantize")
-    given_qparams = torch.tensor([0.01]), torch.tensor([7], dtype=torch.int32)
+    fixed_qparams = torch.tensor([0.01]), torch.tensor([7], dtype=torch.int32)
     assert_same_bits(
-        ops.quantize(x, *given_qparams), reference.quantize(x, *given_qparams), "quantize, given qparams"
+        ops.quantize(x, *fixed_qparams), reference.quantize(x, *fixed_qparams), "quantize, fixed qparams"
     )
 
 
@@ -409,7 +409,7 @@ def test_weights(isa: str, threads: int, shape: tuple[int, int], weights: str, d
     assert_same_bits(ops.unpack_weight(packed, *shape), q, "unpack_weight")
 
 
-def test_resident_weight_is_held_in_a_tenth_more_than_a_byte() -> None:
+def test_resident_weight_takes_at_most_1_1_bytes() -> None:
     for n in range(256, 700, 7):
         for k in (128, 129, 130, 768):
             packed, _ = ops.pack_weight(torch.zeros(n, k, dtype=torch.int8))
@@ -584,7 +584,7 @@ def test_errors_are_sentences(name: str, through: str) -> None:
         function(*arguments)
 
 
-def test_an_isa_that_is_not_there() -> None:
+def test_an_unavailable_isa() -> None:
     if dynquant.isa() == "reference":
         pytest.skip(f"no kernels to choose from: {_extension.status}")
     with pytest.raises(ValueError, match="expected an instruction set that this CPU has .*got 'avx3'"):

@@ -1,7 +1,7 @@
 """The packed weight of every device but the CPU: rows, padded with zeros to a multiple of 16 bytes.
 
-No GPU is needed: the reference takes this layout on the CPU too where it is told to, and fake tensors tell
-the shapes on a device that is not there.
+Needs no GPU: the reference can use this layout on the CPU too, and fake tensors show the shapes of a missing
+device.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SIZES = [(1, 1), (5, 15), (5, 16), (20, 17), (64, 100), (3, 0), (0, 7)]
 
 @pytest.fixture
 def rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU packs as CUDA does, and layers run on the reference."""
+    """The CPU packs like CUDA, and layers run on the reference."""
     monkeypatch.setattr(layout, "packs_in_panels", lambda device: False)
     monkeypatch.setattr(qtensor, "_ops", reference)
     monkeypatch.setattr(linear, "_linear_dynamic", reference.linear_dynamic)
@@ -57,7 +57,7 @@ def test_a_layer_that_moves_to_another_device_is_packed_for_it() -> None:
 
 @pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize(("n", "k"), SIZES)
-def test_zeros_stand_beyond_k(n: int, k: int) -> None:
+def test_padding_beyond_k_is_zero(n: int, k: int) -> None:
     weight = random_weight(n, k)
     packed, weight_sum = reference.pack_weight(weight)
     assert list(packed.shape) == reference.packed_shape(CUDA, n, k)
@@ -89,8 +89,8 @@ def test_both_layouts_give_the_same_bits(n: int, k: int, request: pytest.Fixture
 
     expected = results()
     request.getfixturevalue("rows")
-    for actual, wanted in zip(results(), expected, strict=True):
-        assert_same_bits(actual, wanted)
+    for actual, right in zip(results(), expected, strict=True):
+        assert_same_bits(actual, right)
 
 
 @pytest.mark.usefixtures("rows")
@@ -111,14 +111,14 @@ def test_a_layer_shows_what_it_shows_on_the_cpu(rotation: int | None, request: p
     torch.manual_seed(0)
     plain, x = torch.nn.Linear(20, 6), torch.randn(3, 20)
 
-    def shown() -> dict[str, Tensor]:
+    def values() -> dict[str, Tensor]:
         layer = QLinear.from_float(plain, rotation=rotation)
         found = {"int_repr": layer.weight.int_repr(), "dequantized": layer.dequantize_weight()}
         return found | {"out": layer(x).detach()} | layer.state_dict()
 
-    expected = shown()
+    expected = values()
     request.getfixturevalue("rows")
-    for name, value in shown().items():
+    for name, value in values().items():
         assert_same_bits(value, expected[name], name)
     layer = QLinear(20, 6, rotation=rotation)
     layer.load_state_dict(expected, strict=False)
@@ -130,15 +130,15 @@ def test_a_layer_shows_what_it_shows_on_the_cpu(rotation: int | None, request: p
 
 
 @pytest.mark.usefixtures("rows")
-def test_layers_of_any_width_lie_side_by_side() -> None:
+def test_layers_of_any_width_are_contiguous() -> None:
     first, second = QLinear(20, 6), QLinear(20, 33)
     x = torch.randn(4, 20)
     expected = [first(x), second(x)]
     shared = MergedGroup([first, second])
     assert shared.merged is not None
     assert list(shared.merged.packed_weight.shape) == [39, 32]
-    for layer, wanted in zip(shared.layers, expected, strict=True):
-        assert_same_bits(layer(x).detach(), wanted.detach())
+    for layer, right in zip(shared.layers, expected, strict=True):
+        assert_same_bits(layer(x).detach(), right.detach())
 
 
 @pytest.mark.usefixtures("rows")

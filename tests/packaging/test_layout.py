@@ -1,4 +1,4 @@
-"""Who may import whom."""
+"""Rules for imports within the repository."""
 
 from __future__ import annotations
 

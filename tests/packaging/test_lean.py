@@ -1,4 +1,4 @@
-"""``import dynquant`` takes torch and nothing else; what is missing is named where it is used."""
+"""``import dynquant`` imports torch alone; a missing package is named at the first use of its feature."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HIDE = f"sys.modules.update(dict.fromkeys({OPTIONAL}))"  # None there makes an i
 
 
 def start(code: str) -> subprocess.CompletedProcess[str]:
-    """A new process that imports the very dynquant of this one."""
+    """A new process that imports the same dynquant as this one."""
     folder = os.path.dirname(os.path.dirname(dynquant.__file__))
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {folder!r})\n{code}"]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -68,7 +68,7 @@ print(len(report.layers), quantized[0])
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """``python -m dynquant`` where torch alone is installed."""
+    """``python -m dynquant`` with only torch installed."""
     return start(
         f"{HIDE}; import runpy\n"
         f"sys.argv[1:] = {list(arguments)}\n"
@@ -79,7 +79,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_info_needs_no_extra() -> None:
     done = command("info")
     assert done.returncode == 0, done.stderr
-    threads = re.compile(r"\d+ threads")  # this process may have been given others by now
+    threads = re.compile(r"\d+ threads")  # tests may have changed this process's number
     assert threads.sub("", done.stdout) == threads.sub("", f"{dynquant.info()}\n")
 
 
@@ -97,7 +97,7 @@ def test_a_command_without_its_extra_says_which_it_is(arguments: list[str], user
     assert done.returncode == 2
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1] == (  # torch may warn of numpy before
+    assert done.stderr.splitlines()[-1] == (  # torch may warn about numpy before
         f"{user} needs the package typer, which is not installed; "
         f"`pip install '.[{extra}]'` in the repository installs it"
     )
@@ -118,7 +118,7 @@ def test_a_missing_module_of_dynquants_own_stays_a_fault() -> None:
     assert not isinstance(caught.value, MissingPackageError)
 
 
-def test_info_is_told_whatever_the_isa_variable_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_info_works_with_any_isa_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DYNQUANT_ISA", "nonsense")
     done = subprocess.run([sys.executable, "-m", "dynquant", "info"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

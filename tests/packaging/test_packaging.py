@@ -1,4 +1,4 @@
-"""Installing, building and loading, done for real in environments of their own."""
+"""Real installs, builds and imports in fresh environments."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ print(json.dumps({
 
 
 def run(*command: str | Path, cwd: Path, ok: bool = True, **variables: str) -> str:
-    """Runs a command without any dynquant setting of this process, returns what it printed."""
+    """Runs a command without this process's dynquant variables; returns its output."""
     ours = ("DYNQUANT_", "PYTHONPATH", "TORCH_CUDA_ARCH_LIST", "CXX")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     environment |= {"DYNQUANT_CUDA": "0", **variables}
@@ -77,7 +77,7 @@ def run(*command: str | Path, cwd: Path, ok: bool = True, **variables: str) -> s
 
 
 def report(python: Path, cwd: Path, **variables: str) -> dict[str, Any]:
-    """What dynquant says of itself in a new process of that interpreter."""
+    """dynquant's description of itself in a new process of that interpreter."""
     result: dict[str, Any] = json.loads(run(python, "-c", REPORT, cwd=cwd, **variables).splitlines()[-1])
     return result
 
@@ -90,7 +90,7 @@ def pip_install(python: Path, *arguments: str | Path, cwd: Path, ok: bool = True
 
 @pytest.fixture(scope="module")
 def torch_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """This environment's packages but dynquant, as links, for other environments to see."""
+    """Links to this environment's packages except dynquant, for other environments."""
     folder = tmp_path_factory.mktemp("torch_folder")
     for entry in Path(torch.__file__).parents[1].iterdir():
         if "dynquant" not in entry.name and entry.suffix != ".pth":
@@ -100,7 +100,7 @@ def torch_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of a new environment that holds nothing."""
+    """The interpreter of a new, empty environment."""
     folder = tmp_path_factory.mktemp("bare")
     venv.create(folder, with_pip=False)
     return folder / "bin" / "python"
@@ -115,14 +115,14 @@ def with_torch(folder: Path, torch_folder: Path) -> Path:
 
 
 def packages_of(python: Path) -> set[str]:
-    """The packages in an environment's own folder."""
+    """The packages in an environment's folder."""
     (folder,) = python.parents[1].glob("lib/python*/site-packages")
     return {entry.name for entry in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what is built, so that no build here touches the checkout's own."""
+    """A copy of the sources, so that no build here touches the checkout's."""
     folder = tmp_path_factory.mktemp("source") / "dynquant"
     built = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
     for name in ("build_backend", "csrc", "dynquant"):
@@ -135,7 +135,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small_source(source: Path, tmp_path: Path) -> Path:
-    """The same with an extension that compiles in seconds."""
+    """A copy with an extension that compiles in seconds."""
     folder = tmp_path / "small"
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("build", "csrc", "*.egg-info"))
     (folder / "csrc").mkdir()
@@ -146,7 +146,7 @@ def small_source(source: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(source: Path, torch_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of an environment that has torch and in which `pip install .` was run, nothing else."""
+    """The interpreter of an environment with torch, after `pip install .`."""
     python = with_torch(tmp_path_factory.mktemp("installed"), torch_folder)
     output = pip_install(python, ".", cwd=source)
     assert "Successfully installed dynquant-int8" in output
@@ -156,7 +156,7 @@ def installed(source: Path, torch_folder: Path, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture
 def package(installed: Path, tmp_path: Path) -> Path:
-    """A copy of the installed package, in a folder from which it is imported, to be tampered with."""
+    """An importable copy of the installed package, for tests that modify it."""
     (original,) = installed.parents[1].glob("lib/python*/site-packages/dynquant")
     shutil.copytree(original, tmp_path / "dynquant")
     return tmp_path / "dynquant"
@@ -249,7 +249,7 @@ def test_build_0_gives_the_pure_python_package(source: Path, torch_folder: Path,
 
 @pytest.fixture(scope="module")
 def distributions(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the pure-Python wheel and the sdist of all that a checkout holds."""
+    """A folder with the pure-Python wheel and the sdist of a whole checkout."""
     folder = tmp_path_factory.mktemp("distributions") / "checkout"
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("build", "*.egg-info"))
     for name in ("tests", "benchmarks"):
@@ -273,7 +273,7 @@ def test_tests_and_fixtures_stay_out_of_wheels_and_sdists(distributions: Path) -
 
 
 def required(extra: str, requirements: list[Requirement]) -> set[str]:
-    """Names of the packages that an extra brings, through others of dynquant's too; "": a plain install."""
+    """Names of the packages that an extra requires, directly or through other extras; "": a plain install."""
     names: set[str] = set()
     for requirement in requirements:
         marker = requirement.marker
@@ -298,7 +298,7 @@ def test_a_plain_install_asks_for_torch_and_tqdm_alone(distributions: Path) -> N
     assert required("", requirements) == {"torch", "tqdm"}
     assert required("cli", requirements) == {"rich", "typer"}
     assert required("report", requirements) == {"matplotlib", "pandas", "rich"}
-    # What make's stamps install, each into an environment that may hold nothing else.
+    # The extras that make installs, each possibly into an empty environment.
     for extra in ("demo", "bench", "test", "lint"):
         assert required(extra, requirements) >= {"rich", "typer"}, extra
     for extra in ("demo", "bench", "test"):
@@ -318,7 +318,7 @@ def test_editable_install_and_rebuild_after_a_header_changed(
     assert report(python, tmp_path)["isa"] == "second"
 
 
-def test_missing_compiler_is_said_in_one_line(small_source: Path, torch_folder: Path, tmp_path: Path) -> None:
+def test_missing_compiler_gives_one_line(small_source: Path, torch_folder: Path, tmp_path: Path) -> None:
     python = with_torch(tmp_path / "environment", torch_folder)
     options = ("--no-build-isolation", "--no-deps", ".")
     output = pip_install(python, *options, cwd=small_source, ok=False, CXX="no-such-compiler")
@@ -343,7 +343,7 @@ def location(python: Path, expression: str, ok: bool = True, **variables: str) -
     ).strip()
 
 
-def test_backend_asks_for_torch_only_where_there_is_none(
+def test_backend_requires_torch_only_if_it_is_missing(
     bare_python: Path, torch_folder: Path, tmp_path: Path
 ) -> None:
     python = with_torch(tmp_path / "environment", torch_folder)
@@ -366,7 +366,7 @@ def test_result_is_tied_to_the_torch_that_the_build_brought(
     assert location(bare_python, "runtime_requirement()", DYNQUANT_BUILD="0") == f"torch>={minimum}"
 
 
-def test_backend_stops_where_another_front_end_hides_torch(bare_python: Path) -> None:
+def test_backend_stops_if_another_front_end_hides_torch(bare_python: Path) -> None:
     output = location(bare_python, "build_requirements()", ok=False)
     assert output.startswith(
         "dynquant-int8: this front end hides the environment's torch from the build; use pip, or"
@@ -409,7 +409,7 @@ def test_cuda_architectures() -> None:
         nvcc.architectures("Hopper", of_nvcc_13)
 
 
-def test_missing_nvcc_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_nvcc_gives_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from build_backend import extension
 
     (tmp_path / "cuda").mkdir()

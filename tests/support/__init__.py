@@ -1,1 +1,1 @@
-"""Shared by several test files: no tests here."""
+"""Code shared by several test files; contains no tests."""

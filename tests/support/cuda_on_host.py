@@ -1,8 +1,7 @@
 """Builds csrc/cuda for the CPU (tests/kernels/cuda_host: fibers for threads) and calls it with torch tensors.
 
-Every tensor that a kernel sees lies between two pages that cannot be touched, at the start or flush with the
-end of its own pages by chance, so that an access outside of it is reported; outputs and workspaces start as
-garbage.
+Every tensor of a kernel lies between two guard pages, at random at the start or flush with the end of its own
+pages, so that an access outside of it faults. Outputs and workspaces start as garbage.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ def compiler() -> str | None:
 
 
 def _with_includes(source: Path) -> set[str]:
-    """The names of a file and of what it includes from its own folder, directly or not."""
+    """The names of a file and of its direct and indirect includes from the same folder."""
     names = {source.name}
     for name in re.findall(r'^#include "(\w+\.\w+)"', source.read_text(), re.M):
         if (source.parent / name).exists():
@@ -73,19 +72,19 @@ def build(folder: Path, sources: Path = CUDA_SOURCES, unchanged: Path | None = N
 
 
 class HostError(RuntimeError):
-    """A fault that the emulator found, or an error that a launch returned."""
+    """A fault found by the emulator, or the error of a launch."""
 
 
 class Memory:
     """Tensors between guard pages, for one call."""
 
-    def __init__(self, library: ctypes.CDLL, chance: random.Random) -> None:
+    def __init__(self, library: ctypes.CDLL, rng: random.Random) -> None:
         self._library = library
-        self._chance = chance
+        self._rng = rng
         self._mapped: list[tuple[int, int]] = []
 
     def place(self, shape: Sequence[int], dtype: torch.dtype, alignment: int = 1) -> Tensor:
-        """Garbage of this shape, at either end of its pages; ``alignment`` is in bytes."""
+        """A tensor of garbage, at either end of its pages; ``alignment`` is in bytes."""
         empty = torch.empty(0, dtype=dtype)
         count = torch.Size(shape).numel()
         size = count * empty.element_size()
@@ -94,11 +93,11 @@ class Memory:
         self._mapped.append((start, size))
         page = os.sysconf("SC_PAGESIZE")
         end = start + -(-size // page) * page
-        address = start if self._chance.random() < 0.5 else (end - size) // alignment * alignment
+        address = start if self._rng.random() < 0.5 else (end - size) // alignment * alignment
         if size == 0:
             return torch.empty(list(shape), dtype=dtype)
-        # All of the pages: what lies beside the tensor is no zero that could be read without a trace.
-        ctypes.memset(start, self._chance.randrange(1, 256), end - start)
+        # Fill whole pages: stray reads beside the tensor must not find zeros.
+        ctypes.memset(start, self._rng.randrange(1, 256), end - start)
         raw = (ctypes.c_char * size).from_address(address)
         return torch.frombuffer(raw, dtype=dtype).reshape(list(shape))
 
@@ -114,7 +113,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Dequantization:
-    """What makes outputs of ``dtype`` from accumulators: scale and zero_point [M], the rest [N]."""
+    """The step from accumulators to outputs of ``dtype``: scale and zero_point [M], the other tensors [N]."""
 
     scale: Tensor
     zero_point: Tensor
@@ -137,8 +136,8 @@ class CudaOnHost:
     """The functions of csrc/cuda/kernels.h.
 
     Attributes:
-        seed: draws the order of threads and the place of tensors.
-        alignment: of x and of outputs, in bytes; 1 for that of their elements alone.
+        seed: of the order of threads and the place of tensors.
+        alignment: of x and of outputs, in bytes; 1 means the alignment of their elements.
     """
 
     def __init__(self, library: Path) -> None:
@@ -153,7 +152,7 @@ class CudaOnHost:
         self.set_device(90, 4)
 
     def set_device(self, capability: int, multiprocessors: int, code: int | None = None) -> None:
-        """``code``: what the kernels were compiled for, where that is older than the device."""
+        """``code``: the architecture of the kernels, if older than the device."""
         self._library.host_set_device(capability, multiprocessors, capability if code is None else code)
 
     @property

@@ -1,4 +1,4 @@
-"""The instruction sets of this machine and how a test forces one; conftest.py makes the fixture known."""
+"""The instruction sets of this machine, and a fixture that forces one; registered by conftest.py."""
 
 from __future__ import annotations
 
@@ -34,6 +34,6 @@ def forced(isa: str) -> Iterator[str]:
 
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Forces one instruction set for the length of a test."""
+    """Forces one instruction set for the duration of a test."""
     with forced(request.param):
         yield request.param

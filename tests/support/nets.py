@@ -1,4 +1,4 @@
-"""Models that several test files use, and what they look at in models."""
+"""Models and checks of models for several test files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.same_bits import assert_same_bits
 
 
 class CountInt8(TorchDispatchMode):
-    """Counts the int8 linear calls that run inside."""
+    """Counts the int8 linear calls inside the context."""
 
     calls = 0
 
@@ -46,7 +46,7 @@ def converted(model: nn.Module) -> list[str]:
 
 
 def state(model: nn.Module) -> dict[str, object]:
-    """Everything that a conversion could have changed in a model."""
+    """All parts of a model that a conversion could have changed."""
     modules = {name: (id(module), module.training) for name, module in model.named_modules()}
     tensors = {name: (id(value), value.clone()) for name, value in model.named_parameters()}
     attributes = {name: sorted(vars(module)) for name, module in model.named_modules()}
@@ -63,7 +63,7 @@ def assert_unchanged(model: nn.Module, before: dict[str, object]) -> None:
 
 
 class Written(nn.Module):
-    """An activation as the reference writes it, in the place of torch's own."""
+    """An activation by the reference's function in place of torch's."""
 
     def __init__(self, epilogue: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the tests of the report and of the guard share; conftest.py makes the fixtures known."""
+"""Code shared by the tests of the report and of the guard; conftest.py registers the fixtures."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Attention(nn.Module):
 
 @pytest.fixture
 def quick_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real times of short samples: how long anything takes is asserted nowhere."""
+    """Real times of short samples; no test asserts a duration."""
     for name in ("LAYER_SECONDS", "MODEL_SECONDS"):
         monkeypatch.setattr(measure, name, 1e-5)
     for name in ("LAYER_ROUNDS", "SLOW_LAYER_ROUNDS", "MODEL_ROUNDS"):
@@ -60,7 +60,7 @@ def quick_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int, int], float]], list[tuple[int, int]]]:
-    """Sets what an int8 layer takes where the float one takes 100 µs, by the (M, N) of its output."""
+    """Sets the time of an int8 layer, by the (M, N) of its output; the float layer takes 100 µs."""
 
     def set_clock(us_int8: Callable[[int, int], float]) -> list[tuple[int, int]]:
         timed: list[tuple[int, int]] = []

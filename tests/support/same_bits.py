@@ -1,4 +1,4 @@
-"""The comparison that every kernel is judged by."""
+"""The comparison of every kernel with the reference."""
 
 from __future__ import annotations
 

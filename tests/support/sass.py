@@ -1,4 +1,4 @@
-"""Reads what ``cuobjdump -sass`` prints: the instructions of each kernel, its loops, and where values go."""
+"""Reads the output of ``cuobjdump -sass``: instructions of each kernel, its loops, and stores of values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 _LINE = re.compile(r"\s+/\*([0-9a-f]+)\*/\s+(?:\{\s*)?(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
-# Instructions that jump to their target, and those that the next one does not follow.
+# Instructions that jump to their target, and instructions that never fall through.
 _JUMPS = ("BRA", "JMP", "CALL")
 _ENDS = ("BRA", "JMP", "BRX", "JMX", "RET", "EXIT")
 
@@ -29,13 +29,13 @@ class Instruction:
 
     @property
     def target(self) -> int | None:
-        """Where a jump with a fixed target goes."""
+        """The address that a jump with a fixed target goes to."""
         last = self.operands[-1] if self.operands else ""
         return int(last, 16) if last.startswith("0x") else None
 
     @property
     def is_conditional(self) -> bool:
-        """Whether the next instruction may follow although this one is a jump: BRA P0, BRA.U UP0 …"""
+        """Whether this jump may fall through: BRA P0, BRA.U UP0 …"""
         return bool(self.guard) or (self.name == "BRA" and len(self.operands) > 1)
 
 
@@ -53,9 +53,9 @@ class Kernel:
 
     @cached_property
     def successors(self) -> list[list[int]]:
-        """Which instructions may follow each, by index."""
+        """The possible successors of each instruction, by index."""
         at = {instruction.address: i for i, instruction in enumerate(self.instructions)}
-        # BSYNC goes to where the BSSY of its barrier says.
+        # BSYNC goes to the target of its barrier's BSSY.
         ends: dict[str, list[int]] = {}
         for instruction in self.instructions:
             if instruction.name == "BSSY" and instruction.target in at:
@@ -77,8 +77,8 @@ class Kernel:
 
     @cached_property
     def loops(self) -> list[frozenset[int]]:
-        """The natural loops: for each jump back to an instruction that all paths to the jump have passed,
-        every instruction between the two, wherever it stands.
+        """The natural loops: for each jump back to a dominator of the jump, all instructions on the paths
+        between the two, wherever they are placed.
         """
         order = _postorder(self.successors)
         position = {node: i for i, node in enumerate(order)}
@@ -101,13 +101,13 @@ class Kernel:
         return [frozenset(body) for body in bodies.values()]
 
     def innermost_loops(self, name: str) -> list[list[Instruction]]:
-        """The loops that hold instructions of this name and no smaller loop that does, each by address."""
+        """The innermost loops with instructions of this name, each by address."""
         holding = [loop for loop in self.loops if any(self.instructions[i].name == name for i in loop)]
         innermost = [loop for loop in holding if not any(other < loop for other in holding)]
         return [[self.instructions[i] for i in sorted(loop)] for loop in innermost]
 
     def stores_of(self, prefix: str) -> set[str]:
-        """Opcodes of the stores of what instructions whose opcodes start so have computed, unchanged."""
+        """Opcodes of the stores of unmodified results of the instructions whose opcodes start so."""
         found = set()
         for i, instruction in enumerate(self.instructions):
             if instruction.opcode.startswith(prefix):
@@ -130,7 +130,7 @@ class Kernel:
                 if instruction.name.startswith("ST"):
                     found.add(instruction.opcode)
                 elif not instruction.guard:
-                    continue  # another value from here on
+                    continue  # overwritten here
             pending += self.successors[i]
         return found
 
@@ -158,7 +158,7 @@ def _kernels(text: str) -> Iterator[Kernel]:
 
 
 def _postorder(successors: list[list[int]]) -> list[int]:
-    """What can be reached, each after all that follows it but by a jump back."""
+    """The reachable instructions in postorder."""
     order: list[int] = []
     seen = {0}
     path = [(0, iter(successors[0]))]
@@ -177,7 +177,7 @@ def _postorder(successors: list[list[int]]) -> list[int]:
 def _dominators(
     order: list[int], position: dict[int, int], predecessors: dict[int, list[int]]
 ) -> dict[int, int]:
-    """The nearest instruction that all paths to each have passed (Cooper, Harvey and Kennedy's way)."""
+    """The immediate dominator of each instruction, by the algorithm of Cooper, Harvey and Kennedy."""
     dominator = {order[-1]: order[-1]}
     changed = True
     while changed:
@@ -210,7 +210,7 @@ def _number(operand: str) -> int:
 
 
 def _registers(opcode: str) -> int:
-    """How many registers a store reads, or another instruction writes, at least."""
+    """Lower bound on the registers that a store reads or another instruction writes."""
     if opcode.startswith(("STSM", "LDSM")):
         return int(opcode[-1]) if opcode.endswith((".2", ".4")) else 1
     return 4 if ".128" in opcode else 2 if ".64" in opcode or ".WIDE" in opcode else 1

@@ -20,7 +20,7 @@ constexpr size_t kStack = 256 * 1024;
 constexpr size_t kSharedSlack = 1024;
 
 std::mt19937_64 chance;
-sigjmp_buf escape;  // where a failure goes: run()
+sigjmp_buf escape;  // target of a failure: run()
 std::string failure;
 
 struct Meeting {
@@ -94,7 +94,7 @@ void* take_stack() {
   return stack;
 }
 
-// One grid, or a part of it, being run. Grids nest: a thread that waits for the previous kernel runs it there.
+// A running grid or a part of one. Grids nest: a thread that waits for the previous kernel runs it there.
 struct Scheduler {
   const Grid* grid = nullptr;
   std::vector<Fiber*> ready;
@@ -134,7 +134,7 @@ void suspend() {
 
 size_t draw(size_t count) { return chance() % count; }
 
-// Gives the others a chance to go first.
+// Lets other threads go first.
 void step_back() {
   if (coin()) return;
   scheduler->ready.push_back(scheduler->current);
@@ -170,7 +170,7 @@ void run_some_pending() {
   action();
 }
 
-// By pure chance all warps would keep the same pace; so one of them is held back for a while, as far as it goes.
+// With a uniform choice all warps would advance at the same pace, so one of them is held back for a while.
 size_t draw_ready(Scheduler& mine) {
   if (mine.steps_until_new_pace-- == 0) {
     mine.held_back = static_cast<unsigned>(draw(16));
@@ -424,7 +424,7 @@ void barrier_arrive(void* address) {
   end_phase_if_complete(barrier);
 }
 
-// Bytes that arrive count as negative; they may arrive before they are announced.
+// Arrived bytes count as negative; they may arrive before their announcement.
 void barrier_expect(void* address, int64_t bytes) {
   Barrier& barrier = barrier_at(address);
   barrier.bytes += bytes;

@@ -1,7 +1,7 @@
-// Runs CUDA kernels on the CPU: a fiber for each thread, in random order, switching only where threads meet (barriers,
-// shuffles, matrix instructions, waits). What the hardware may do later (asynchronous copies, wgmma, the kernel before
-// an overlapping one) happens as late as it may, or at once, by chance. Shared memory starts as garbage. Nothing here
-// knows the kernels; what an instruction does is written down from the PTX manual.
+// Runs CUDA kernels on the CPU: a fiber for each thread, in random order, switching only where threads meet
+// (barriers, shuffles, matrix instructions, waits). Work that the hardware may delay (asynchronous copies,
+// wgmma, the kernel before an overlapping one) runs at random at once or at the last permitted moment. Shared
+// memory starts as garbage. The emulator knows no kernel; its instructions follow the PTX manual.
 #pragma once
 
 #include <cstddef>
@@ -28,7 +28,7 @@ struct Shape {
 struct Block;
 struct Fiber;
 
-// The fiber that runs now, its thread and its block.
+// The running fiber, its thread and its block.
 const Index& thread_index();
 const Index& block_index();
 const Index& block_size();
@@ -37,22 +37,22 @@ unsigned thread_number();
 unsigned cluster_rank();
 unsigned char* shared_memory();
 
-// Chance.
+// Random numbers.
 bool coin();
 
-// Ends the whole call that is being emulated, with this message.
+// Ends the emulated call with this message.
 [[noreturn]] void fail(const std::string& message);
 
-// Every thread of a group calls this with its own argument; the last to come runs `body` on all arguments, then all go
-// on. `what` names the instruction: threads that meet at different ones are a fault.
+// Every thread of a group calls this with its own argument; the last one runs `body` on all arguments, then
+// all continue. `what` names the instruction: a group that meets at different ones is a fault.
 using Body = void (*)(void** arguments, unsigned count);
 void meet_warp(const char* what, void* argument, Body body);
 void meet_block(const char* what, void* argument, Body body);
 void meet_cluster(const char* what);
-// Barrier `number` of the block, for the `count` threads from a multiple of `count` on.
+// Barrier `number` of the block, for `count` threads, the first of them a multiple of `count`.
 void meet_threads(const char* what, unsigned number, unsigned count);
 
-// Something that happens between now and the end of the kernel, unless it is waited for.
+// An action to run between now and the end of the kernel, or at a wait for it.
 void later(std::function<void()> action);
 
 // cp.async of this thread.
@@ -65,7 +65,7 @@ void wgmma(std::function<void()> product);
 void wgmma_commit();
 void wgmma_wait(unsigned pending);
 
-// The same place in the shared memory of another block of the cluster.
+// The same address in the shared memory of another block of the cluster.
 void* in_block(void* shared, unsigned rank);
 
 // An mbarrier, by its address.
@@ -74,8 +74,8 @@ void barrier_arrive(void* barrier);
 void barrier_expect(void* barrier, int64_t bytes);
 void barrier_wait(void* barrier, unsigned parity);
 
-// A kernel without arguments, put in line. Nothing runs before its results are needed; then the last kernel, if it may
-// overlap the one before, starts first and calls for that one where it waits.
+// Queues a kernel, its arguments bound. A kernel runs once its results are needed; a kernel that may overlap
+// the previous one starts first and runs that one where it waits.
 void launch(const Shape& shape, std::function<void()> kernel);
 void synchronize();
 

@@ -1,4 +1,4 @@
-// What the tests call. Each function returns "" or what went wrong.
+// The functions for the tests. Each returns "" or a message.
 #include <cuda_runtime.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -34,7 +34,7 @@ Rows rows(const void* x, int dtype, int64_t m, int64_t k) { return {x, static_ca
 
 extern "C" {
 
-// code: what the kernels were compiled for.
+// code: the architecture that the kernels were compiled for.
 void host_set_device(int capability, int multiprocessors, int code) {
   ++emulated_device::index;
   emulated_device::code = code;
@@ -44,7 +44,7 @@ void host_set_device(int capability, int multiprocessors, int code) {
 
 int host_launches() { return emulated_device::launches; }
 
-// Pages between two that cannot be touched.
+// Pages between two guard pages.
 void* host_map(size_t bytes) {
   const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   const size_t pages = (bytes + page - 1) / page * page;
@@ -118,7 +118,7 @@ const char* host_linear(uint64_t seed, const void* x, int dtype, int64_t m, int6
   return run(seed, [&] { return linear(args, plan, device(), workspace, nullptr); });
 }
 
-// One GEMM kernel with a tile and a number of parts of the caller's choice; with out_dtype int32 the accumulators.
+// One GEMM kernel with the caller's tile and number of parts; out_dtype int32 returns the accumulators.
 const char* host_gemm(uint64_t seed, int kernel, int tile_m, int tile_n, int parts, const int8_t* q,
                       int64_t row_bytes, const int8_t* weight, int64_t m, int64_t n, int64_t k,
                       const float* scale, const int32_t* zero_point, const int32_t* weight_sum,

@@ -1,5 +1,5 @@
-// csrc/cuda/ptx.cuh for the CPU: included first, with the same guard, it stands in for the original. What each
-// instruction does is taken from the PTX manual, not from the kernels.
+// csrc/cuda/ptx.cuh for the CPU: included first, with the same guard, it replaces the original. The
+// instructions follow the PTX manual, not the kernels.
 #ifndef DYNQUANT_CUDA_PTX_CUH_
 #define DYNQUANT_CUDA_PTX_CUH_
 
@@ -54,7 +54,7 @@ inline float max_nan(float a, float b) { return a != a ? a : (b != b ? b : std::
 
 inline float float_from_half(uint16_t bits);
 
-// One of the two numbers of a word as a float; the pair is put together again from what is chosen.
+// Minimum or maximum of each of the two numbers packed in a word, compared as floats; NaN wins.
 template <bool kMin, class ToFloat>
 uint32_t chosen_pair(uint32_t a, uint32_t b, const ToFloat& to_float) {
   uint32_t chosen = 0;
@@ -175,9 +175,9 @@ inline void store_matrices(void* shared_row, uint32_t a, uint32_t b, uint32_t c,
   });
 }
 
-// The manual's table: element i of a fragment and its place in the matrix.
-//   a (4 registers of 4 bytes): row = g for i in 0-3 and 8-11, else g + 8; column = 4t + i%4, and 16 more for i >= 8
-//   b (2 registers): row = 4t + i%4, and 16 more for i >= 4; column = g
+// The manual's table: element i of a fragment and its position in the matrix.
+//   a (4 registers of 4 bytes): row = g for i in 0-3 and 8-11, else g + 8; column = 4t + i%4, + 16 for i >= 8
+//   b (2 registers): row = 4t + i%4, + 16 for i >= 4; column = g
 //   c (4 integers): row = g for i < 2, else g + 8; column = 2t + i%2
 inline void mma_16x8x32(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   struct Lane {
@@ -220,7 +220,7 @@ inline void barrier_init(uint64_t* barrier, uint32_t arrivals) { emulator::barri
 inline void barrier_init_fence() {}
 
 inline void barrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
-  // Announced before it arrives, in one step: the phase must not end in between.
+  // Announce and arrive in one step: the phase must not end in between.
   emulator::barrier_expect(barrier, bytes);
   emulator::barrier_arrive(barrier);
 }
@@ -235,7 +235,7 @@ inline void prefetch_tensor_map(const void*) {}
 // Swizzle of 128 bytes: bits 4-6 of the address in shared memory change by bits 7-9.
 inline uint32_t swizzled_128(uint32_t address) { return address ^ (address >> 3 & 0x70); }
 
-// `base`: the shared memory of the receiving block, in which `address` is where the box goes.
+// `base`: the shared memory of the receiving block; `address`: the target of the box in it.
 inline void deliver_box(unsigned char* base, uint32_t address, const CUtensorMap& map, int32_t column,
                         int32_t row, void* barrier) {
   emulator::later([=] {

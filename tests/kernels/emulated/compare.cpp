@@ -1,5 +1,6 @@
-// Judges kernels whose instructions this CPU may lack, compiled over emulated intrinsics, against the scalar table
-// (which the tests judge against the reference): every kernel, every dtype, all tails. Prints the first difference.
+// Compares kernels, compiled over emulated intrinsics because this CPU may lack their instructions, with the
+// scalar table, which other tests compare with the reference: every kernel, every dtype, all tails. Prints
+// the first difference.
 
 #include <cmath>
 #include <cstdio>
@@ -53,7 +54,7 @@ std::vector<float> random_floats(int64_t count, float scale) {
   return x;
 }
 
-// Bytes of x in a dtype: for the 16-bit ones, the top halves of fp32 patterns or any half patterns that are finite.
+// Bytes of x in a dtype: for the 16-bit dtypes, the top halves of fp32 patterns or any finite half patterns.
 std::vector<uint8_t> rows_bytes(const std::vector<float>& x, Dtype dtype) {
   std::vector<uint8_t> bytes(x.size() * 4);
   if (dtype == Dtype::kFloat32) {
@@ -106,7 +107,7 @@ Result gemm(const Kernels& kernel, const Rows& x, int64_t m, const Weight& w, Dt
       kernel.quantize_per_tensor(x, tiles, own, false, a, r.qparams.data(), row.data());
       break;
     }
-    case Activations::kStatic:  // of a range that some values are beyond
+    case Activations::kStatic:  // with some values outside the range
       kernel.quantize_per_tensor(x, tiles, QParams{0.01f, -7}, true, a, r.qparams.data(), row.data());
       break;
   }
@@ -122,7 +123,7 @@ Result gemm(const Kernels& kernel, const Rows& x, int64_t m, const Weight& w, Dt
 
 void check(const Kernels& kernel, int64_t m, int64_t k, int64_t n, int block) {
   std::vector<float> x = random_floats(m * k, 2.0f);
-  // Not always: per_tensor, one such element makes all of the output NaN.
+  // Not always: with per_tensor, one such element makes the whole output NaN.
   if (m > 2 && generator() % 2 == 0) {
     x[static_cast<size_t>(k + k / 2)] = generator() % 2 == 0 ? NAN : INFINITY;
   }

@@ -1,5 +1,5 @@
-// The AVX-512 and VNNI intrinsics that csrc/cpu uses, as plain loops over the lanes, so that the kernels written with
-// them can be judged on a CPU that lacks them. Included before a kernel file (-include), compiled with AVX2 alone.
+// csrc/cpu's AVX-512 and VNNI intrinsics as plain loops over the lanes, so that a CPU without them can run
+// the kernels. Included before a kernel file (-include), compiled with AVX2 alone.
 #pragma once
 
 #include <immintrin.h>
@@ -47,7 +47,7 @@ inline float at(const __m512& x, int i) { return bits<Floats>(x).lane[i]; }
 inline uint32_t at(const __m512i& x, int i) { return static_cast<uint32_t>(bits<Ints>(x).lane[i]); }
 inline int32_t signed_at(const __m512i& x, int i) { return bits<Ints>(x).lane[i]; }
 
-// Adds the products of a's and b's elements to the int32 that they lie in, without saturation.
+// Adds the products of a's and b's elements to the int32 lane that contains them, without saturation.
 template <typename Left, typename Right, typename Vector>
 inline Vector add_products(Vector acc, Vector a, Vector b) {
   constexpr int kLanes = sizeof(Vector) / 4, kInLane = 4 / sizeof(Left);
@@ -191,7 +191,7 @@ inline __m256i cvtepi32_epi16(__m512i x) {  // truncates
   for (int i = 0; i < 16; ++i) lanes[i] = static_cast<uint16_t>(at(x, i));
   return bits<__m256i>(lanes);
 }
-// Each 128-bit lane takes the lane of a, then that of b, saturated to half as many bits.
+// Each 128-bit lane is the lane of a, then the lane of b, saturated to half the width.
 inline __m512i packs_epi32(__m512i a, __m512i b) { return halves_of_lanes<int32_t, int16_t>(a, b); }
 inline __m512i packs_epi16(__m512i a, __m512i b) { return halves_of_lanes<int16_t, int8_t>(a, b); }
 inline __m512i setr_epi32(int a, int b, int c, int d, int e, int f, int g, int h, int i, int j, int k, int l,

@@ -1,4 +1,4 @@
-// The part of the CUDA driver that csrc/cuda uses: tensor maps, kept as what they were made of.
+// csrc/cuda's part of the CUDA driver: tensor maps, stored as their arguments.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// The part of the CUDA runtime that csrc/cuda uses, on the CPU.
+// csrc/cuda's part of the CUDA runtime, on the CPU.
 #pragma once
 
 #include <cmath>
@@ -43,7 +43,7 @@ struct dim3 {
   dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 
-// threadIdx.x and the others: read as what they are for the thread that runs now.
+// threadIdx.x and the others: the values of the running thread.
 template <auto kTriple, unsigned emulator::Index::* kAxis>
 struct Coordinate {
   operator unsigned() const { return kTriple().*kAxis; }

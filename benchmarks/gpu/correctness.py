@@ -48,20 +48,20 @@ class Judge:
     faults: int = 0
     first_faults: list[dict[str, Any]] = field(default_factory=list)
 
-    def same(self, actual: Tensor, expected: Tensor, what: str) -> None:
+    def same(self, actual: Tensor, expected: Tensor, case: str) -> None:
         """One case: ``actual`` has the bits of ``expected``."""
-        self._count(difference(actual, expected), what)
+        self._count(difference(actual, expected), case)
 
-    def true(self, condition: bool, what: str) -> None:
+    def true(self, condition: bool, case: str) -> None:
         """One case without tensors."""
-        self._count(None if condition else {}, what)
+        self._count(None if condition else {}, case)
 
-    def _count(self, found: dict[str, Any] | None, what: str) -> None:
+    def _count(self, found: dict[str, Any] | None, case: str) -> None:
         self.cases += 1
         if found is not None:
             self.faults += 1
             if len(self.first_faults) < FAULTS_KEPT:
-                self.first_faults.append({"what": what} | found)
+                self.first_faults.append({"what": case} | found)
 
 
 def awkward_rows(m: int, k: int, dtype: torch.dtype) -> Tensor:

@@ -75,9 +75,9 @@ def _one_shape(setting: Setting, probe: Probe, tile: Tile, shape: tuple[int, int
             offset = next(offsets)
             out, is_whole = guarded((m, n), dtype, device, offset)
             call = probe.product(q[0], operands[without_bias], k, out, forced, name)
-            what = f"{call.plan}: {dtype}, {name}, bias={not without_bias}, output at element {offset}"
-            judge.same(call(), floats.to(dtype), what)
-            judge.true(is_whole(), f"{what}: bytes beside the output were overwritten")
+            case = f"{call.plan}: {dtype}, {name}, bias={not without_bias}, output at element {offset}"
+            judge.same(call(), floats.to(dtype), case)
+            judge.true(is_whole(), f"{case}: bytes beside the output were overwritten")
 
 
 def _large_shape(
@@ -113,11 +113,11 @@ def _rows(setting: Setting, probe: Probe, k: int, judge: Judge) -> None:
             probe.quantize(x.to(device), q, scale, zero_point, block)
             rows = reference.rotate(x, block) if block else x
             qparams = reference.choose_qparams(*reference.min_max(rows, True))
-            what = f"{dtype}, {kind}, rotation {block}"
-            judge.same(scale, qparams[0], f"scale, {what}")
-            judge.same(zero_point, qparams[1], f"zero_point, {what}")
-            judge.same(q[:, :k], reference.quantize(rows, *qparams), f"q, {what}")
-            judge.true(not q[:, k:].any(), f"zeros beyond K, {what}")
+            case = f"{dtype}, {kind}, rotation {block}"
+            judge.same(scale, qparams[0], f"scale, {case}")
+            judge.same(zero_point, qparams[1], f"zero_point, {case}")
+            judge.same(q[:, :k], reference.quantize(rows, *qparams), f"q, {case}")
+            judge.true(not q[:, k:].any(), f"zeros beyond K, {case}")
 
 
 def forward(setting: Setting) -> None:
@@ -147,6 +147,6 @@ def _forwards(
         for separate in (False, True):
             out, is_whole = guarded((m, n), out_dtype, setting.device)
             call = probe.forward(x.to(setting.device), operands, config.encode(), out, separate=separate)
-            what = f"{call.plan}: {dtype} -> {out_dtype}, {config}, static={scheme == 'static'}"
-            judge.same(call(), expected, what)
-            judge.true(is_whole(), f"{what}: bytes beside the output were overwritten")
+            case = f"{call.plan}: {dtype} -> {out_dtype}, {config}, static={scheme == 'static'}"
+            judge.same(call(), expected, case)
+            judge.true(is_whole(), f"{case}: bytes beside the output were overwritten")

@@ -61,11 +61,11 @@ def _require_extension(setting: Setting) -> None:
         raise SystemExit(_extension.status)
 
 
-def check(judge: Judge, setting: Setting, layer: Int8Layer, x: Tensor, what: str) -> None:
+def check(judge: Judge, setting: Setting, layer: Int8Layer, x: Tensor, case: str) -> None:
     """One linear; ``x`` on any device."""
     poison(setting.device)
     actual = getattr(_ops, layer.op)(x.to(setting.device), *layer.arguments(setting.device))
-    judge.same(actual, layer.expected(x), f"{layer.op} {what} {layer.config}")
+    judge.same(actual, layer.expected(x), f"{layer.op} {case} {layer.config}")
 
 
 def poison(device: torch.device) -> None:
@@ -87,17 +87,17 @@ def single_steps(setting: Setting, judge: Judge) -> None:
     lengths = (3, 64, 1025) if setting.small else ROW_LENGTHS
     for k, dtype, per_token in itertools.product(lengths, DTYPES, (True, False)):
         for x in (torch.randn(11, k).to(dtype), awkward_rows(11, k, dtype), torch.randn(0, k).to(dtype)):
-            what = f"{list(x.shape)} {dtype} per_token={per_token}"
+            case = f"{list(x.shape)} {dtype} per_token={per_token}"
             expected = reference.min_max(x, per_token)
             ranges = _ops.min_max(x.to(device), per_token)
             for name, actual, right in zip(("lo", "hi"), ranges, expected, strict=True):
-                judge.same(actual, right, f"{name} {what}")
+                judge.same(actual, right, f"{name} {case}")
             qparams = reference.choose_qparams(*expected)
             chosen = _ops.choose_qparams(*[value.to(device) for value in expected])
             for name, actual, right in zip(("scale", "zero_point"), chosen, qparams, strict=True):
-                judge.same(actual, right, f"{name} {what}")
+                judge.same(actual, right, f"{name} {case}")
             q = _ops.quantize(x.to(device), *[value.to(device) for value in qparams])
-            judge.same(q, reference.quantize(x, *qparams), f"quantize {what}")
+            judge.same(q, reference.quantize(x, *qparams), f"quantize {case}")
     for block, dtype in itertools.product((1, 2, 4, 8, 16, 32, 64, 128), DTYPES):
         x = torch.randn(7, block * 33).to(dtype)
         judge.same(_ops.rotate(x.to(device), block), reference.rotate(x, block), f"rotate {block} {dtype}")
@@ -165,13 +165,13 @@ def modules(setting: Setting, judge: Judge) -> None:
     for activations, rotation, k in itertools.product(SCHEMES[:2], (None, "hadamard"), (96, 100)):
         linear = nn.Linear(k, 50).requires_grad_(False)
         layer = dynquant.QLinear.from_float(linear, activations=activations, rotation=rotation)
-        x, what = torch.randn(7, k), f"QLinear {k} {activations} {rotation}"
+        x, case = torch.randn(7, k), f"QLinear {k} {activations} {rotation}"
         expected = layer(x).detach()
         on_device = layer.to(setting.device)
-        judge.same(on_device(x.to(setting.device)).detach(), expected, what)
-        judge.same(on_device.cpu()(x).detach(), expected, f"{what}, back on the CPU")
+        judge.same(on_device(x.to(setting.device)).detach(), expected, case)
+        judge.same(on_device.cpu()(x).detach(), expected, f"{case}, back on the CPU")
         error = float((expected - linear(x)).abs().max() / expected.abs().max())
-        judge.true(error < 0.05, f"{what}: error {error:.3f}")
+        judge.true(error < 0.05, f"{case}: error {error:.3f}")
 
 
 def other_stream(setting: Setting, judge: Judge) -> None:

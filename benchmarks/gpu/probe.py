@@ -101,7 +101,7 @@ class Probe:
     """A library that ``build`` made from probe.cu.
 
     Attributes:
-        capability: 90 for 9.0. code: what the kernels were compiled for.
+        capability: 90 for 9.0. code: the architecture of the kernels.
     """
 
     def __init__(self, library: Path) -> None:

@@ -103,8 +103,8 @@ def targets(results: Results) -> list[Target]:
                 continue
             number, where = (min if sign == "≥" else max)(measured)
             met = number >= limit if sign == "≥" else number <= limit
-            words = f"{number:.4g} ({where}; the worst of {len(measured)})"
-            found.append(Target(name, f"{sign} {limit:g}", words, met, "met" if met else "NOT met"))
+            text = f"{number:.4g} ({where}; the worst of {len(measured)})"
+            found.append(Target(name, f"{sign} {limit:g}", text, met, "met" if met else "NOT met"))
     return found
 
 
@@ -169,7 +169,7 @@ def _times(results: Results, kind: str) -> list[Row]:
     rows: list[Row] = []
     for entry in entries(results, kind):
         times = entry.get("times", {})
-        words = []
+        texts = []
         for place, (number, name) in enumerate(sorted((t["us"], n) for n, t in times.items() if "us" in t)):
             if (place >= SHOWN and name.startswith("forced")) or (name == "copy" and kind != "quantize"):
                 continue
@@ -177,11 +177,11 @@ def _times(results: Results, kind: str) -> list[Row]:
             more = [times[name]["plan"]] if "plan" in times[name] and not name.startswith("forced") else []
             more += [f"{times[name]['tops']:.0f} TOPS"] if "tops" in times[name] else []
             more += [f"{value:.2f} x"] if value and name not in (BASELINE, "copy") else []
-            words.append(f"{name} **{number:.2f}**" + (f" ({'; '.join(more)})" if more else ""))
-        words += [f"{name}: {t['left_out'][:100]}" for name, t in times.items() if "left_out" in t]
+            texts.append(f"{name} **{number:.2f}**" + (f" ({'; '.join(more)})" if more else ""))
+        texts += [f"{name}: {t['left_out'][:100]}" for name, t in times.items() if "left_out" in t]
         read = entry.get("weight_read_us")
         shape = _shape(entry) + (f"; weight at a copy's speed {read:.2f} µs" if read else "")
-        rows.append((shape, ", ".join(words) or entry["error"]))
+        rows.append((shape, ", ".join(texts) or entry["error"]))
     return rows
 
 

@@ -41,13 +41,13 @@ class Setting:
     def probe(self) -> Probe:
         return Probe(self.probes[0])
 
-    def judge(self, what: str, shape: list[int], check: Callable[[Judge], None]) -> None:
+    def judge(self, case: str, shape: list[int], check: Callable[[Judge], None]) -> None:
         """An entry of compared cases, with the exception that ``check`` raises, if any."""
         judge, start = Judge(), time.monotonic()
         error = self._try(lambda: check(judge))
         self.record.add(
             "judged",
-            what=what,
+            what=case,
             shape=shape,
             cases=judge.cases,
             faults=judge.faults,

@@ -264,7 +264,7 @@ def test_spinning_processes_spin_and_end() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("options", "sentence"),
     [
         ({"rows": ["1x2"]}, "expected a row as MxKxN, such as 128x768x3072, got '1x2'"),
         ({"rows": ["0x2x3"]}, "expected a row as MxKxN"),
@@ -274,9 +274,9 @@ def test_spinning_processes_spin_and_end() -> None:
         ({"isa": "neon"}, "expected isa to be one that this machine can run .*, got 'neon'"),
     ],
 )
-def test_options_refuse_in_a_sentence(words: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+def test_options_refuse_in_a_sentence(options: dict[str, Any], sentence: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=sentence):
-        suite.Options.parse(out=tmp_path, **words)
+        suite.Options.parse(out=tmp_path, **options)
 
 
 def test_former_section_names_are_accepted(tmp_path: Path) -> None:

@@ -52,10 +52,10 @@ def bare_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def rehearse(tree: Path, out: Path, *words: object) -> subprocess.CompletedProcess[str]:
+def rehearse(tree: Path, out: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(tree / SUITE), "--rehearse", "--out", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, *map(str, words)], capture_output=True, text=True, env=environment)
+    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, env=environment)
 
 
 # ---- rehearsals ----
@@ -115,7 +115,7 @@ def test_without_a_device_it_stops_with_one_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("arguments", "sentence"),
     [
         (["--part", "1"], "expected --part and --out, or --report"),
         (["--part", "3", "--out", "x"], "invalid choice: 3"),
@@ -126,9 +126,9 @@ def test_without_a_device_it_stops_with_one_sentence(tmp_path: Path) -> None:
         (["--part", "1", "--out", "x", "--probe", "absent.so"], "no such library: absent.so"),
     ],
 )
-def test_wrong_words(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_arguments(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        gpu_suite.main(words)
+        gpu_suite.main(arguments)
     assert sentence in capsys.readouterr().err
 
 

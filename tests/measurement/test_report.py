@@ -369,7 +369,7 @@ def test_a_from_float_of_the_users() -> None:
     model = nn.Sequential(nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12)), nn.Linear(12, 12))
     mapping = {nn.Sequential: Pair, nn.Linear: QLinear}
     quantized, report = reported(model, qconfig_spec={"0", "1"}, mapping=mapping, min_sqnr=1e6, min_speedup=0)
-    assert converted(quantized) == ["0.0", "0.1"], "what it converts is not the guard's to undo"
+    assert converted(quantized) == ["0.0", "0.1"], "the guard does not undo the layer's own conversion"
     assert names(report) == ["0.0", "0.1"]
     assert "below min_sqnr=1e+06" in reasons(report)["1"]
 

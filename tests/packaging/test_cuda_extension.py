@@ -32,7 +32,7 @@ def test_neither_driver_nor_shared_runtime_is_linked() -> None:
     assert _extension.extension is not None
     readelf = shutil.which("readelf")
     if readelf is None:
-        pytest.skip("no readelf on this machine: what the extension links was not checked")
+        pytest.skip("no readelf on this machine: the linked libraries were not checked")
     dynamic = subprocess.run(
         [readelf, "-d", str(_extension.extension.__file__)], capture_output=True, text=True, check=True
     ).stdout

@@ -21,6 +21,7 @@ from build_backend.torch_location import check_minimum, stop
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
+KERNELS = CSRC / "kernels"  # plain C++ and CUDA, without a torch header: the root of its includes
 # The C++ standard is torch's choice. No -march: a file that needs an instruction set opens a target region.
 # -ffp-contract=off: a written operation is one rounding, on every instruction set.
 # -fopenmp: at::parallel_for is a header, and without it runs everything on one thread. It is not given to the
@@ -30,19 +31,16 @@ FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "
 
 def extension() -> Extension:
     """The extension as setuptools knows it; CUDA objects join it when they are built."""
-    sources = sorted(
-        path.relative_to(ROOT).as_posix() for path in [*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp")]
-    )
-    depends = sorted(
-        path.relative_to(ROOT).as_posix() for path in [*CSRC.rglob("*.*"), *ROOT.glob("build_backend/*.py")]
-    )
+    product = [path for path in CSRC.rglob("*.*") if path.relative_to(CSRC).parts[0] != "probes"]
+    sources = [path for path in product if path.suffix == ".cpp" and not path.stem.endswith("_cuda")]
+    depends = [*product, *ROOT.glob("build_backend/*.py")]
     # Python's own flags may ask for debug information, tens of megabytes of it; CFLAGS=-g keeps it.
     debug = [] if "-g" in os.environ.get("CFLAGS", "").split() else ["-g0"]
     return CppExtension(
         name="dynquant._C",
-        sources=sources,
-        depends=depends,
-        include_dirs=[str(CSRC)],
+        sources=_in_repository(sources),
+        depends=_in_repository(depends),
+        include_dirs=[str(KERNELS)],
         extra_compile_args=[*FLAGS, *debug],
         extra_link_args=["-Wl,--exclude-libs,ALL"],
     )
@@ -76,8 +74,8 @@ class BuildWithCuda(BuildExtension):
         wanted = nvcc.architectures(os.environ.get("TORCH_CUDA_ARCH_LIST"), supported)
         build_dir = Path(self.build_temp) / "cuda"
         jobs = int(os.environ["MAX_JOBS"])
-        module.extra_objects += nvcc.compile_objects(toolkit, CSRC / "cuda", build_dir, wanted, jobs)
-        module.sources.append("csrc/cuda/bindings.cpp")
+        module.extra_objects += nvcc.compile_objects(toolkit, KERNELS / "cuda", build_dir, wanted, jobs)
+        module.sources += _in_repository([*CSRC.rglob("*_cuda.cpp")])
         module.include_dirs += toolkit.include_dirs
         module.library_dirs += toolkit.library_dirs
         # The static runtime shares the device's primary context with torch's own, whichever version that is.
@@ -109,7 +107,7 @@ def cuda_toolkit() -> tuple[nvcc.Toolkit | None, str]:
         stop(f"DYNQUANT_CUDA: expected 0, 1 or nothing, got {choice!r}.")
     if choice == "0" or not (choice == "1" or torch.version.cuda):
         return None, ""
-    if not any(CSRC.glob("cuda/*.cu")):
+    if not any(CSRC.rglob("*.cu")):
         return None, ""
     toolkit = nvcc.find_toolkit()
     if toolkit is None:
@@ -128,6 +126,10 @@ def cuda_toolkit() -> tuple[nvcc.Toolkit | None, str]:
             "set CUDA_HOME to a toolkit of torch's major version, or DYNQUANT_CUDA=1 to build with this one."
         )
     return toolkit, ""
+
+
+def _in_repository(paths: list[Path]) -> list[str]:
+    return sorted(path.relative_to(ROOT).as_posix() for path in paths)
 
 
 def _check_compiler() -> None:

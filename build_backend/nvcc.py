@@ -1,5 +1,5 @@
-"""Compiles csrc/cuda/*.cu with nvcc directly: they hold no torch header, so any torch, also one without CUDA,
-can link the objects, and a file takes seconds."""
+"""Compiles csrc/kernels/cuda/*.cu with nvcc directly: they hold no torch header, so any torch, also one
+without CUDA, can link the objects, and a file takes seconds."""
 
 from __future__ import annotations
 

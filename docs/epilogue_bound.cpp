@@ -1,8 +1,8 @@
 // The largest error of each epilogue function over all 2^32 fp32 inputs, against float64, in parts of what is
 // allowed:
 //
-//   g++ -O3 -std=c++17 -ffp-contract=off -fno-math-errno -pthread docs/epilogue_bound.cpp -o epilogue_bound
-//   ./epilogue_bound [step between inputs, 1]
+//   g++ -O3 -std=c++17 -ffp-contract=off -fno-math-errno -pthread -Icsrc/kernels docs/epilogue_bound.cpp
+//   ./a.out [step between inputs, 1]
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -12,14 +12,14 @@
 #include <thread>
 #include <vector>
 
-#include "../csrc/cpu/kernels.h"
+#include "cpu/kernel_table.h"
 
 namespace dynquant::cpu {
 namespace {
 #define DYNQUANT_INLINE inline __attribute__((always_inline))
-#include "../csrc/cpu/bfloat16.h"
-#include "../csrc/cpu/vector_128.h"
-#include "../csrc/epilogue_math.h"
+#include "cpu/simd/bfloat16.h"
+#include "cpu/simd/vector_128.h"
+#include "epilogue_math.h"
 
 using Math = EpilogueMath<V>;
 

@@ -1,6 +1,6 @@
 """The scheme of one quantized layer as a small value, and as the int that the ops carry.
 
-Bits of the int, lowest first (``csrc/config.h`` is the same table on the other side of the language border):
+Bits of the int, lowest first (``csrc/kernels/config.h`` is the same table in C++):
 
 ====  ====================================================================
 0     activations: 0 per_token, 1 per_tensor

@@ -1,29 +1,24 @@
-"""This machine's limits, from the probes in the extension, and the fraction of them that a call reaches."""
+"""This machine's limits, from the probes of csrc/probes, and the fraction of them that a call reaches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from types import ModuleType
 
-from dynquant import _extension
-
-
-def _probes() -> ModuleType | None:
-    return _extension.extension
+from . import probes
 
 
 def int8_isas() -> list[str]:
-    """ISAs with an int8 probe on this machine; empty without the extension."""
-    probes = _probes()
-    return [] if probes is None else list(probes.probe_isas())
+    """ISAs with an int8 probe on this machine; empty where there is no compiler."""
+    loaded = probes.load()
+    return [] if loaded is None else loaded.isas
 
 
 def read_patterns() -> list[str]:
-    """Names of the read probes; empty without the extension."""
-    probes = _probes()
-    return [] if probes is None else list(probes.probe_read_patterns())
+    """Names of the read probes; empty where there is no compiler."""
+    loaded = probes.load()
+    return [] if loaded is None else loaded.read_patterns
 
 
 def limiting_isas(forced: str | None) -> list[str]:
@@ -41,25 +36,25 @@ def _all_threads(probe: Callable[[], float], threads: int) -> float:
 
 def int8_sampler(isa: str, threads: int, seconds: float) -> Callable[[], float]:
     """A function that measures the int8 peak in GOPS."""
-    probes = _probes()
-    assert probes is not None
-    return lambda: _all_threads(lambda: probes.probe_int8(isa, seconds), threads)
+    loaded = probes.load()
+    assert loaded is not None
+    return lambda: _all_threads(lambda: loaded.int8(isa, seconds), threads)
 
 
 def read_sampler(pattern: str, size: int, threads: int, seconds: float) -> Callable[[], float]:
     """A function that measures the read bandwidth in GB/s, the ``size`` bytes divided among the threads."""
-    probes = _probes()
-    assert probes is not None
-    return lambda: _all_threads(lambda: probes.probe_read(pattern, max(size // threads, 1), seconds), threads)
+    loaded = probes.load()
+    assert loaded is not None
+    return lambda: _all_threads(lambda: loaded.read(pattern, max(size // threads, 1), seconds), threads)
 
 
 def peaks(threads: int, seconds: float = 0.1) -> dict[str, float]:
     """int8 GOPS by ISA and fp32 GFLOPS, for the head of a report."""
-    probes = _probes()
-    if probes is None:
+    loaded = probes.load()
+    if loaded is None:
         return {}
     result = {f"int8 {isa} GOPS": int8_sampler(isa, threads, seconds)() for isa in int8_isas()}
-    result["fp32 FMA GFLOPS"] = _all_threads(lambda: probes.probe_fp32(seconds), threads)
+    result["fp32 FMA GFLOPS"] = _all_threads(lambda: loaded.fp32(seconds), threads)
     return result
 
 

@@ -1,7 +1,7 @@
 """Builds the library that starts single kernels; needs nvcc, but neither torch nor a card.
 
 python -m benchmarks.gpu.build --probe OUT.so --arch 9.0a
-NVCC_APPEND_FLAGS=-DNAME=VALUE python -m benchmarks.gpu.build --probe VARIANT.so --sources COPY_OF_CSRC
+NVCC_APPEND_FLAGS=-DNAME=VALUE python -m benchmarks.gpu.build --probe VARIANT.so --sources COPY_OF_KERNELS
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from build_backend import nvcc
 
 ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ROOT / "csrc" / "kernels"
 PROBE = ROOT / "benchmarks" / "gpu" / "probe.cu"
 
 
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.gpu.build")
     parser.add_argument("--probe", type=Path, required=True, help="the library to write")
     parser.add_argument("--arch", default="9.0a", help="as in TORCH_CUDA_ARCH_LIST (default: %(default)s)")
-    parser.add_argument("--sources", type=Path, default=ROOT / "csrc", help="a copy of csrc, for a variant")
+    parser.add_argument("--sources", type=Path, default=SOURCES, help="a copy of csrc/kernels, for a variant")
     options = parser.parse_args(arguments)
     build_probe(options.probe, options.arch, options.sources)
 

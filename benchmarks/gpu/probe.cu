@@ -1,6 +1,7 @@
 // Single kernels on raw pointers, for benchmarks/gpu/probe.py: a GEMM with the caller's kernel, tile and
 // number of parts (or the plan's) and any epilogue, the quantize kernel alone, a whole forward. The package's
-// entry points are in csrc/cuda/kernels.h; this file links their objects and is no part of the package.
+// entry points are in csrc/kernels/cuda/kernels.h; this file links their objects and is no part of the
+// package.
 #include "cuda/gemm.h"
 #include "cuda/quantize.h"
 

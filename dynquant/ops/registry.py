@@ -1,6 +1,6 @@
 """The table of the ops ``torch.ops.dynquant.*``: names and schemas, with the reference as default kernel.
 
-The extension overrides it for each device (``csrc/<device>/bindings.cpp``), and brings autograd and autocast
+The extension overrides it for each device (``csrc/torch/*_<device>.cpp``), and brings autograd and autocast
 in C++ (a Python kernel on those keys costs microseconds at every call); without it the same formulas are
 registered here and in :mod:`dynquant.ops.linear`.
 """

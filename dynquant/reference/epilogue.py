@@ -1,8 +1,8 @@
 """The epilogue functions as fixed sequences of fp32 operations, each rounded once, as the kernels do them.
 
 torch's own gelu and silu differ between CPU capabilities and devices, so these are written out. Their error
-is at most 2^-22 max(abs(y), 2^-10) for every fp32 x. docs/epilogue.md derives them; csrc/epilogue_math.h is
-the same text in C++.
+is at most 2^-22 max(abs(y), 2^-10) for every fp32 x. docs/epilogue.md derives them;
+csrc/kernels/epilogue_math.h is the same text in C++.
 
 All but relu have the form y = max(x, 0) - h(a), where a = abs(x) and h(a) = a * (the function's gate at
 -a): one half line is left to approximate, and the tails are exact. 2^-n for an integer n comes from the

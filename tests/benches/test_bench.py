@@ -28,6 +28,7 @@ from benchmarks.cpu import (
     memory,
     option_cost,
     plot,
+    probes,
     report,
     roofline,
     suite,
@@ -42,12 +43,18 @@ EXTENSION = _extension.extension
 # ---- probes ----
 
 
-needs_probes = pytest.mark.skipif(EXTENSION is None, reason=f"no probes: {_extension.status}")
+@pytest.fixture
+def loaded_probes() -> probes.Probes:
+    loaded = probes.load()
+    if loaded is None:
+        pytest.skip("no C++ compiler on this machine: the probes were not tried")
+    return loaded
 
 
-@needs_probes
+@pytest.mark.usefixtures("loaded_probes")
 def test_probes_measure_something_on_every_isa_that_is_here() -> None:
-    assert set(roofline.int8_isas()) == {isa for isa in dynquant.available_isas() if isa != "scalar"}
+    if EXTENSION is not None:
+        assert set(roofline.int8_isas()) == {isa for isa in dynquant.available_isas() if isa != "scalar"}
     for isa in roofline.int8_isas():
         assert roofline.int8_sampler(isa, 1, 0.001)() > 0
     for pattern in roofline.read_patterns():
@@ -56,30 +63,46 @@ def test_probes_measure_something_on_every_isa_that_is_here() -> None:
     assert all(value > 0 for value in roofline.peaks(1, 0.001).values())
 
 
-def test_without_the_extension_nothing_can_be_probed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_extension, "extension", None)
+def test_without_a_compiler_nothing_can_be_probed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(probes, "load", probes.load.__wrapped__)
+    monkeypatch.setattr(probes, "ROOT", tmp_path)
+    monkeypatch.setenv("CXX", "no-such-compiler -g")
     assert roofline.int8_isas() == roofline.read_patterns() == []
     assert roofline.peaks(1, 0.001) == {}
+    sentence = "the machine's limits are not measured: no C++ compiler 'no-such-compiler' found"
+    assert sentence in capsys.readouterr().err
 
 
-@needs_probes
+def test_probes_are_compiled_once(
+    loaded_probes: probes.Probes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = probes.build(tmp_path)
+    before = library.stat().st_mtime_ns
+    assert probes.build(tmp_path) == library
+    assert library.stat().st_mtime_ns == before
+    monkeypatch.setattr(probes, "FLAGS", (*probes.FLAGS, "--no-such-flag"))
+    with pytest.raises(RuntimeError, match=r"probes\.cpp -o .* failed:(.|\n)*no-such-flag"):
+        probes.build(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [library.name]
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "sentence"),
     [
-        ("probe_int8", ("mmx", 0.001), "probe_int8: expected isa to be one this CPU has .*, got 'mmx'"),
-        ("probe_int8", ("avx2", -1.0), "probe_int8: expected seconds from 0 to 60, got -1"),
-        ("probe_fp32", (math.nan,), "probe_fp32: expected seconds from 0 to 60, got "),
-        ("probe_read", ("sequential", 0, 0.001), "probe_read: expected bytes >= 1, got 0"),
-        (
-            "probe_read",
-            ("random", 64, 0.001),
-            "expected pattern to be one of sequential, prefetch, four_streams",
-        ),
+        ("int8", ("mmx", 0.001), r"int8: expected isa to be one this CPU has \(.*\), got 'mmx'"),
+        ("fp32", (-1.0,), "fp32: expected seconds from 0 to 60, got -1"),
+        ("fp32", (math.nan,), "fp32: expected seconds from 0 to 60, got nan"),
+        ("read", ("sequential", 0, 0.001), "read: expected size >= 1, got 0"),
+        ("read", ("random", 64, 0.001), "expected pattern to be one of sequential, prefetch, four_streams"),
     ],
 )
-def test_probes_refuse_in_a_sentence(name: str, arguments: tuple[Any, ...], sentence: str) -> None:
+def test_probes_refuse_in_a_sentence(
+    loaded_probes: probes.Probes, name: str, arguments: tuple[Any, ...], sentence: str
+) -> None:
     with pytest.raises(ValueError, match=sentence):
-        getattr(EXTENSION, name)(*arguments)
+        getattr(loaded_probes, name)(*arguments)
 
 
 def test_fractions_of_the_limits() -> None:

@@ -16,7 +16,7 @@ from dynquant import reference
 from dynquant.config import EPILOGUES, Config
 from dynquant.config import rotation_block as largest_block
 from tests.support.cuda_on_host import CudaOnHost, Dequantization, HostError, build
-from tests.support.paths import CUDA_SOURCES
+from tests.support.paths import CUDA_SOURCES, TORCH_SOURCES
 from tests.support.same_bits import assert_same_bits
 
 SMALL = [("small", (rows, 16)) for rows in (8, 16, 32)]
@@ -357,7 +357,7 @@ def test_wgmma_descriptor(host: CudaOnHost) -> None:
 
 
 def test_only_calls_that_a_graph_capture_allows() -> None:
-    """csrc/cuda never allocates, never waits for the device, never copies to or from the host."""
+    """The CUDA part never allocates, never waits for the device, never copies to or from the host."""
     allowed = {
         "cudaDeviceGetAttribute",
         "cudaFuncGetAttributes",
@@ -372,7 +372,8 @@ def test_only_calls_that_a_graph_capture_allows() -> None:
         "cudaMemsetAsync",
         "cudaSetDevice",
     }
-    text = "\n".join(path.read_text() for path in CUDA_SOURCES.iterdir())
+    bindings = TORCH_SOURCES.glob("*cuda*")
+    text = "\n".join(path.read_text() for path in [*CUDA_SOURCES.iterdir(), *bindings])
     assert set(re.findall(r"\bcuda[A-Z]\w+(?=\()", text)) == allowed
     assert "<<<" not in text
     assert set(re.findall(r"\bcudaMemcpy[A-Z]\w+(?=,)", text)) == {"cudaMemcpyDeviceToDevice"}

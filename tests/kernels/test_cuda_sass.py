@@ -17,7 +17,7 @@ import pytest
 
 from build_backend import nvcc
 from tests.support import sass
-from tests.support.paths import CSRC, CUDA_SOURCES
+from tests.support.paths import CUDA_SOURCES, KERNEL_SOURCES
 
 SOURCES = sorted(CUDA_SOURCES.glob("*.cu"))
 # By file and kernel (a part of its mangled name): its instructions; "*" matches parts that differ between
@@ -66,7 +66,16 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compiled]:
         architectures = nvcc.architectures_of(source, default_architectures)
         gencode = [flag for architecture in architectures for flag in architecture.gencode()]
         target = folder / f"{source.stem}.o"
-        command = [toolkit.nvcc, *nvcc.FLAGS, "-Xptxas", "-v", f"-I{CSRC}", *gencode, "-c", str(source)]
+        command = [
+            toolkit.nvcc,
+            *nvcc.FLAGS,
+            "-Xptxas",
+            "-v",
+            f"-I{KERNEL_SOURCES}",
+            *gencode,
+            "-c",
+            str(source),
+        ]
         done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return Compiled(target, done.stderr, architectures)

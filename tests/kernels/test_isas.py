@@ -13,18 +13,19 @@ from pathlib import Path
 import pytest
 
 from dynquant import _extension
-from tests.support.paths import CPU_SOURCES, EMULATED_ISAS
+from tests.support.paths import CPU_SOURCES, EMULATED_ISAS, KERNEL_SOURCES
 
 EMULATED = ("avxvnni", "avx512vl_vnni", "avx512vnni")
-NATIVE = ("scalar", "avx2", "pack", "dispatch")
+NATIVE = ("isa/scalar", "isa/avx2", "isa/dispatch", "pack")
 ISAS = ("scalar", "avx2", *EMULATED)
-FLAGS = ["-std=c++20", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi", f"-I{CPU_SOURCES}"]
+FLAGS = ["-std=c++20", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi", f"-I{KERNEL_SOURCES}"]
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the vector kernels are for x86-64")
 
 
 def compile_object(folder: Path, name: str, *flags: str) -> Path:
-    target = folder / f"{name}.o"
+    """``name``: of a file in CPU_SOURCES."""
+    target = folder / f"{Path(name).name}.o"
     command = [
         os.environ.get("CXX", "g++"),
         *FLAGS,
@@ -47,7 +48,7 @@ def on_every_core(tasks: list[tuple[object, ...]]) -> list[Path]:
 def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The file of each instruction set, compiled with the extension's flags."""
     folder = tmp_path_factory.mktemp("objects")
-    return dict(zip(ISAS, on_every_core([(folder, name, "-O3") for name in ISAS]), strict=True))
+    return dict(zip(ISAS, on_every_core([(folder, f"isa/{name}", "-O3") for name in ISAS]), strict=True))
 
 
 def test_emulated_kernels_give_the_bits_of_the_scalar_ones(tmp_path: Path) -> None:
@@ -55,7 +56,7 @@ def test_emulated_kernels_give_the_bits_of_the_scalar_ones(tmp_path: Path) -> No
     shim = str(EMULATED_ISAS / "intrinsics.h")
     emulated = ["-O1", "-mavx2", "-mf16c", "-include", shim]
     objects = on_every_core(
-        [(tmp_path, name, *emulated) for name in reversed(EMULATED)]
+        [(tmp_path, f"isa/{name}", *emulated) for name in reversed(EMULATED)]
         + [(tmp_path, name, "-O1") for name in NATIVE]
     )
     program = tmp_path / "compare"

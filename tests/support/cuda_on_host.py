@@ -1,4 +1,4 @@
-"""Builds csrc/cuda for the CPU (tests/kernels/cuda_host: fibers for threads) and calls it with torch tensors.
+"""Builds csrc/kernels/cuda for the CPU (tests/kernels/cuda_host: fibers for threads), calls it with tensors.
 
 Every tensor of a kernel lies between two guard pages, at random at the start or flush with the end of its own
 pages, so that an access outside of it faults. Outputs and workspaces start as garbage.
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.gpu.probe import DTYPES, KERNELS, padded
 from dynquant.config import EPILOGUES, Config
-from tests.support.paths import CSRC, CUDA_HOST, CUDA_SOURCES
+from tests.support.paths import CUDA_HOST, CUDA_SOURCES, KERNEL_SOURCES
 
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-U_FORTIFY_SOURCE"]
 
@@ -51,7 +51,7 @@ def build(folder: Path, sources: Path = CUDA_SOURCES, unchanged: Path | None = N
     }
     cxx = compiler()
     assert cxx is not None, "no C++ compiler found"
-    include = [f"-I{CUDA_HOST / 'include'}", f"-I{CUDA_HOST}", f"-I{CSRC}"]
+    include = [f"-I{CUDA_HOST / 'include'}", f"-I{CUDA_HOST}", f"-I{KERNEL_SOURCES}"]
     kernel = ["-Wno-unknown-pragmas", "-Wno-psabi", "-include", "ptx.cuh", "-x", "c++"]
     jobs = [[str(path)] for path in sorted(CUDA_HOST.glob("*.cpp"))]
     jobs += [[*kernel, str(path)] for path in sorted(sources.glob("*.cu"))]
@@ -133,7 +133,7 @@ def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
 
 
 class CudaOnHost:
-    """The functions of csrc/cuda/kernels.h.
+    """The functions of csrc/kernels/cuda/kernels.h.
 
     Attributes:
         seed: of the order of threads and the place of tensors.

@@ -6,9 +6,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
-CPU_SOURCES = CSRC / "cpu"
-CUDA_SOURCES = CSRC / "cuda"
-ISA_LIST = CPU_SOURCES / "isa.h"
+KERNEL_SOURCES = CSRC / "kernels"
+TORCH_SOURCES = CSRC / "torch"
+CPU_SOURCES = KERNEL_SOURCES / "cpu"
+CUDA_SOURCES = KERNEL_SOURCES / "cuda"
+ISA_LIST = CPU_SOURCES / "isa" / "isa.h"
 
 TESTS = ROOT / "tests"
 FIXTURES = TESTS / "fixtures"

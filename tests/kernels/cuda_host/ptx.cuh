@@ -1,4 +1,4 @@
-// csrc/cuda/ptx.cuh for the CPU: included first, with the same guard, it replaces the original. The
+// csrc/kernels/cuda/ptx.cuh for the CPU: included first, with the same guard, it replaces the original. The
 // instructions follow the PTX manual, not the kernels.
 #ifndef DYNQUANT_CUDA_PTX_CUH_
 #define DYNQUANT_CUDA_PTX_CUH_

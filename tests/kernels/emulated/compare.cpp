@@ -8,8 +8,9 @@
 #include <random>
 #include <vector>
 
-#include "kernels.h"
-#include "pack.h"
+#include "cpu/isa/dispatch.h"
+#include "cpu/kernel_table.h"
+#include "cpu/pack.h"
 
 namespace dynquant::cpu {
 extern const Kernels kScalar;

@@ -1,4 +1,4 @@
-// csrc/cuda's part of the CUDA driver: tensor maps, stored as their arguments.
+// csrc/kernels/cuda's part of the CUDA driver: tensor maps, stored as their arguments.
 #pragma once
 
 #include <cstdint>

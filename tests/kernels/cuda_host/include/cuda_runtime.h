@@ -1,4 +1,4 @@
-// csrc/cuda's part of the CUDA runtime, on the CPU.
+// csrc/kernels/cuda's part of the CUDA runtime, on the CPU.
 #pragma once
 
 #include <cmath>

@@ -1,0 +1,216 @@
+// What is done with the accumulators of a tile: dequantized to the output with the epilogue, or kept as they are. A part
+// of generic/kernels.h, over its V and Dot.
+
+// The one dequantization formula, of accumulators of q + operand_offset. Vectors: constants of W channels that may be
+// read whole.
+template <int kRows, int kVectors>
+DYNQUANT_INLINE void dequantize(const Accumulators<kRows, kVectors>& tile, const QParams* qparams,
+                                int32_t operand_offset, const int32_t* sum, const float* scale,
+                                const float* bias, float* out, int64_t stride) {
+  I sums[kVectors];
+  DYNQUANT_UNROLL
+  for (int j = 0; j < kVectors; ++j) sums[j] = Dot::TakenOff::of_sums(V::load(sum + j * W));
+  DYNQUANT_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    const I offset = Dot::TakenOff::of_offset(qparams[i].zero_point + operand_offset);
+    const F row_scale = V::broadcast(qparams[i].scale);
+    DYNQUANT_UNROLL
+    for (int j = 0; j < kVectors; ++j) {
+      const F acc = V::convert(Dot::TakenOff::from(tile.acc[i][j], offset, sums[j]));
+      F y = V::mul(V::mul(acc, row_scale), V::load(scale + j * W));
+      if (bias != nullptr) y = V::add(y, V::load(bias + j * W));
+      V::store(out + i * stride + j * W, y);
+    }
+  }
+}
+
+#include "epilogue_math.h"
+
+template <Epilogue kEpilogue, typename Vectors>
+DYNQUANT_INLINE typename Vectors::F epilogue_of(typename Vectors::F x) {
+  using Math = EpilogueMath<Vectors>;
+  if constexpr (kEpilogue == Epilogue::kRelu) return Math::relu(x);
+  if constexpr (kEpilogue == Epilogue::kGelu) return Math::gelu(x);
+  if constexpr (kEpilogue == Epilogue::kGeluTanh) return Math::gelu_tanh(x);
+  if constexpr (kEpilogue == Epilogue::kSilu) return Math::silu(x);
+}
+
+template <Epilogue kEpilogue>
+void apply_epilogue_to(float* y, int64_t stride, int rows, int64_t width) {
+  using Pair = Several<V, 2>;
+  for (int i = 0; i < rows; ++i) {
+    float* row = y + i * stride;
+    int64_t j = 0;
+    for (; j + 2 * W <= width; j += 2 * W) {
+      const Pair::F done = epilogue_of<kEpilogue, Pair>(Pair::F{{V::load(row + j), V::load(row + j + W)}});
+      V::store(row + j, done.v[0]);
+      V::store(row + j + W, done.v[1]);
+    }
+    if (j < width) V::store(row + j, epilogue_of<kEpilogue, V>(V::load(row + j)));
+  }
+}
+
+// In place, on whole vectors: width is a multiple of W.
+void apply_epilogue(Epilogue epilogue, float* y, int64_t stride, int rows, int64_t width) {
+  switch (epilogue) {
+    case Epilogue::kNone: return;
+    case Epilogue::kRelu: return apply_epilogue_to<Epilogue::kRelu>(y, stride, rows, width);
+    case Epilogue::kGelu: return apply_epilogue_to<Epilogue::kGelu>(y, stride, rows, width);
+    case Epilogue::kGeluTanh: return apply_epilogue_to<Epilogue::kGeluTanh>(y, stride, rows, width);
+    case Epilogue::kSilu: return apply_epilogue_to<Epilogue::kSilu>(y, stride, rows, width);
+  }
+}
+
+// The lines that a tile of kRows rows and `bytes` bytes each will be written to come to L1 while it is multiplied: a
+// store that misses would hold up those behind it.
+template <int kRows>
+DYNQUANT_INLINE void fetch_rows(const uint8_t* at, int64_t stride, int64_t bytes) {
+  DYNQUANT_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + i * stride + line, 1, 3);
+  }
+}
+
+struct LinearSink {
+  Operand a;
+  const QParams* qparams;
+  const Weight& w;
+  const Output& out;
+
+  template <int kRows, int kVectors>
+  DYNQUANT_INLINE void fetch(int64_t m, int64_t channel) const {
+    const int64_t size = out.dtype == Dtype::kFloat32 ? 4 : 2;
+    const uint8_t* at = static_cast<const uint8_t*>(out.data) + (m * out.stride + channel) * size;
+    fetch_rows<kRows>(at, out.stride * size, kVectors * W * size);
+  }
+
+  template <int kRows, int kVectors>
+  DYNQUANT_INLINE void finish(int64_t m, int64_t channel, const Accumulators<kRows, kVectors>& acc,
+                              int32_t operand_offset) const {
+    deliver<kRows, kVectors>(m, channel, [&](const Channels& c, float* to, int64_t stride) {
+      dequantize(acc, qparams + m, operand_offset, c.sum, c.scale, c.bias, to, stride);
+    });
+  }
+
+  // K so deep that an int32 could wrap: parts of K in int32, added in int64.
+  template <int kRows, int kVectors, typename Tile>
+  void deep(int64_t m, int64_t channel, const Tile& weight) const {
+    constexpr int64_t kPart = kMaxInt32K / 4;
+    const int64_t groups = (w.k + 3) / 4;
+    int64_t total[kRows][kVectors * W] = {};
+    for (int64_t g = 0; g < groups; g += kPart) {
+      Accumulators<kRows, kVectors> acc;
+      acc.add(a.data + m * a.stride + g * Dot::kGroupBytes, a.stride, weight,
+              weight.b + g * weight.group_stride, least(kPart, groups - g));
+      int32_t part[kRows][kVectors * W];
+      acc.store(part[0], kVectors * W);
+      for (int i = 0; i < kRows; ++i) {
+        for (int j = 0; j < kVectors * W; ++j) total[i][j] += part[i][j];
+      }
+    }
+    deliver<kRows, kVectors>(m, channel, [&](const Channels& c, float* to, int64_t stride) {
+      for (int i = 0; i < kRows; ++i) {
+        const QParams q = qparams[m + i];
+        for (int j = 0; j < kVectors * W; ++j) {
+          const int64_t offset = q.zero_point + Dot::kOffset;
+          const float y = (static_cast<float>(total[i][j] - offset * c.sum[j]) * q.scale) * c.scale[j];
+          to[i * stride + j] = c.bias != nullptr ? y + c.bias[j] : y;
+        }
+      }
+    });
+  }
+
+ private:
+  struct Channels {  // constants of a tile's channels
+    const int32_t* sum;
+    const float* scale;
+    const float* bias;
+  };
+
+  template <typename T>
+  static const T* padded(T* part, const T* from, int64_t n, int64_t width) {
+    for (int64_t i = 0; i < width; ++i) part[i] = i < n ? from[i] : T(0);
+    return part;
+  }
+
+  // Lets compute(constants, where, stride) write a tile of fp32, straight to the output where it is fp32 and the tile
+  // ends before the last channel; then applies the epilogue and the cast.
+  template <int kRows, int kVectors, typename Compute>
+  DYNQUANT_INLINE void deliver(int64_t m, int64_t channel, const Compute& compute) const {
+    constexpr int kWidth = kVectors * W;
+    const int64_t n = least(kWidth, w.n - channel), at = m * out.stride + channel;
+    Channels channels{w.sum + channel, w.scale + channel, w.bias == nullptr ? nullptr : w.bias + channel};
+    int32_t sum[kWidth];
+    float scale[kWidth], bias[kWidth], y[kRows * kWidth];
+    const bool whole = n == kWidth;
+    if (!whole) {  // vectors must not read beyond the last channel
+      channels.sum = padded(sum, channels.sum, n, kWidth);
+      channels.scale = padded(scale, channels.scale, n, kWidth);
+      if (channels.bias != nullptr) channels.bias = padded(bias, channels.bias, n, kWidth);
+    }
+    float* direct = out.dtype == Dtype::kFloat32 ? static_cast<float*>(out.data) + at : nullptr;
+    if (whole && direct != nullptr) {
+      compute(channels, direct, out.stride);
+      return apply_epilogue(out.epilogue, direct, out.stride, kRows, kWidth);
+    }
+    compute(channels, static_cast<float*>(y), kWidth);
+    apply_epilogue(out.epilogue, y, kWidth, kRows, kWidth);
+    switch (out.dtype) {
+      case Dtype::kFloat32: return convert<kRows>(y, kWidth, n, direct);
+      case Dtype::kBFloat16: return convert<kRows>(y, kWidth, n, static_cast<BFloat16*>(out.data) + at);
+      case Dtype::kFloat16: return convert<kRows>(y, kWidth, n, static_cast<Half*>(out.data) + at);
+    }
+  }
+
+  template <int kRows, typename T>
+  void convert(const float* y, int64_t stride, int64_t n, T* to) const {
+    for (int i = 0; i < kRows; ++i) {
+      for (int64_t j = 0; j < n; j += W) {
+        const F row = V::load(y + i * stride + j);
+        T* at = to + i * out.stride + j;
+        n - j >= W ? V::store(at, row) : store_part(at, row, n - j);
+      }
+    }
+  }
+};
+
+struct Int8MmSink {
+  Operand a;
+  const Weight& w;
+  int32_t* out;
+
+  template <int kRows, int kVectors>
+  DYNQUANT_INLINE void fetch(int64_t m, int64_t channel) const {
+    fetch_rows<kRows>(reinterpret_cast<const uint8_t*>(out + m * w.n + channel), w.n * 4, kVectors * W * 4);
+  }
+
+  template <int kRows, int kVectors>
+  DYNQUANT_INLINE void finish(int64_t m, int64_t channel, const Accumulators<kRows, kVectors>& acc,
+                              int32_t operand_offset) const {
+    const int64_t n = least(kVectors * W, w.n - channel);
+    int32_t* row = out + m * w.n + channel;
+    if (n == kVectors * W) {
+      const I offset = V::broadcast(operand_offset);
+      DYNQUANT_UNROLL
+      for (int j = 0; j < kVectors; ++j) {
+        const I taken = V::mul(offset, V::load(w.sum + channel + j * W));
+        DYNQUANT_UNROLL
+        for (int i = 0; i < kRows; ++i) V::store(row + i * w.n + j * W, V::sub(acc.acc[i][j], taken));
+      }
+      return;
+    }
+    int32_t sums[kRows][kVectors * W];
+    acc.store(sums[0], kVectors * W);
+    for (int i = 0; i < kRows; ++i) {
+      for (int64_t j = 0; j < n; ++j) row[i * w.n + j] = sums[i][j] - operand_offset * w.sum[channel + j];
+    }
+  }
+
+  // An int32 result wraps and unwraps again: no parts needed.
+  template <int kRows, int kVectors, typename Tile>
+  void deep(int64_t m, int64_t channel, const Tile& weight) const {
+    Accumulators<kRows, kVectors> acc;
+    acc.add(a.data + m * a.stride, a.stride, weight, weight.b, (w.k + 3) / 4);
+    finish(m, channel, acc, Dot::kOffset);
+  }
+};

@@ -1,0 +1,191 @@
+// Gradients and autocast of the linear ops, on every device; the same formulas stand in dynquant/ops/ for
+// when there is no extension. In C++ because these keys are crossed at every call.
+
+#include <ATen/autocast_mode.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/gelu_backward.h>
+#include <ATen/ops/silu_backward.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "checks.h"
+
+namespace dynquant {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+template <typename Signature>
+auto find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+using LinearDynamic = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                             const OptionalTensor&, int64_t);
+using LinearStatic = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                            const Tensor&, const Tensor&, int64_t);
+
+const auto& linear_dynamic_op() {
+  static const auto op = find_op<LinearDynamic>("dynquant::linear_dynamic");
+  return op;
+}
+const auto& linear_static_op() {
+  static const auto op = find_op<LinearStatic>("dynquant::linear_static");
+  return op;
+}
+
+struct Arguments {
+  Tensor x, packed_weight, weight_sum, weight_scale;
+  OptionalTensor bias, scale, zero_point;  // scale and zero_point: linear_static alone
+  int64_t config;
+
+  Tensor call(int64_t code) const {
+    if (!scale.has_value())
+      return linear_dynamic_op().call(x, packed_weight, weight_sum, weight_scale, bias, code);
+    return linear_static_op().call(x, packed_weight, weight_sum, weight_scale, bias, *scale, *zero_point,
+                                   code);
+  }
+};
+
+Tensor dequantized_weight(const Arguments& args, const Config& config) {
+  static const auto unpack = find_op<Tensor(const Tensor&, int64_t, int64_t)>("dynquant::unpack_weight");
+  static const auto rotate = find_op<Tensor(const Tensor&, int64_t)>("dynquant::rotate");
+  const Tensor weight = unpack.call(args.packed_weight, args.weight_scale.size(0), args.x.size(-1));
+  const Tensor dequantized = weight * args.weight_scale.unsqueeze(1);
+  return config.rotation_block > 0 ? rotate.call(dequantized, config.rotation_block) : dequantized;
+}
+
+Tensor epilogue_backward(const Config& config, const Tensor& grad, const Tensor& y) {
+  switch (config.epilogue) {
+    case Epilogue::kRelu: return grad * (y > 0);
+    case Epilogue::kGelu: return at::gelu_backward(grad, y, "none");
+    case Epilogue::kGeluTanh: return at::gelu_backward(grad, y, "tanh");
+    case Epilogue::kSilu: return at::silu_backward(grad, y);
+    case Epilogue::kNone: break;
+  }
+  return grad;
+}
+
+// Straight-through: grad_x = grad_out @ dequantized weight, grad_bias = the sum of grad_out over the rows.
+struct LinearFunction : torch::autograd::Function<LinearFunction> {
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const OptionalTensor& bias,
+                        const Arguments& args) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward({x, args.packed_weight, args.weight_sum, args.weight_scale,
+                            bias.value_or(Tensor()), args.scale.value_or(Tensor()),
+                            args.zero_point.value_or(Tensor())});
+    ctx->saved_data["config"] = args.config;
+    return args.call(args.config);
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 const torch::autograd::variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    const auto optional = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
+    const Arguments args{
+        saved[0],           saved[1],           saved[2],           saved[3],
+        optional(saved[4]), optional(saved[5]), optional(saved[6]), ctx->saved_data["config"].toInt()};
+    const Config config = check_config(args.config);
+    Tensor grad = grads[0].reshape({-1, args.weight_scale.size(0)}).to(at::kFloat);
+    if (config.epilogue != Epilogue::kNone) {
+      const at::NoGradGuard no_grad;
+      const Tensor y = args.call(plain_fp32(args.config));
+      grad = epilogue_backward(config, grad, y.reshape(grad.sizes()));
+    }
+    Tensor grad_x, grad_bias;
+    if (ctx->needs_input_grad(0)) {
+      grad_x = grad.matmul(dequantized_weight(args, config)).to(args.x.scalar_type()).reshape(args.x.sizes());
+    }
+    if (args.bias.has_value() && ctx->needs_input_grad(1)) grad_bias = grad.sum(0);
+    return {grad_x, grad_bias, Tensor()};
+  }
+};
+
+bool needs_grad(const Tensor& x, const OptionalTensor& bias) {
+  return at::GradMode::is_enabled() && (x.requires_grad() || (bias.has_value() && bias->requires_grad()));
+}
+
+Tensor linear_dynamic_autograd(c10::DispatchKeySet keys, const Tensor& x, const Tensor& packed_weight,
+                               const Tensor& weight_sum, const Tensor& weight_scale,
+                               const OptionalTensor& bias, int64_t config) {
+  if (needs_grad(x, bias)) {
+    return LinearFunction::apply(
+        x, bias,
+        Arguments{x, packed_weight, weight_sum, weight_scale, bias, std::nullopt, std::nullopt, config});
+  }
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return linear_dynamic_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, x, packed_weight,
+                                        weight_sum, weight_scale, bias, config);
+}
+
+Tensor linear_static_autograd(c10::DispatchKeySet keys, const Tensor& x, const Tensor& packed_weight,
+                              const Tensor& weight_sum, const Tensor& weight_scale,
+                              const OptionalTensor& bias, const Tensor& scale, const Tensor& zero_point,
+                              int64_t config) {
+  if (needs_grad(x, bias)) {
+    return LinearFunction::apply(
+        x, bias, Arguments{x, packed_weight, weight_sum, weight_scale, bias, scale, zero_point, config});
+  }
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return linear_static_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, x, packed_weight, weight_sum,
+                                       weight_scale, bias, scale, zero_point, config);
+}
+
+// The other ops have no gradient: they run below autograd, so what they return requires none.
+void below_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
+}
+
+// Under autocast the output has the autocast dtype; the input is read as it comes. fp64 is left alone, as by
+// torch.
+int64_t autocast_config(c10::DeviceType device, const Tensor& x, int64_t code) {
+  const Config config = check_config(code);
+  if (config.out_dtype != OutDtype::kInput || x.scalar_type() == at::kDouble) return code;
+  const at::ScalarType type = at::autocast::get_autocast_dtype(device);
+  const OutDtype out = type == at::kBFloat16 ? OutDtype::kBFloat16
+                       : type == at::kHalf   ? OutDtype::kFloat16
+                                             : OutDtype::kFloat32;
+  return code | static_cast<int64_t>(out) << kOutDtypeShift;
+}
+
+template <c10::DispatchKey key, c10::DeviceType device>
+Tensor linear_dynamic_autocast(const Tensor& x, const Tensor& packed_weight, const Tensor& weight_sum,
+                               const Tensor& weight_scale, const OptionalTensor& bias, int64_t config) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
+  return linear_dynamic_op().call(x, packed_weight, weight_sum, weight_scale, bias,
+                                  autocast_config(device, x, config));
+}
+
+template <c10::DispatchKey key, c10::DeviceType device>
+Tensor linear_static_autocast(const Tensor& x, const Tensor& packed_weight, const Tensor& weight_sum,
+                              const Tensor& weight_scale, const OptionalTensor& bias, const Tensor& scale,
+                              const Tensor& zero_point, int64_t config) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
+  return linear_static_op().call(x, packed_weight, weight_sum, weight_scale, bias, scale, zero_point,
+                                 autocast_config(device, x, config));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(dynquant, Autograd, m) {
+  for (const char* name : {"min_max", "choose_qparams", "quantize", "rotate", "quantize_weight",
+                           "pack_weight", "unpack_weight", "int8_mm"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&below_autograd>());
+  }
+  m.impl("linear_dynamic", linear_dynamic_autograd);
+  m.impl("linear_static", linear_static_autograd);
+}
+
+TORCH_LIBRARY_IMPL(dynquant, AutocastCPU, m) {
+  m.impl("linear_dynamic", linear_dynamic_autocast<c10::DispatchKey::AutocastCPU, c10::kCPU>);
+  m.impl("linear_static", linear_static_autocast<c10::DispatchKey::AutocastCPU, c10::kCPU>);
+}
+
+TORCH_LIBRARY_IMPL(dynquant, AutocastCUDA, m) {
+  m.impl("linear_dynamic", linear_dynamic_autocast<c10::DispatchKey::AutocastCUDA, c10::kCUDA>);
+  m.impl("linear_static", linear_static_autocast<c10::DispatchKey::AutocastCUDA, c10::kCUDA>);
+}
+
+}  // namespace dynquant

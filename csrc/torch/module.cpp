@@ -1,0 +1,13 @@
+// dynquant._C: loading it registers the ops; its functions say what was built and choose the instruction set.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/isa/dispatch.h"
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+  module.def("available_isas", &dynquant::cpu::available_isas,
+             "Instruction sets this CPU can run, lowest first.");
+  module.def("isa", &dynquant::cpu::isa, "The instruction set in use.");
+  module.def("set_isa", &dynquant::cpu::set_isa, pybind11::arg("name"), "Forces one of the available ones.");
+}

@@ -1,4 +1,4 @@
-// Argument checks shared by the devices: sentences with names and values, the same as reference.py's. What
+// Argument checks shared by the devices: sentences with names and values, the same as dynquant/reference's. What
 // passes them is memory-safe to read.
 #pragma once
 

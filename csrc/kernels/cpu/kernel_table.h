@@ -46,7 +46,7 @@ struct Rows {
 };
 
 // Tiles [begin, end) of the `count` that the m rows of an operand are cut into, in the same way whoever works on them: at
-// most Kernels::max_rows rows each.
+// most KernelTable::max_rows rows each.
 struct RowTiles {
   int64_t m, count, begin, end;
 };
@@ -79,13 +79,13 @@ struct Output {
 // Up to so many rows, but for one alone, may have kernels of their own.
 constexpr int64_t kFewRows = 7;
 
-struct Kernels {
+struct KernelTable {
   const char* name;
   // GOPS (multiplications and additions) that one core reaches, in round numbers: how many threads a call is
   // worth.
   double gops;
 
-  const Kernels* few_rows;  // the kernels of calls of 2 to kFewRows rows; null: these
+  const KernelTable* few_rows;  // the kernels of calls of 2 to kFewRows rows; null: these
 
   int64_t max_rows;  // of a row tile
 
@@ -144,23 +144,7 @@ constexpr int64_t kBlock = 64;
 // Floats of the scratch row that kernels with a `row` argument write to (unused without rotation).
 constexpr int64_t row_floats(int64_t k) { return (k + 63) / 64 * 64; }
 
-// qparams of a range, as reference.choose_qparams.
+// qparams of a range, as reference.choose_qparams; quantize.cpp.
 QParams choose_qparams(Range range);
-
-// The kernels of the instruction set in use, and those for a GEMM of m rows; dispatch.cpp.
-const Kernels& kernels();
-const Kernels& kernels_of_rows(int64_t m);
-
-// Sets MXCSR for its lifetime: torch.set_flush_denormal is per thread, and would change bits.
-class FloatEnvironment {
- public:
-  FloatEnvironment();
-  ~FloatEnvironment();
-  FloatEnvironment(const FloatEnvironment&) = delete;
-  FloatEnvironment& operator=(const FloatEnvironment&) = delete;
-
- private:
-  unsigned saved_;
-};
 
 }  // namespace dynquant::cpu

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/partition.h"
+
 namespace dynquant::cpu {
 
 int64_t panel_width(int64_t n) {
@@ -10,6 +12,17 @@ int64_t panel_width(int64_t n) {
     if ((n + panel - 1) / panel * panel - n < 16) return panel;
   }
   return 16;
+}
+
+std::array<int64_t, 4> packed_shape(int64_t n, int64_t k) {
+  const int64_t panel = panel_width(n);
+  return {divide_up(n, panel), divide_up(k, 4), panel, 4};
+}
+
+int64_t find_minus_128(const int8_t* weight, int64_t n, int64_t k) {
+  int8_t lowest = 0;
+  for (int64_t i = 0; i < n * k; ++i) lowest = std::min(lowest, weight[i]);
+  return lowest > -128 ? -1 : std::find(weight, weight + n * k, static_cast<int8_t>(-128)) - weight;
 }
 
 namespace {
@@ -39,8 +52,7 @@ void for_each_group(Packed* packed, Plain* weight, int64_t n, int64_t k, int64_t
   }
 }
 
-}  // namespace
-
+// Panels [panel0, panel1) from weight [n][k], and the sums of their rows.
 void pack_panels(const int8_t* weight, int64_t n, int64_t k, int64_t panel, int64_t panel0, int64_t panel1,
                  int8_t* packed, int32_t* sum) {
   const int64_t panel_bytes = (k + 3) / 4 * panel * 4;
@@ -61,6 +73,34 @@ void unpack_panels(const int8_t* packed, int64_t n, int64_t k, int64_t panel, in
                    int8_t* weight) {
   for_each_group(packed, weight, n, k, panel, panel0, panel1,
                  [](const int8_t* from, int8_t* to, size_t bytes) { std::memcpy(to, from, bytes); });
+}
+
+// Calls task(panel0, panel1) for shares of all panels, on as many threads as they are worth.
+template <typename Task>
+void for_shares_of_panels(int64_t n, int64_t k, int64_t panels, const Parallel& parallel, const Task& task) {
+  constexpr double kBytesPerMicrosecond = 2e3;  // of one core
+  const double microseconds = static_cast<double>(n) * static_cast<double>(k) / kBytesPerMicrosecond;
+  const int64_t threads = std::min(std::max<int64_t>(1, panels), threads_for(microseconds, parallel));
+  parallel.run(threads, [&](int64_t t) {
+    const auto [p0, p1] = share(panels, threads, t);
+    task(p0, p1);
+  });
+}
+
+}  // namespace
+
+void pack_weight(const int8_t* weight, int64_t n, int64_t k, int8_t* packed, int32_t* sum,
+                 const Parallel& parallel) {
+  const int64_t panel = panel_width(n);
+  for_shares_of_panels(n, k, divide_up(n, panel), parallel, [&](int64_t p0, int64_t p1) {
+    pack_panels(weight, n, k, panel, p0, p1, packed, sum);
+  });
+}
+
+void unpack_weight(const int8_t* packed, int64_t n, int64_t k, int8_t* weight, const Parallel& parallel) {
+  const int64_t panel = panel_width(n);
+  for_shares_of_panels(n, k, divide_up(n, panel), parallel,
+                       [&](int64_t p0, int64_t p1) { unpack_panels(packed, n, k, panel, p0, p1, weight); });
 }
 
 }  // namespace dynquant::cpu

@@ -6,18 +6,24 @@
 // so that one vector load brings the same 4 inputs of neighbouring channels. N and K are padded with zeros.
 #pragma once
 
+#include <array>
 #include <cstdint>
+
+#include "cpu/parallel.h"
 
 namespace dynquant::cpu {
 
 // P: the widest of 64, 32, 16 that pads N by fewer than 16 rows.
 int64_t panel_width(int64_t n);
 
-// Panels [panel0, panel1) from weight [n][k], and the sums of their rows.
-void pack_panels(const int8_t* weight, int64_t n, int64_t k, int64_t panel, int64_t panel0, int64_t panel1,
-                 int8_t* packed, int32_t* sum);
+std::array<int64_t, 4> packed_shape(int64_t n, int64_t k);
 
-void unpack_panels(const int8_t* packed, int64_t n, int64_t k, int64_t panel, int64_t panel0, int64_t panel1,
-                   int8_t* weight);
+// Where a weight [n][k] holds -128, or -1: the AVX2 products count on a weight that can change its sign.
+int64_t find_minus_128(const int8_t* weight, int64_t n, int64_t k);
+
+// packed: of packed_shape; sum [n]: of each row.
+void pack_weight(const int8_t* weight, int64_t n, int64_t k, int8_t* packed, int32_t* sum,
+                 const Parallel& parallel);
+void unpack_weight(const int8_t* packed, int64_t n, int64_t k, int8_t* weight, const Parallel& parallel);
 
 }  // namespace dynquant::cpu

@@ -1,6 +1,6 @@
 // What the CUDA part computes: raw pointers of the current device, a stream to launch on, cudaError_t back. No torch
 // header is needed to compile or to call it. Everything is asynchronous, allocates nothing and can be captured in a
-// CUDA graph. The arithmetic is dynquant/reference.py's, bit for bit. Any m, n, k >= 0; tensors are contiguous and
+// CUDA graph. The arithmetic is dynquant/reference/'s, bit for bit. Any m, n, k >= 0; tensors are contiguous and
 // aligned to their element size only, weights and workspaces to 16 bytes.
 #pragma once
 

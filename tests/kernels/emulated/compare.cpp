@@ -8,16 +8,15 @@
 #include <random>
 #include <vector>
 
-#include "cpu/isa/dispatch.h"
 #include "cpu/kernel_table.h"
 #include "cpu/pack.h"
 
 namespace dynquant::cpu {
-extern const Kernels kScalar;
-extern const Kernels kAvx2;
-extern const Kernels kAvxVnni;
-extern const Kernels kAvx512VlVnni;
-extern const Kernels kAvx512Vnni;
+extern const KernelTable kScalar;
+extern const KernelTable kAvx2;
+extern const KernelTable kAvxVnni;
+extern const KernelTable kAvx512VlVnni;
+extern const KernelTable kAvx512Vnni;
 }  // namespace dynquant::cpu
 
 using namespace dynquant;
@@ -28,6 +27,19 @@ namespace {
 std::mt19937 generator(123);
 const char* isa = "";
 int64_t checks = 0;
+
+// The library runs without torch: its caller provides the threads, here the calling one.
+class OneThread final : public Parallel {
+ public:
+  int64_t threads() const override { return 1; }
+  bool in_region() const override { return false; }
+
+ protected:
+  void run_on_threads(int64_t tasks, const void* state,
+                      void (*some)(const void* state, int64_t begin, int64_t end)) const override {
+    some(state, 0, tasks);
+  }
+};
 
 [[noreturn]] void fail(const char* what, int64_t m, int64_t k, int64_t n) {
   std::printf("%s differs from scalar: %s at M = %ld, K = %ld, N = %ld\n", isa, what, long(m), long(k),
@@ -90,7 +102,7 @@ struct Result {
 
 enum class Activations { kPerToken, kPerTensor, kStatic };
 
-Result gemm(const Kernels& kernel, const Rows& x, int64_t m, const Weight& w, Dtype out_dtype,
+Result gemm(const KernelTable& kernel, const Rows& x, int64_t m, const Weight& w, Dtype out_dtype,
             Epilogue epilogue, Activations activations, const std::vector<int8_t>& q) {
   const int64_t stride = kernel.operand_stride(w.k), plan = kernel.plan_bytes(m, w.k);
   const int64_t count = (m + kernel.max_rows - 1) / kernel.max_rows;
@@ -122,7 +134,7 @@ Result gemm(const Kernels& kernel, const Rows& x, int64_t m, const Weight& w, Dt
   return r;
 }
 
-void check(const Kernels& kernel, int64_t m, int64_t k, int64_t n, int block) {
+void check(const KernelTable& kernel, int64_t m, int64_t k, int64_t n, int block) {
   std::vector<float> x = random_floats(m * k, 2.0f);
   // Not always: with per_tensor, one such element makes the whole output NaN.
   if (m > 2 && generator() % 2 == 0) {
@@ -147,7 +159,7 @@ void check(const Kernels& kernel, int64_t m, int64_t k, int64_t n, int block) {
   const int64_t panel = panel_width(n), panels = (n + panel - 1) / panel;
   std::vector<int8_t> packed(size_t(panels * panel * ((k + 3) / 4) * 4));
   std::vector<int32_t> sums(static_cast<size_t>(n));
-  pack_panels(q.data(), n, k, panel, 0, panels, packed.data(), sums.data());
+  pack_weight(q.data(), n, k, packed.data(), sums.data(), OneThread());
   const std::vector<float> exact_scales(scales.begin(), scales.begin() + n);
   const Weight w{packed.data(), n, k, panel, sums.data(), exact_scales.data(), bias.data()};
 
@@ -186,7 +198,7 @@ void check(const Kernels& kernel, int64_t m, int64_t k, int64_t n, int block) {
 }  // namespace
 
 int main() {
-  for (const Kernels* kernel : {&kAvx2, kAvx2.few_rows, &kAvxVnni, &kAvx512VlVnni, &kAvx512Vnni}) {
+  for (const KernelTable* kernel : {&kAvx2, kAvx2.few_rows, &kAvxVnni, &kAvx512VlVnni, &kAvx512Vnni}) {
     isa = kernel->name;
     for (const int64_t m : {1, 2, 3, 4, 5, 6, 7, 13, 26}) {
       for (const int64_t n : {1, 15, 16, 17, 64, 65, 100, 131}) check(*kernel, m, 37, n, 0);

@@ -19,26 +19,26 @@ void store_part(T* p, F x, int64_t count) {
 #include "cpu/generic/quantize.h"
 #include "cpu/generic/gemm.h"
 
-constexpr Kernels make_kernels(const char* name, double gops, const Kernels* few_rows = nullptr) {
+constexpr KernelTable make_kernels(const char* name, double gops, const KernelTable* few_rows = nullptr) {
   // Measured. 48 rows of K = 384 lie in L1 beside a panel; a gathered weight wants more rows to be worth it, and a tile of
   // 16 channels passes over them four times as often.
   constexpr int64_t kRowsAtOnce = kWidth == kBlock ? 48 : 96;
-  return Kernels{name,
-                 gops,
-                 few_rows,
-                 Dot::kMaxRows,
-                 kRowsAtOnce,
-                 operand_stride,
-                 plan_bytes<>,
-                 min_max,
-                 rotate,
-                 quantize,
-                 quantize_per_token,
-                 quantize_per_tensor,
-                 operand_from_int8,
-                 gemm_scratch<>,
-                 linear,
-                 int8_mm,
-                 weight_range,
-                 quantize_weight};
+  return KernelTable{name,
+                     gops,
+                     few_rows,
+                     Dot::kMaxRows,
+                     kRowsAtOnce,
+                     operand_stride,
+                     plan_bytes<>,
+                     min_max,
+                     rotate,
+                     quantize,
+                     quantize_per_token,
+                     quantize_per_tensor,
+                     operand_from_int8,
+                     gemm_scratch<>,
+                     linear,
+                     int8_mm,
+                     weight_range,
+                     quantize_weight};
 }

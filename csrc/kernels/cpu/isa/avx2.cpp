@@ -22,10 +22,10 @@ namespace few_rows {
 #include "cpu/dot/avx2_pairs.h"
 #include "cpu/generic/kernels.h"
 
-constexpr Kernels kFewRowsTable = few_rows::make_kernels("avx2", 150.0);
+constexpr KernelTable kFewRowsTable = few_rows::make_kernels("avx2", 150.0);
 }  // namespace
 
-extern const Kernels kAvx2 = make_kernels("avx2", 190.0, &kFewRowsTable);
+extern const KernelTable kAvx2 = make_kernels("avx2", 190.0, &kFewRowsTable);
 }  // namespace dynquant::cpu
 
 DYNQUANT_TARGET_END

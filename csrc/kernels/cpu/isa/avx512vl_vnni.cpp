@@ -22,7 +22,7 @@ namespace {
 #include "cpu/generic/kernels.h"
 }  // namespace
 
-extern const Kernels kAvx512VlVnni = make_kernels("avx512vl_vnni", 300.0);
+extern const KernelTable kAvx512VlVnni = make_kernels("avx512vl_vnni", 300.0);
 }  // namespace dynquant::cpu
 
 DYNQUANT_TARGET_END

@@ -41,7 +41,7 @@ struct Dot : VnniDot {
 #include "cpu/generic/kernels.h"
 }  // namespace
 
-extern const Kernels kAvx512Vnni = make_kernels("avx512vnni", 420.0);
+extern const KernelTable kAvx512Vnni = make_kernels("avx512vnni", 420.0);
 }  // namespace dynquant::cpu
 
 DYNQUANT_TARGET_END

@@ -22,7 +22,7 @@ namespace {
 #include "cpu/generic/kernels.h"
 }  // namespace
 
-extern const Kernels kAvxVnni = make_kernels("avxvnni", 300.0);
+extern const KernelTable kAvxVnni = make_kernels("avxvnni", 300.0);
 }  // namespace dynquant::cpu
 
 DYNQUANT_TARGET_END

@@ -41,5 +41,5 @@ struct Dot {
 #include "cpu/generic/kernels.h"
 }  // namespace
 
-extern const Kernels kScalar = make_kernels("scalar", 8.0);
+extern const KernelTable kScalar = make_kernels("scalar", 8.0);
 }  // namespace dynquant::cpu

@@ -1,0 +1,12 @@
+// What the CPU has and the operating system saves.
+#pragma once
+
+namespace dynquant::cpu {
+
+struct CpuFeatures {
+  bool avx2 = false, f16c = false, avxvnni = false, avx512 = false, avx512vnni = false;
+
+  CpuFeatures();
+};
+
+}  // namespace dynquant::cpu

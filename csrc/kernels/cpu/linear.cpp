@@ -1,0 +1,211 @@
+#include "cpu/linear.h"
+
+#include <algorithm>
+
+#include "cpu/isa/dispatch.h"
+#include "cpu/partition.h"
+
+namespace dynquant::cpu {
+namespace {
+
+int64_t blocks_of(int64_t n) { return divide_up(n, kBlock); }
+
+Partition partition_gemm(const KernelTable& kernels, int64_t m, const Weight& weight,
+                         const Parallel& parallel) {
+  constexpr int64_t kLeastRows = 24;
+  const double size = static_cast<double>(weight.n) * static_cast<double>(weight.k);
+  const double microseconds =
+      std::max(2.0 * static_cast<double>(m) * size / (kernels.gops * 1e3), microseconds_to_read(size));
+  const int64_t threads = threads_for(microseconds, parallel);
+  const int64_t row_parts = std::clamp<int64_t>(m / kLeastRows, 1, threads);
+  return Partition{row_parts, std::clamp<int64_t>(threads / row_parts, 1, blocks_of(weight.n))};
+}
+
+// All tiles of m rows, as many for each of `parts` threads.
+RowTiles row_tiles(const KernelTable& kernels, int64_t m, int64_t parts) {
+  const int64_t of_part = divide_up(m, kernels.max_rows * parts);
+  return {m, of_part * parts, 0, of_part * parts};
+}
+
+// Share t of `parts` of all tiles.
+RowTiles share_of(RowTiles all, int64_t parts, int64_t t) {
+  const auto [begin, end] = share(all.count, parts, t);
+  return {all.m, all.count, begin, end};
+}
+
+int64_t operand_bytes(const KernelTable& kernels, RowTiles all, int64_t k) {
+  return piece_bytes<uint8_t>(all.m * kernels.operand_stride(k) + all.count * kernels.plan_bytes(all.m, k));
+}
+
+Operand operand_at(const KernelTable& kernels, uint8_t* at, int64_t m, int64_t k) {
+  const int64_t stride = kernels.operand_stride(k);
+  return {at, stride, at + m * stride, kernels.plan_bytes(m, k)};
+}
+
+// Bytes of GEMM scratch for each task.
+int64_t gemm_bytes_of_task(const KernelTable& kernels, const Partition& partition, int64_t m, int64_t k) {
+  const int64_t rows =
+      m / partition.row_parts + 2 * kernels.max_rows;  // tiles are shared out, and may be uneven
+  return piece_bytes<int8_t>(kernels.gemm_scratch(m, k, rows));
+}
+
+// What rows are quantized into and multiplied from.
+struct Workspace {
+  Operand a;
+  QParams* qparams;
+  float* row;
+  int8_t* gemm;
+};
+
+WorkspaceLayout layout_of(const KernelTable& kernels, RowTiles tiles, int64_t k, int64_t row_floats,
+                          int64_t gemm_bytes) {
+  return {operand_bytes(kernels, tiles, k), piece_bytes<QParams>(tiles.m), piece_bytes<float>(row_floats),
+          piece_bytes<int8_t>(gemm_bytes)};
+}
+
+Workspace workspace_at(const KernelTable& kernels, const WorkspaceLayout& layout, uint8_t* memory, int64_t m,
+                       int64_t k) {
+  uint8_t* qparams = memory + layout.operand;
+  uint8_t* row = qparams + layout.qparams;
+  return {operand_at(kernels, memory, m, k), reinterpret_cast<QParams*>(qparams),
+          reinterpret_cast<float*>(row), reinterpret_cast<int8_t*>(row + layout.row)};
+}
+
+Rows from_row(const Rows& x, int64_t m) {
+  Rows rest = x;
+  rest.data = static_cast<const uint8_t*>(x.data) + m * x.stride * element_size(x.dtype);
+  return rest;
+}
+
+Output from_row(const Output& out, int64_t m) {
+  Output rest = out;
+  rest.data = static_cast<uint8_t*>(out.data) + m * out.stride * element_size(out.dtype);
+  return rest;
+}
+
+// shared: the qparams of all rows, where they do not have their own.
+void quantize_rows(const Linear& args, const KernelTable& kernels, const Rows& x, RowTiles tiles,
+                   const QParams& shared, const Workspace& work) {
+  if (args.given != nullptr || args.per_tensor) {
+    kernels.quantize_per_tensor(x, tiles, shared, args.given != nullptr, work.a, work.qparams, work.row);
+  } else {
+    kernels.quantize_per_token(x, tiles, work.a, work.qparams, work.row);
+  }
+}
+
+// Each thread quantizes and multiplies some rows after the other: their operand stays next to the core.
+void linear_by_rows(const Linear& args, const LinearPlan& plan, const QParams& shared, uint8_t* memory,
+                    const Parallel& parallel) {
+  const KernelTable& kernels = *plan.kernels;
+  const int64_t row_parts = plan.partition.row_parts, blocks = blocks_of(args.weight.n);
+  const int64_t rows_of_piece = divide_up(args.m, plan.pieces);
+  parallel.run(row_parts, [&](int64_t t) {
+    const Workspace work =
+        workspace_at(kernels, plan.layout, memory + t * plan.layout.bytes(), rows_of_piece, args.x.k);
+    const auto [p0, p1] = share(plan.pieces, row_parts, t);
+    for (int64_t p = p0; p < p1; ++p) {
+      const auto [m0, m1] = share(args.m, plan.pieces, p);
+      const RowTiles tiles = row_tiles(kernels, m1 - m0, 1);
+      quantize_rows(args, kernels, from_row(args.x, m0), tiles, shared, work);
+      kernels.linear(work.a, work.qparams, args.weight, from_row(args.out, m0), work.gemm, tiles, 0, blocks);
+    }
+  });
+}
+
+// All rows are quantized, then every thread multiplies them by some channels.
+void linear_by_channels(const Linear& args, const LinearPlan& plan, const QParams& shared, uint8_t* memory,
+                        const Parallel& parallel) {
+  const KernelTable& kernels = *plan.kernels;
+  const Partition& partition = plan.partition;
+  const Workspace work = workspace_at(kernels, plan.layout, memory, args.m, args.x.k);
+  const int64_t row = row_scratch(args.x), blocks = blocks_of(args.weight.n);
+  parallel.run(plan.quantize_threads, [&](int64_t t) {
+    Workspace of_thread = work;
+    of_thread.row += t * row;
+    quantize_rows(args, kernels, args.x, share_of(plan.tiles, plan.quantize_threads, t), shared, of_thread);
+  });
+  parallel.run(partition.tasks(), [&](int64_t t) {
+    const auto [b0, b1] = share(blocks, partition.channel_parts, t % partition.channel_parts);
+    const RowTiles tiles = share_of(plan.tiles, partition.row_parts, t / partition.channel_parts);
+    kernels.linear(work.a, work.qparams, args.weight, args.out, work.gemm + t * plan.gemm_bytes, tiles, b0,
+                   b1);
+  });
+}
+
+}  // namespace
+
+Int8MmPlan plan_int8_mm(const Int8Mm& args, const Parallel& parallel) {
+  const int64_t m = args.m, k = args.weight.k;
+  const KernelTable& kernels = kernels_of_rows(m);
+  Int8MmPlan plan{};
+  plan.kernels = &kernels;
+  plan.partition = partition_gemm(kernels, m, args.weight, parallel);
+  plan.tiles = row_tiles(kernels, m, plan.partition.row_parts);
+  plan.operand_bytes = operand_bytes(kernels, plan.tiles, k);
+  plan.gemm_bytes = gemm_bytes_of_task(kernels, plan.partition, m, k);
+  plan.workspace_bytes = plan.operand_bytes + plan.partition.tasks() * plan.gemm_bytes;
+  return plan;
+}
+
+void int8_mm(const Int8Mm& args, const Int8MmPlan& plan, void* workspace, const Parallel& parallel) {
+  const KernelTable& kernels = *plan.kernels;
+  const Partition& partition = plan.partition;
+  uint8_t* memory = static_cast<uint8_t*>(workspace);
+  int8_t* gemm = reinterpret_cast<int8_t*>(memory + plan.operand_bytes);
+  const Operand a = operand_at(kernels, memory, args.m, args.weight.k);
+  kernels.operand_from_int8(args.q, args.weight.k, plan.tiles, a);
+  parallel.run(partition.tasks(), [&](int64_t t) {
+    const RowTiles tiles = share_of(plan.tiles, partition.row_parts, t / partition.channel_parts);
+    const auto [b0, b1] =
+        share(blocks_of(args.weight.n), partition.channel_parts, t % partition.channel_parts);
+    kernels.int8_mm(a, args.weight, args.out, gemm + t * plan.gemm_bytes, tiles, b0, b1);
+  });
+}
+
+LinearPlan plan_linear(const Linear& args, const Parallel& parallel) {
+  const int64_t m = args.m, k = args.x.k, row = row_scratch(args.x);
+  const KernelTable& kernels = kernels_of_rows(m);
+  LinearPlan plan{};
+  plan.kernels = &kernels;
+  plan.partition = partition_gemm(kernels, m, args.weight, parallel);
+  const int64_t row_parts = plan.partition.row_parts;
+  if (plan.partition.channel_parts == 1) {
+    plan.pieces = row_parts * divide_up(m, row_parts * kernels.rows_at_once);
+    const int64_t rows = divide_up(m, plan.pieces);  // of a piece, or one less
+    const int64_t gemm =
+        std::max(kernels.gemm_scratch(rows, k, rows), kernels.gemm_scratch(rows - 1, k, rows));
+    plan.layout = layout_of(kernels, row_tiles(kernels, rows, 1), k, row, gemm);
+    plan.workspace_bytes = row_parts * plan.layout.bytes();
+  } else {
+    plan.quantize_threads = threads_over_rows(args.x, m, parallel);
+    plan.tiles = row_tiles(kernels, m, row_parts);
+    plan.gemm_bytes = gemm_bytes_of_task(kernels, plan.partition, m, k);
+    plan.layout = layout_of(kernels, plan.tiles, k, plan.quantize_threads * row,
+                            plan.partition.tasks() * plan.gemm_bytes);
+    plan.workspace_bytes = plan.layout.bytes();
+  }
+  if (args.per_tensor && args.given == nullptr) {
+    // Threads that will have rows of their own look at them before: these then lie in their caches.
+    plan.range = plan_min_max(args.x, m, row_parts, parallel);
+    plan.workspace_bytes = std::max(plan.workspace_bytes, plan.range.workspace_bytes);
+  }
+  return plan;
+}
+
+void linear(const Linear& args, const LinearPlan& plan, void* workspace, const Parallel& parallel) {
+  QParams shared{};
+  if (args.given != nullptr) {
+    shared = *args.given;
+  } else if (args.per_tensor) {
+    const FloatEnvironment environment;
+    shared = choose_qparams(min_max(args.x, args.m, plan.range, workspace, parallel));
+  }
+  uint8_t* memory = static_cast<uint8_t*>(workspace);
+  if (plan.partition.channel_parts == 1) {
+    linear_by_rows(args, plan, shared, memory, parallel);
+  } else {
+    linear_by_channels(args, plan, shared, memory, parallel);
+  }
+}
+
+}  // namespace dynquant::cpu

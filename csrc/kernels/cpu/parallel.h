@@ -1,0 +1,40 @@
+// Threads as this library sees them: its caller brings them.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/isa/float_environment.h"
+
+namespace dynquant::cpu {
+
+class Parallel {
+ public:
+  // Threads that run() can use, the calling one among them.
+  virtual int64_t threads() const = 0;
+
+  // Whether the calling thread works on a task of run() already, or of the caller's own parallel regions.
+  virtual bool in_region() const = 0;
+
+  // Calls task(t) for each t in [0, tasks), each on a thread of its own where there are as many.
+  template <typename Task>
+  void run(int64_t tasks, const Task& task) const {
+    const auto run_some = [&](int64_t begin, int64_t end) {
+      const FloatEnvironment environment;
+      for (int64_t t = begin; t < end; ++t) task(t);
+    };
+    if (tasks == 1) return run_some(0, 1);
+    using RunSome = decltype(run_some);
+    run_on_threads(tasks, &run_some, [](const void* state, int64_t begin, int64_t end) {
+      (*static_cast<const RunSome*>(state))(begin, end);
+    });
+  }
+
+ protected:
+  ~Parallel() = default;
+
+  // Calls some(state, begin, end) for shares that cover [0, tasks), on several threads; returns when all are done.
+  virtual void run_on_threads(int64_t tasks, const void* state,
+                              void (*some)(const void* state, int64_t begin, int64_t end)) const = 0;
+};
+
+}  // namespace dynquant::cpu

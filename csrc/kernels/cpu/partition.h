@@ -1,0 +1,37 @@
+// How many threads a call's work is worth, and how it is shared out among them.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/kernel_table.h"
+#include "cpu/parallel.h"
+
+namespace dynquant::cpu {
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Share {
+  int64_t begin, end;
+};
+
+// Share t of `parts` nearly equal shares of [0, total).
+inline Share share(int64_t total, int64_t parts, int64_t t) {
+  return {total * t / parts, total * (t + 1) / parts};
+}
+
+// At least 1, at most those of `parallel`.
+int64_t threads_for(double microseconds, const Parallel& parallel);
+
+// For work that finds the range of m rows, or quantizes or rotates them: at most one thread a row, at least 1.
+int64_t threads_over_rows(const Rows& x, int64_t m, const Parallel& parallel);
+
+// What one core takes, about, to read a weight that an earlier call has read.
+double microseconds_to_read(double bytes);
+
+// Bytes of `count` elements in a workspace: pieces start at cache lines.
+template <typename T>
+constexpr int64_t piece_bytes(int64_t count) {
+  return (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+}
+
+}  // namespace dynquant::cpu

@@ -1,0 +1,57 @@
+// Rows of x and of a weight: ranges, qparams, rotation and quantization, over threads.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/kernel_table.h"
+#include "cpu/parallel.h"
+
+namespace dynquant::cpu {
+
+// Floats of scratch for the row that a thread rotates.
+inline int64_t row_scratch(const Rows& x) { return x.rotation_block > 0 ? row_floats(x.k) : 0; }
+
+// How many threads do it, and the bytes of workspace (64-byte aligned) that they need.
+struct RowsPlan {
+  int64_t threads, workspace_bytes;
+};
+
+// ---- rows of x --------------------------------------------------------------------------------------------------------
+
+// The range of each of m rows, without rotation.
+void min_max_rows(const Rows& x, int64_t m, float* lo, float* hi, const Parallel& parallel);
+
+// The range of m rows together, by at least `least_threads`.
+RowsPlan plan_min_max(const Rows& x, int64_t m, int64_t least_threads, const Parallel& parallel);
+Range min_max(const Rows& x, int64_t m, const RowsPlan& plan, void* workspace, const Parallel& parallel);
+
+// scale and zero_point of `count` ranges; NaN and 0 where one is not finite.
+void choose_qparams(const float* lo, const float* hi, int64_t count, float* scale, int32_t* zero_point);
+
+// q [m, k]; one pair of qparams, or one for each row.
+void quantize(const Rows& x, int64_t m, const float* scale, const int32_t* zero_point, bool per_row,
+              int8_t* q, const Parallel& parallel);
+
+// out [m, k].
+void rotate(const Rows& x, int64_t m, float* out, const Parallel& parallel);
+
+// Row m as it is, in fp32.
+void read_row(const Rows& x, int64_t m, float* out);
+
+// ---- rows of a weight -------------------------------------------------------------------------------------------------
+
+struct QuantizeWeight {
+  Rows weight;
+  int64_t n;        // its rows
+  bool per_tensor;  // one scale instead of one for each row
+  float* scale;     // [n], or [1]
+  int8_t* q;        // [n, k]
+};
+
+RowsPlan plan_quantize_weight(const QuantizeWeight& args, const Parallel& parallel);
+
+// The first row with a non-finite element (after rotation), or -1; with one the outputs are not complete.
+int64_t quantize_weight(const QuantizeWeight& args, const RowsPlan& plan, void* workspace,
+                        const Parallel& parallel);
+
+}  // namespace dynquant::cpu

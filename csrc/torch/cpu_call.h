@@ -1,0 +1,47 @@
+// What the CPU bindings share: tensors as the kernels read them, memory for the length of a call, torch's threads.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/CPUAllocator.h>
+
+#include <cstdint>
+
+#include "cpu/kernel_table.h"
+#include "cpu/parallel.h"
+
+namespace dynquant::cpu {
+
+// torch's own threads; parallel.cpp.
+const Parallel& torch_threads();
+
+inline Dtype dtype_of(at::ScalarType type) {
+  return type == at::kFloat ? Dtype::kFloat32 : type == at::kBFloat16 ? Dtype::kBFloat16 : Dtype::kFloat16;
+}
+
+// x as rows that the kernels can read; `owner` keeps the copy alive where one was needed (fp64, odd strides).
+inline Rows rows_of(const at::Tensor& x, int rotation_block, at::Tensor& owner) {
+  owner = x.scalar_type() == at::kDouble ? x.to(at::kFloat) : x;
+  const int64_t k = owner.size(-1);
+  const bool strided_rows = owner.dim() == 2 && owner.stride(1) == 1;
+  if (!strided_rows && !owner.is_contiguous()) owner = owner.contiguous();
+  return Rows{owner.const_data_ptr(), strided_rows ? owner.stride(0) : k, k, dtype_of(owner.scalar_type()),
+              rotation_block};
+}
+
+// Memory for the length of a call: small calls use the stack, an allocation would cost as much as their work.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) {
+    if (bytes > static_cast<int64_t>(sizeof(small_))) {
+      large_ = c10::GetCPUAllocator()->allocate(static_cast<size_t>(bytes));
+    }
+  }
+
+  void* data() { return large_ ? large_.get() : small_; }
+
+ private:
+  alignas(64) uint8_t small_[8192];
+  at::DataPtr large_;
+};
+
+}  // namespace dynquant::cpu

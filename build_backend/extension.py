@@ -17,6 +17,7 @@ from setuptools import Extension
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 from build_backend import nvcc
+from build_backend.output import short_lines
 from build_backend.torch_location import check_minimum, stop
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,7 +61,8 @@ class BuildWithCuda(BuildExtension):
         record = build_record(Path(self.get_ext_filename(module.name)).name, cuda)
         if any(_read(folder / "_build.json") != record for folder in folders):
             self.force = True  # the same sources for another torch, or other flags
-        super().run()
+        with short_lines():
+            super().run()
         for folder in folders:
             (folder / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
 

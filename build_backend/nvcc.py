@@ -3,6 +3,7 @@ without CUDA, can link the objects, and a file takes seconds."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from build_backend.output import in_repository
 from build_backend.torch_location import stop
 
 # Fixed by the arithmetic contract: no contraction, denormals kept, IEEE division and square root.
@@ -105,25 +107,31 @@ def compile_objects(
     """Compiles each .cu file of `folder` that changed, or whose headers or flags did; returns all objects."""
     build_dir.mkdir(parents=True, exist_ok=True)
     headers = [*folder.glob("*.cuh"), *folder.glob("*.h"), *folder.parent.glob("*.h")]
-
-    def compile_one(source: Path) -> str:
-        target = build_dir / f"{source.stem}.o"
-        gencode = [
-            flag for architecture in architectures_of(source, wanted) for flag in architecture.gencode()
-        ]
+    targets = {source: build_dir / f"{source.stem}.o" for source in sorted(folder.glob("*.cu"))}
+    commands = {}
+    for source, target in targets.items():
+        gencode = [flag for one in architectures_of(source, wanted) for flag in one.gencode()]
         command = [toolkit.nvcc, *FLAGS, f"-I{folder.parent}", *gencode, "-c", str(source), "-o", str(target)]
         record = target.with_suffix(".command")
         newest = max(path.stat().st_mtime for path in [source, *headers])
         fresh = target.exists() and target.stat().st_mtime > newest
         if not (fresh and record.exists() and record.read_text() == shlex.join(command)):
-            print(shlex.join(command), flush=True)
-            if subprocess.run(command).returncode != 0:
-                stop(f"nvcc could not compile {source}; its messages are above.")
-            record.write_text(shlex.join(command))
-        return str(target)
+            commands[source] = command
+    finished = itertools.count(1)
+
+    def compile_one(source: Path) -> None:
+        command = commands[source]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode != 0:
+            print(f"FAILED: {in_repository(source)}\n{shlex.join(command)}\n{done.stdout}", flush=True)
+            stop(f"nvcc could not compile {source}; its messages are above.")
+        line = f"[{next(finished)}/{len(commands)}] {in_repository(source)}"
+        print(line, done.stdout.rstrip(), sep="\n" if done.stdout else "", flush=True)
+        targets[source].with_suffix(".command").write_text(shlex.join(command))
 
     with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(compile_one, sorted(folder.glob("*.cu"))))
+        list(pool.map(compile_one, commands))
+    return [str(target) for target in targets.values()]
 
 
 def _parse(word: str) -> Architecture:

@@ -199,6 +199,27 @@ def _read_only(name: str) -> RuntimeError:
     )
 
 
+def tensors_of(w: QTensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What it holds, in the order of the op's arguments."""
+    return w.packed_weight, w.weight_sum, w.channel_scale
+
+
+def with_tensor(w: QTensor, name: str, value: Tensor) -> QTensor:
+    """w with one of its tensors replaced by another of the same dtype and shape.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    old = getattr(w, name)
+    if not isinstance(value, Tensor) or (value.dtype, value.shape) != (old.dtype, old.shape):
+        got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"QLinear: expected {name} to be {old.dtype} {list(old.shape)}, got {got}")
+    packed_weight, weight_sum, channel_scale = (
+        value if tensor is old else tensor for tensor in tensors_of(w)
+    )
+    return QTensor(packed_weight, weight_sum, channel_scale, w.config, w.shape, w.dtype)
+
+
 def weight_scale(w: QTensor) -> Tensor:
     """fp32 [N] per_channel, [1] per_tensor."""
     if w.config.weights == "per_channel":

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.linear import QLinear
 from .layers import tensors_in
 
 
@@ -17,10 +16,7 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
     tensors: list[Tensor] = []
     for part in module.modules():
         tensors += [*part.parameters(recurse=False), *part.buffers(recurse=False)]
-        if isinstance(part, QLinear):
-            weight = part.weight
-            tensors += [weight.packed_weight, weight.weight_sum, weight.channel_scale]
-        elif type(part).__module__.startswith("torch.ao."):
+        if type(part).__module__.startswith("torch.ao."):
             # Its packed weights are opaque; what it saves has their size.
             packed: dict[str, Any] = {}
             part._save_to_state_dict(packed, "", False)

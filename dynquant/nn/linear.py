@@ -11,22 +11,29 @@ from torch import Tensor, nn
 
 from .. import ops  # noqa: F401  registers torch.ops.dynquant
 from ..config import Config, layer_config
-from ..qtensor import FLOAT_WORDS, QTensor, dequantize, moved, weight_scale
+from ..qtensor import FLOAT_WORDS, QTensor, dequantize, moved, tensors_of, weight_scale, with_tensor
 from ..reference import FLOAT_DTYPES
 from .state import (
     check_activation_qparams,
     check_bias,
     check_not_rotated,
+    check_origin,
     format_entry,
     is_float_weight,
+    missing_entries,
     quantized,
     read_activation_qparams,
     read_weight,
+    warn_of_float_weights,
     weight_entries,
+    with_fp32_bias,
 )
 
 _linear_dynamic = torch.ops.dynquant.linear_dynamic.default
 _linear_static = torch.ops.dynquant.linear_static.default
+
+_PACKED = ("packed_weight", "weight_sum", "channel_scale")
+"""Non-persistent buffers: the tensors of ``.weight``, in the order of the op's arguments."""
 
 
 class QLinear(nn.Module):
@@ -50,6 +57,8 @@ class QLinear(nn.Module):
         activation_scale, activation_zero_point: fp32 and int32 [1], the qparams of every input where the
             layer is static (see :func:`dynquant.freeze`), else None: qparams come from each input.
         config: the :class:`dynquant.Config` that runs.
+        packed_weight, weight_sum, channel_scale: the tensors of ``.weight``, as buffers that the state_dict
+            does not hold.
 
     Shape:
         x [..., K] of float32, bfloat16, float16 or float64 -> [..., N] of the same dtype (under autocast: of
@@ -132,12 +141,15 @@ class QLinear(nn.Module):
         qparams = None if scale is None or zero_point is None else (scale, zero_point)
         if qparams is not None:
             check_not_rotated(config)
+        # Sizes, broadcasts and devices of a model are read from its buffers. They come before the activation
+        # qparams: torch.export miscounts what follows a buffer that is None.
+        others = {name: buffer for name, buffer in self._buffers.items() if name not in _PACKED}
+        self.__dict__["_buffers"] = dict(zip(_PACKED, tensors_of(weight), strict=True)) | others
+        self._non_persistent_buffers_set.update(_PACKED)
         # All that the op takes in one tuple: the forward call looks up one thing.
         self.__dict__["weight"] = weight
         self.__dict__["_packed"] = (
-            weight.packed_weight,
-            weight.weight_sum,
-            weight.channel_scale,
+            *tensors_of(weight),
             qparams,
             config.encode(self.in_features),
         )
@@ -161,7 +173,9 @@ class QLinear(nn.Module):
         self._set_weight(self.weight, self.config)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name != "weight":
+        if name in _PACKED:
+            self._set_weight(with_tensor(self.weight, name, value), self.config)
+        elif name != "weight":
             super().__setattr__(name, value)
         elif isinstance(value, QTensor):
             config = value.config
@@ -253,17 +267,24 @@ class QLinear(nn.Module):
 
         def move(tensor: Tensor) -> Tensor:
             out = fn(tensor)
-            return out if out.dtype == tensor.dtype else tensor.to(out.device)
+            # Memory formats are for images: a packed weight has four dimensions too.
+            return out.contiguous() if out.dtype == tensor.dtype else tensor.to(out.device)
 
         dtype = fn(torch.empty(0, dtype=self.weight.dtype, device=self.weight.device)).dtype
         if dtype not in FLOAT_DTYPES:
             raise TypeError(f"QLinear: expected a cast to {FLOAT_WORDS}, got {dtype}")
-        super()._apply(move, recurse)
-        self._set_weight(moved(self.weight, move, dtype), self.config)
+        weight = moved(self.weight, move, dtype)
+        for name in _PACKED:
+            del self._buffers[name]
+        try:
+            super()._apply(move, recurse)
+        finally:
+            self._set_weight(weight, self.config)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": self.config.encode()}
+        buffers = {name: buffer for name, buffer in self._buffers.items() if name not in _PACKED}
+        return {**self.__dict__, "_buffers": buffers, "_packed": self.config.encode()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -272,6 +293,9 @@ class QLinear(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         destination[prefix + "weight"], destination[prefix + "weight_scale"] = weight_entries(self.weight)
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in ("activation_scale", "activation_zero_point"):
+            if prefix + name in destination:
+                destination[prefix + name] = destination[prefix + name].clone()
         destination[prefix + "format"] = format_entry(self.weight.dtype, self.config)
 
     def _load_from_state_dict(
@@ -287,20 +311,22 @@ class QLinear(nn.Module):
         """Loads the weight whole or not at all; quantizes a float weight, of an unquantized model. The layer
         becomes static or dynamic as the saved one was."""
         entries = {name: state_dict.get(prefix + name) for name in ("weight", "weight_scale", "format")}
-        missing = [name for name, value in entries.items() if value is None]
         loaded: tuple[QTensor, Config] | None = None
-        if missing and not is_float_weight(entries):
+        try:
+            check_origin(state_dict, prefix)
+            missing = missing_entries(entries)
             missing_keys.extend(prefix + name for name in missing)
-        else:
-            try:
+            if not missing:
                 assign = local_metadata.get("assign_to_params_buffers", False)
                 device = None if assign else self.weight.device
-                bias = state_dict.get(prefix + "bias")
-                loaded = read_weight(entries, bias, like=self.weight, config=self.config, device=device)
+                loaded = read_weight(entries, like=self.weight, config=self.config, device=device)
+                if is_float_weight(entries):
+                    warn_of_float_weights(error_msgs)
                 qparams = read_activation_qparams(state_dict, prefix, loaded[1], device)
-            except ValueError as error:
-                error_msgs.append(f"QLinear {prefix.removesuffix('.')!r}: {error}")
-                return
+            state_dict = with_fp32_bias(state_dict, prefix)
+        except ValueError as error:
+            error_msgs.append(f"QLinear {prefix.removesuffix('.')!r}: {error}")
+            return
 
         if loaded is not None:
             self.activation_scale, self.activation_zero_point = qparams

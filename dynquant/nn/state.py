@@ -1,32 +1,40 @@
 """The state_dict formats of quantized layers: entries, their loading, and checks of a layer's tensors.
 
-Format 1: ``weight`` int8 [N, K], ``weight_scale`` fp32 [N] or [1], ``bias`` fp32 [N] if the layer has one,
+Format 2: ``weight`` int8 [N, K, 1], ``weight_scale`` fp32 [N] or [1], ``bias`` fp32 [N] if the layer has one,
 and ``format`` int64 [4]: (version, config, 1 + index in FLOAT_DTYPES of the dtype of ``.weight``, 0). A
 static layer has ``activation_scale`` fp32 [1] and ``activation_zero_point`` int32 [1] as well.
+
+The last dimension of ``weight`` keeps it out of float layers. Loaders that only log keys they do not know
+(transformers' from_pretrained, accelerate, ``strict=False``) would copy the integers into the float weights;
+with it, each of them stops at a size mismatch. Format 1 had [N, K].
 """
 
 from __future__ import annotations
 
+import sys
+import threading
 import warnings
 from collections.abc import Mapping
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config import Config
-from ..qtensor import QTensor, shown, weight_scale
+from ..qtensor import FLOAT_WORDS, QTensor, shown, weight_scale
 from ..reference import FLOAT_DTYPES
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def weight_entries(weight: QTensor) -> tuple[Tensor, Tensor]:
-    """The entries ``weight`` and ``weight_scale``."""
-    scale = weight_scale(weight)
-    if scale.untyped_storage().nbytes() != scale.nbytes:  # a slice, which safetensors' save_model refuses
-        scale = scale.clone()
-    return weight.int_repr(), scale
+    """The entries ``weight`` and ``weight_scale``.
+
+    They are copies: safetensors and transformers refuse slices, and save one of several tensors that share
+    memory, as those of a module with two names do.
+    """
+    return weight.int_repr().unsqueeze(-1), weight_scale(weight).clone()
 
 
 def format_entry(dtype: torch.dtype, config: Config) -> Tensor:
@@ -42,51 +50,118 @@ def is_float_weight(entries: Mapping[str, Any]) -> bool:
     return weight is not None and weight.is_floating_point() and alone
 
 
+def missing_entries(entries: Mapping[str, Any]) -> list[str]:
+    """The names of the entries that a state_dict lacks, none of them for a float weight.
+
+    All of them are missing for a layer that it does not hold, ``weight_scale`` alone in files of format 1 by
+    safetensors' save_model, for the second name of a module.
+
+    Raises:
+        ValueError: for any other part of the entries.
+    """
+    missing = [name for name, value in entries.items() if value is None]
+    if is_float_weight(entries):
+        return []
+    if missing and len(missing) < len(entries) and missing != ["weight_scale"]:
+        there = " and ".join(name for name in entries if name not in missing)
+        raise ValueError(f"the state_dict has {there}, but no {' and no '.join(missing)}")
+    return missing
+
+
 def read_weight(
-    entries: Mapping[str, Any],
-    bias: Tensor | None,
-    *,
-    like: QTensor,
-    config: Config,
-    device: torch.device | None,
+    entries: Mapping[str, Any], *, like: QTensor, config: Config, device: torch.device | None
 ) -> tuple[QTensor, Config]:
     """The weight that a state_dict holds, packed on ``device`` (None: where it is), and its scheme.
 
     Args:
         entries: ``weight``, ``weight_scale`` and ``format``; the last two are None for a float weight.
-        bias: of the state_dict, None if it has none.
         like, config: the weight and scheme of the layer that loads.
 
     Raises:
         ValueError: for entries that do not fit the layer.
     """
     weight, scale, format = entries["weight"], entries["weight_scale"], entries["format"]
-    if list(weight.shape) != list(like.shape):
-        raise ValueError(f"expected weight of shape {list(like.shape)}, got {list(weight.shape)}")
-    if bias is not None:
-        check_bias(bias)
-    if scale is None or format is None:
-        warnings.warn(
-            "QLinear: the state_dict holds float weights, of an unquantized model: quantizing them",
-            stacklevel=2,
-        )
+    if is_float_weight(entries):
+        _check_shape(weight, list(like.shape))
         return shown(quantized(weight.to(device), config), like.dtype), config
+    version, saved, dtype = read_format(format)
+    _check_shape(weight, [*like.shape, 1] if version > 1 else list(like.shape))
+    if saved.epilogue != config.epilogue:
+        raise ValueError(f"expected epilogue {config.epilogue!r}, got {saved.epilogue!r}")
+    return QTensor.from_int8(weight.reshape(like.shape).to(device), scale.to(device), saved, dtype), saved
+
+
+def _check_shape(weight: Tensor, expected: list[int]) -> None:
+    if list(weight.shape) != expected:
+        raise ValueError(f"expected weight of shape {expected}, got {list(weight.shape)}")
+
+
+def read_format(format: Tensor) -> tuple[int, Config, torch.dtype]:
+    """Version, scheme and dtype of ``.weight`` by the entry ``format``.
+
+    Raises:
+        ValueError: for an entry that this version does not read.
+    """
     if format.dtype != torch.int64 or list(format.shape) != [4]:
         raise ValueError(f"expected format to be int64 [4], got {format.dtype} {list(format.shape)}")
+    if format.device.type == "meta":
+        raise ValueError("expected format to have values, got it on meta")
     version, code, dtype, reserved = format.tolist()
-    if version != FORMAT_VERSION or reserved or not 1 <= dtype <= len(FLOAT_DTYPES):
+    if not 1 <= version <= FORMAT_VERSION or reserved or not 1 <= dtype <= len(FLOAT_DTYPES):
         raise ValueError(
-            f"format {format.tolist()} is not one that this dynquant reads (version {FORMAT_VERSION}); "
+            f"format {format.tolist()} is not one that this dynquant reads (versions 1 to {FORMAT_VERSION}); "
             "a newer dynquant may have written it"
         )
     saved = Config.decode(code)
     if saved.encode() != code:
         raise ValueError(f"config {code} has bits that no file holds")
-    if saved.epilogue != config.epilogue:
-        raise ValueError(f"expected epilogue {config.epilogue!r}, got {saved.epilogue!r}")
-    if bias is not None and bias.dtype != torch.float32:
-        raise ValueError(f"expected bias of dtype torch.float32, got {bias.dtype}")
-    return QTensor.from_int8(weight.to(device), scale.to(device), saved, FLOAT_DTYPES[dtype - 1]), saved
+    return version, saved, FLOAT_DTYPES[dtype - 1]
+
+
+def with_fp32_bias(state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The state_dict with a layer's bias in fp32, which may have any float dtype in it.
+
+    Raises:
+        ValueError: for a bias of another dtype, or with a NaN.
+    """
+    bias = state_dict.get(prefix + "bias")
+    if bias is None:
+        return state_dict
+    check_bias(bias)
+    return (
+        state_dict if bias.dtype == torch.float32 else {**state_dict, prefix + "bias": bias.to(torch.float32)}
+    )
+
+
+def check_origin(state_dict: Mapping[str, Any], prefix: str) -> None:
+    """A ValueError for the state_dict of a layer that torch.ao quantized."""
+    if any(key.startswith(f"{prefix}_packed_params") for key in state_dict):
+        raise ValueError(
+            "the state_dict is of a layer that torch.ao quantized (_packed_params); load it into the model "
+            "that torch.ao made, and assign `layer.weight().dequantize()` of each of its layers to `.weight` "
+            "here, or convert the float model with dynquant.quantize_dynamic"
+        )
+
+
+_warned = threading.local()
+
+
+def warn_of_float_weights(error_msgs: list[str]) -> None:
+    """Warn once for each load_state_dict, which passes one list of errors to all modules."""
+    if getattr(_warned, "error_msgs", None) is error_msgs:
+        return
+    _warned.error_msgs = error_msgs
+    frame, stacklevel = sys._getframe(), 1
+    while frame.f_back is not None and _package(frame) in ("dynquant", "torch"):
+        frame, stacklevel = frame.f_back, stacklevel + 1
+    warnings.warn(
+        "QLinear: the state_dict holds float weights, of an unquantized model: quantizing them",
+        stacklevel=stacklevel,
+    )
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 def read_activation_qparams(
@@ -144,5 +219,7 @@ def quantized(weight: Tensor, config: Config) -> QTensor:
 
 def check_bias(bias: Tensor) -> None:
     """A NaN in the bias is a fault; an infinity may be meant, to rule an output out."""
+    if bias.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"expected bias of dtype {FLOAT_WORDS}, got {bias.dtype}")
     if bias.device.type != "meta" and bias.isnan().any():
         raise ValueError(f"expected bias without NaN, got nan at bias{bias.isnan().nonzero()[0].tolist()}")

@@ -553,10 +553,10 @@ def test_state_dict_round_trip(scheme, bias, dtype):
     names = ["weight", "weight_scale", *(["bias"] if bias else []), "format"]
     assert list(state) == names
     assert all(type(value) is Tensor for value in state.values())
-    assert (state["weight"].dtype, state["weight"].shape) == (torch.int8, (6, 32))
+    assert (state["weight"].dtype, state["weight"].shape) == (torch.int8, (6, 32, 1))
     assert state["weight_scale"].dtype == torch.float32
     assert state["weight_scale"].shape == ((1,) if scheme.get("weights") else (6,))
-    assert state["format"].tolist() == [1, layer.config.encode(), 1 + FLOATS.index(dtype), 0]
+    assert state["format"].tolist() == [2, layer.config.encode(), 1 + FLOATS.index(dtype), 0]
 
     other = QLinear(32, 6, bias)
     assert str(other.load_state_dict(state)) == "<All keys matched successfully>"
@@ -603,16 +603,24 @@ def _altered(**changes) -> dict[str, Tensor]:
     ("state", "sentence"),
     [
         (
-            _altered(weight=torch.zeros(6, 31, dtype=torch.int8)),
-            "expected weight of shape [6, 32], got [6, 31]",
+            _altered(weight=torch.zeros(6, 31, 1, dtype=torch.int8)),
+            "expected weight of shape [6, 32, 1], got [6, 31, 1]",
         ),
         (
-            _altered(weight=torch.zeros(6, 32, dtype=torch.uint8)),
+            _altered(weight=torch.zeros(6, 32, dtype=torch.int8)),
+            "expected weight of shape [6, 32, 1], got [6, 32]",
+        ),
+        (
+            _altered(format=torch.tensor([1, 0, 1, 0])),
+            "expected weight of shape [6, 32], got [6, 32, 1]",
+        ),
+        (
+            _altered(weight=torch.zeros(6, 32, 1, dtype=torch.uint8)),
             "expected weight to be int8 [N, K], got torch.uint8",
         ),
-        (_altered(weight=torch.zeros(6, 32)), "expected weight to be int8 [N, K], got torch.float32"),
+        (_altered(weight=torch.zeros(6, 32, 1)), "expected weight to be int8 [N, K], got torch.float32"),
         (
-            _altered(weight=torch.full((6, 32), -128, dtype=torch.int8)),
+            _altered(weight=torch.full((6, 32, 1), -128, dtype=torch.int8)),
             "expected weight in [-127, 127], got -128",
         ),
         (_altered(weight_scale=torch.ones(5)), "expected weight_scale to be float32 of shape [6]"),
@@ -624,28 +632,36 @@ def _altered(**changes) -> dict[str, Tensor]:
         ),
         (_altered(weight_scale=torch.ones(6).double()), "got torch.float64"),
         (
-            _altered(format=torch.tensor([2, 0, 1, 0])),
-            "format [2, 0, 1, 0] is not one that this dynquant reads",
+            _altered(format=torch.tensor([3, 0, 1, 0])),
+            "format [3, 0, 1, 0] is not one that this dynquant reads",
         ),
-        (_altered(format=torch.tensor([1, 0, 9, 0])), "a newer dynquant may have written it"),
-        (_altered(format=torch.tensor([1, 0, 1, 7])), "a newer dynquant may have written it"),
+        (_altered(format=torch.tensor([2, 0, 9, 0])), "a newer dynquant may have written it"),
+        (_altered(format=torch.tensor([2, 0, 1, 7])), "a newer dynquant may have written it"),
         (
-            _altered(format=torch.tensor([1, 1 << 20, 1, 0])),
+            _altered(format=torch.tensor([2, 1 << 20, 1, 0])),
             "config 1048576 has bits that this version does not know",
         ),
-        (_altered(format=torch.tensor([1, 1 << 12, 1, 0])), "config 4096 has bits that no file holds"),
-        (_altered(format=torch.tensor([1, 1 << 6, 1, 0])), "expected epilogue 'none', got 'relu'"),
+        (_altered(format=torch.tensor([2, 1 << 12, 1, 0])), "config 4096 has bits that no file holds"),
+        (_altered(format=torch.tensor([2, 1 << 6, 1, 0])), "expected epilogue 'none', got 'relu'"),
         (
-            _altered(format=torch.tensor([1, 2, 1, 0])),
+            _altered(format=torch.tensor([2, 2, 1, 0])),
             "expected weight_scale to be float32 of shape [1] (per_tensor)",
         ),
         (
-            _altered(format=torch.tensor([1, 8 << 2, 1, 0])),
+            _altered(format=torch.tensor([2, 8 << 2, 1, 0])),
             "expected K to be a multiple of the rotation block 128",
         ),
         (_altered(format=torch.tensor([1])), "expected format to be int64 [4], got torch.int64 [1]"),
         (_altered(format=torch.zeros(4)), "expected format to be int64 [4], got torch.float32 [4]"),
-        (_altered(bias=torch.zeros(6).half()), "expected bias of dtype torch.float32, got torch.float16"),
+        (_altered(format=torch.tensor([0, 0, 1, 0])), "(versions 1 to 2)"),
+        (
+            _altered(format=torch.zeros(4, dtype=torch.int64, device="meta")),
+            "format to have values, got it on meta",
+        ),
+        (_altered(bias=torch.zeros(6).int()), "expected bias of dtype float32, bfloat16, float16 or float64"),
+        (_altered(weight=None), "the state_dict has weight_scale and format, but no weight"),
+        (_altered(format=None), "the state_dict has weight and weight_scale, but no format"),
+        (_altered(format=None, weight=None), "the state_dict has weight_scale, but no weight and no format"),
         (_altered(bias=torch.full([6], float("nan"))), "expected bias without NaN, got nan at bias[0]"),
         (_altered(bias=torch.zeros(5)), "size mismatch for 1.bias"),
         (
@@ -668,15 +684,14 @@ def test_a_state_dict_that_does_not_fit_is_refused(state, sentence):
             assert_same_bits(model(x), y)
 
 
-@pytest.mark.parametrize("name", ["weight", "weight_scale", "format"])
-def test_a_part_of_the_weight_is_not_loaded(name):
+def test_a_weight_without_its_scale_is_not_loaded():
     _, layer = pair(32, 6)
     x = torch.randn(2, 32)
     y = layer(x)
-    state = _altered(**{name: None}, bias=layer.bias)
-    with pytest.raises(RuntimeError, match=f'Missing key.*"{name}"'):
+    state = _altered(weight_scale=None, bias=layer.bias)
+    with pytest.raises(RuntimeError, match='Missing key.*"weight_scale"'):
         layer.load_state_dict(state)
-    assert layer.load_state_dict(state, strict=False).missing_keys == [name]
+    assert layer.load_state_dict(state, strict=False).missing_keys == ["weight_scale"]
     assert_same_bits(layer(x), y)
 
 

@@ -1,8 +1,11 @@
 """Dynamic int8 quantization for PyTorch: linear layers on CPU and CUDA, exact to the bit on every path."""
 
+from typing import TYPE_CHECKING, Any
+
 from . import _saved_names, reference  # noqa: F401
 from ._version import __version__
 from .calibration.calibrate import calibrate, freeze
+from .checkpoint import hugging_face as _hugging_face
 from .config import Config
 from .fusion.graph import fuse_graph
 from .fusion.modules import fuse
@@ -12,6 +15,9 @@ from .measurement.report_data import Report
 from .nn import QLinear
 from .qtensor import QTensor
 from .quantize import quantize_dynamic
+
+if TYPE_CHECKING:
+    from .checkpoint.hugging_face_quantizer import DynquantConfig as DynquantConfig
 
 __all__ = [
     "Config",
@@ -31,3 +37,16 @@ __all__ = [
     "reference",
     "report",
 ]
+
+_hugging_face.install(quantize_dynamic)
+
+
+def __getattr__(name: str) -> Any:
+    """``DynquantConfig``: a subclass of a class of transformers, which is imported when it is asked for."""
+    if name != "DynquantConfig":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _hugging_face.config_type("dynquant.DynquantConfig")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), "DynquantConfig"]

@@ -8,6 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from .checkpoint.hugging_face import describe
 from .config import layer_config
 from .conversion.plan import Scheme, Selected
 from .conversion.select import read_spec, select, warn_of_unconverted
@@ -106,6 +107,9 @@ def quantize_dynamic(
         min_sqnr: likewise where the SQNR of its output is below this, in dB; 20 is an error of a tenth.
         report: return what was measured too.
 
+    A transformers model's config then says which layers are quantized, for ``save_pretrained`` and
+    ``from_pretrained``; see :class:`dynquant.DynquantConfig`.
+
     Returns:
         The converted model; with ``report=True`` the pair of it and a :class:`dynquant.Report`.
 
@@ -151,7 +155,10 @@ def _build(
 ) -> nn.Module:
     with torch.inference_mode(False):
         result = swap(model, convert(selected), inplace, shared).eval()
-        return fuse_modules(result) if fuse else result
+        if fuse:
+            fuse_modules(result)
+        describe(result)
+        return result
 
 
 def _convert_measured(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.hugging_face import describe
 from ..config import one_of
 from ..nn.linear import QLinear
 from .observers import OBSERVERS, Observer, make_observer
@@ -109,6 +110,7 @@ def freeze(model: nn.Module) -> nn.Module:
         warnings.warn(
             f"dynquant.freeze: no input was seen, so these stay dynamic: {', '.join(unseen)}", stacklevel=2
         )
+    describe(model)
     return model
 
 

@@ -14,9 +14,10 @@ from typing import Any
 
 from torch import nn
 
+from ..checkpoint.hugging_face import describe
 from ..nn.linear import QLinear
 from ..nn.merged import MergedGroup
-from ..patterns.activations import epilogue_of
+from ..patterns.activations import epilogue_of, remove_activation
 from ..patterns.registry import pattern_of
 
 
@@ -40,6 +41,7 @@ def fuse(model: nn.Module) -> nn.Module:
             _fuse_activation(parent, layer_name, activation_name, uses)
         for names in pattern_of(parent).same_input:
             _merge(parent, names, uses)
+    describe(model)
     return model
 
 
@@ -61,10 +63,7 @@ def _fuse_activation(parent: nn.Module, layer_name: str, activation_name: str, u
     if uses[id(layer)] > 1 or has_hooks(layer) or has_hooks(activation):
         return
     layer._set_weight(layer.weight, replace(layer.config, epilogue=epilogue))
-    setattr(parent, activation_name, nn.Identity())
-    if isinstance(getattr(parent, "activation_relu_or_gelu", None), int):
-        # What the float kernel of nn.TransformerEncoderLayer would apply.
-        setattr(parent, "activation_relu_or_gelu", 0)  # noqa: B010
+    remove_activation(parent, activation_name)
 
 
 def _merge(parent: nn.Module, names: tuple[str, ...], uses: Counter[int]) -> None:

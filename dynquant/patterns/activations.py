@@ -86,6 +86,14 @@ def epilogue_of(activation: Any) -> str | None:
     return next((epilogue for function, epilogue in _FUNCTIONS if function is activation), None)
 
 
+def remove_activation(parent: nn.Module, name: str) -> None:
+    """Put nn.Identity in the place of an activation that the layer before it computes."""
+    setattr(parent, name, nn.Identity())
+    if isinstance(getattr(parent, "activation_relu_or_gelu", None), int):
+        # The activation that the float kernel of nn.TransformerEncoderLayer would apply.
+        setattr(parent, "activation_relu_or_gelu", 0)  # noqa: B010
+
+
 def apply_float(epilogue: str, y: Tensor) -> Tensor:
     """torch's float function of an epilogue's name; y itself for ``"none"``."""
     return y if epilogue == "none" else ACTIVATIONS[epilogue].function(y)

@@ -1,0 +1,1 @@
+"""How converted models are saved in the formats of others, and read from them."""

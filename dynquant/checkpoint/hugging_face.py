@@ -1,0 +1,158 @@
+"""The conversion of a transformers model, written into its config and so into the ``config.json`` beside its
+weights. Nothing here imports transformers: that takes 1.5 s. The classes that it asks for are in
+``hugging_face_quantizer.py``, which is imported when transformers is.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from ..config import Config
+from ..extras import needs
+from ..nn.linear import QLinear
+from ..nn.merged import MergedLinear
+
+METHOD = "dynquant"
+"""``quant_method`` in a ``config.json``."""
+
+_QUANTIZER = f"{__package__}.hugging_face_quantizer"
+_REGISTRY = "transformers.quantizers.auto"
+_MODELS = "transformers.modeling_utils"
+
+Quantize = Callable[..., nn.Module]
+_quantize: Quantize | None = None
+
+
+def install(quantize: Quantize) -> None:
+    """Have transformers know dynquant's quantizer, now or when it is imported.
+
+    Args:
+        quantize: :func:`dynquant.quantize_dynamic`, for ``from_pretrained`` of float weights.
+    """
+    global _quantize
+    _quantize = quantize
+    if hasattr(sys.modules.get(_REGISTRY), "register_quantizer"):
+        _register()
+    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
+
+
+def quantize_function() -> Quantize:
+    assert _quantize is not None, "dynquant/__init__.py calls install"
+    return _quantize
+
+
+def config_type(user: str) -> Any:
+    """``DynquantConfig``, for which transformers is imported.
+
+    Args:
+        user: what needs it, for the error where transformers is not installed.
+    """
+    with needs(user, extra="demo"):
+        return import_module(_QUANTIZER).DynquantConfig
+
+
+def _register() -> None:
+    """Importing the quantizer registers it. Where that fails, transformers is none the worse."""
+    try:
+        import_module(_QUANTIZER)
+    except Exception as error:
+        warnings.warn(f"dynquant: transformers does not take its quantizer: {error}", stacklevel=2)
+
+
+class _AfterImport(MetaPathFinder):
+    """Registers the quantizer right after transformers' registry is imported, and then goes."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != _REGISTRY:
+            return None
+        finders = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
+        specs = (finder.find_spec(name, path, target) for finder in finders)
+        spec = next((spec for spec in specs if spec is not None), None)
+        if spec is not None and spec.loader is not None:
+            self._follow(spec.loader)
+        return spec
+
+    def _follow(self, loader: Any) -> None:
+        execute = loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+            _register()
+
+        loader.exec_module = exec_module
+
+
+def describe(model: nn.Module) -> None:
+    """Write which layers are quantized into the config of each transformers model that ``model`` is or holds.
+
+    A model within another, such as the BertModel of a BertForMaskedLM, is described as a part of the outer.
+    """
+    base = getattr(sys.modules.get(_MODELS), "PreTrainedModel", None)
+    if base is None:
+        return
+    for part in _outermost(model, base):
+        if any(isinstance(module, QLinear) for module in part.modules()):
+            part.config.quantization_config = config_type("describe").of(part)
+
+
+def _outermost(module: nn.Module, base: type) -> Iterator[Any]:
+    if isinstance(module, base):
+        yield module
+        return
+    for child in module.children():
+        yield from _outermost(child, base)
+
+
+def contents(model: nn.Module) -> dict[str, Any]:
+    """The converted layers of a model, in the words of ``DynquantConfig``."""
+    layers = {
+        name: layer
+        for name, layer in model.named_modules(remove_duplicate=False)
+        if isinstance(layer, QLinear)
+    }
+    names: dict[int, str] = {}
+    for name, layer in layers.items():
+        names.setdefault(id(layer), name)
+    groups = {
+        id(layer.group): [names.get(id(part)) for part in layer.group.layers]
+        for layer in layers.values()
+        if isinstance(layer, MergedLinear)
+    }
+    return {
+        "modules": {name: scheme_of(layer) for name, layer in layers.items()},
+        "fused": list(_fused(model)),
+        "merged": [group for group in groups.values() if None not in group],
+    }
+
+
+def scheme_of(layer: QLinear) -> dict[str, Any]:
+    """Where the layer differs from ``dynquant.Config()``, and whether it is static."""
+    config, default = layer.config, Config()
+    values = {field.name: getattr(config, field.name) for field in fields(Config)}
+    scheme = {name: value for name, value in values.items() if value != getattr(default, name)}
+    return {**scheme, "static": True} if layer.activation_scale is not None else scheme
+
+
+def _fused(model: nn.Module) -> Iterator[str]:
+    """The names of the nn.Identity modules beside layers with an epilogue, which took it from them."""
+    for name, parent in model.named_modules():
+        children = dict(parent.named_children())
+        if any(isinstance(child, QLinear) and child.config.epilogue != "none" for child in children.values()):
+            for child_name, child in children.items():
+                if type(child) is nn.Identity:
+                    yield f"{name}.{child_name}" if name else child_name

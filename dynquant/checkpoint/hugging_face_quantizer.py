@@ -1,0 +1,285 @@
+"""``DynquantConfig`` and the quantizer with which transformers loads converted models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import nn
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..config import MAX_ROTATION_BLOCK, Config, layer_config
+from ..nn.linear import QLinear
+from ..nn.merged import MergedGroup
+from ..nn.state import FORMAT_VERSION
+from ..patterns.activations import remove_activation
+from ..patterns.hugging_face import CONV1D
+from ..patterns.registry import type_name
+from .hugging_face import METHOD, contents, describe, quantize_function
+
+_SCHEME = ("activations", "weights", "rotation", "fuse", "modules_to_not_convert")
+_LAYOUT = ("modules", "fused", "merged")
+
+
+class DynquantConfig(QuantizationConfigMixin):
+    """How transformers is to quantize a model, or which layers of a saved one are quantized.
+
+    ``AutoModel.from_pretrained(path, quantization_config=dynquant.DynquantConfig())`` loads float weights and
+    gives what ``dynquant.quantize_dynamic`` makes of the model. :func:`dynquant.quantize_dynamic` itself, and
+    :func:`dynquant.fuse` and :func:`dynquant.freeze`, write a DynquantConfig with ``modules`` into the
+    ``config`` of a transformers model: ``save_pretrained`` and ``from_pretrained`` need nothing more.
+
+    Args:
+        activations, weights, rotation, fuse: as of :func:`dynquant.quantize_dynamic`.
+        modules_to_not_convert: what is to stay float, by dotted names or their last parts: ``"lm_head"``,
+            ``"layers.0"``.
+        modules: by the name of each quantized layer where its scheme differs from ``dynquant.Config()``;
+            ``"static": True`` besides for one that is. None: nothing is quantized yet.
+        fused: names of the activations that layers have taken in.
+        merged: groups of layers that read the same tensor.
+        format: version of the state_dict's format.
+
+    Raises:
+        ValueError: for a scheme word that does not exist, the format of a newer version.
+        TypeError: for an argument that no version has.
+    """
+
+    def __init__(
+        self,
+        activations: str = "per_token",
+        weights: str = "per_channel",
+        rotation: str | int | None = None,
+        fuse: bool = False,
+        modules_to_not_convert: Collection[str] | None = None,
+        modules: Mapping[str, Mapping[str, Any]] | None = None,
+        fused: Sequence[str] = (),
+        merged: Sequence[Sequence[str]] = (),
+        format: int = FORMAT_VERSION,
+        quant_method: str = METHOD,
+    ) -> None:
+        if format > FORMAT_VERSION:
+            raise ValueError(
+                f"dynquant: the model was saved in format {format} by a newer dynquant; this one reads up to "
+                f"{FORMAT_VERSION}"
+            )
+        layer_config(1, activations, weights, rotation)
+        self.quant_method: Any = METHOD
+        self.activations, self.weights, self.rotation, self.fuse = activations, weights, rotation, fuse
+        self.modules_to_not_convert = None if modules_to_not_convert is None else list(modules_to_not_convert)
+        self.modules = None if modules is None else {name: dict(scheme) for name, scheme in modules.items()}
+        self.fused, self.merged = list(fused), [list(group) for group in merged]
+        self.format = format
+
+    @classmethod
+    def of(cls, model: nn.Module) -> DynquantConfig:
+        """What conversion writes: for a ``model.config`` whose model was converted part by part."""
+        return cls(**contents(model))
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Of what a ``config.json`` says; a ValueError where a newer version wrote it."""
+        unknown = sorted(config_dict.keys() - {"quant_method", "format", *_SCHEME, *_LAYOUT})
+        if unknown:
+            raise ValueError(
+                f"dynquant: this version does not know {', '.join(unknown)} in a quantization_config; "
+                "a newer dynquant may have written it"
+            )
+        return super().from_dict(config_dict, *args, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``config.json``: the scheme that is to come, or the layers of a converted model."""
+        names = _SCHEME if self.modules is None else _LAYOUT
+        return {"quant_method": METHOD, "format": self.format} | {name: getattr(self, name) for name in names}
+
+
+class DynquantHfQuantizer(HfQuantizer):
+    """Loads what was saved of a converted model, or converts a float model once it is loaded."""
+
+    quantization_config: DynquantConfig
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        _check_one_device(device_map)
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        states: dict[nn.Module, _State] = {}
+        for name, scheme in (self.quantization_config.modules or {}).items():
+            found = _find(model, name)
+            if found is not None:
+                module = model.get_submodule(found)
+                if module not in states:
+                    states[module] = _State.of(found, module, scheme)
+                _replace(model, found, states[module])
+        tied = model.all_tied_weights_keys
+        for target, source in list(tied.items()):
+            if any(isinstance(_owner(model, key), _State) for key in (target, source)):
+                del tied[target]
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        config = self.quantization_config
+        _check_one_device(getattr(model, "hf_device_map", None))
+        if config.modules is None:
+            self._quantize(model)
+        else:
+            self._build(model)
+        describe(model)
+        self.quantization_config = model.config.quantization_config
+        return model
+
+    def _quantize(self, model: Any) -> None:
+        config = self.quantization_config
+        block = MAX_ROTATION_BLOCK if config.rotation == "hadamard" else int(config.rotation or 0)
+        modules = dict(model.named_modules(remove_duplicate=False))
+        types = {nn.Linear, *(type(module) for module in modules.values() if type_name(module) == CONV1D)}
+        spec: dict[Any, Config | None] = dict.fromkeys(
+            types, Config(config.activations, config.weights, block)
+        )
+        for end in config.modules_to_not_convert or ():
+            roots = [name for name in modules if f".{name}".endswith(f".{end}")]
+            if not roots:
+                raise ValueError(
+                    f"dynquant: modules_to_not_convert names {end!r}, which the model does not have"
+                )
+            below = tuple(f"{root}." for root in roots)
+            spec.update(dict.fromkeys(name for name in modules if f"{name}.".startswith(below)))
+        quantize_function()(model, spec, inplace=True, fuse=config.fuse)
+
+    def _build(self, model: Any) -> None:
+        """QLinear layers of the states that were loaded, and what fusing made of the model around them."""
+        config = self.quantization_config
+        layers: dict[nn.Module, QLinear] = {}
+        for name, module in list(model.named_modules(remove_duplicate=False)):
+            if isinstance(module, _State):
+                if module not in layers:
+                    layers[module] = module.build(name, _dtype_of(model, f"{name}.weight", module.dtype))
+                _replace(model, name, layers[module])
+        for name in config.fused:
+            parent, _, child = name.rpartition(".")
+            found = _find(model, parent)
+            if found is not None:
+                remove_activation(model.get_submodule(found), child)
+        for group in config.merged:
+            found_names = [found for name in group if (found := _find(model, name)) is not None]
+            parts = [model.get_submodule(name) for name in found_names]
+            if len(parts) == len(group) and all(type(part) is QLinear for part in parts):
+                for name, layer in zip(found_names, MergedGroup(parts).layers, strict=True):
+                    _replace(model, name, layer)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+class _State(nn.Module):
+    """Room for the state_dict of a quantized layer: what transformers fills before there is a QLinear."""
+
+    def __init__(
+        self, n: int, k: int, bias: bool, dtype: torch.dtype, config: Config, static: bool = False
+    ) -> None:
+        super().__init__()
+        self.n, self.k, self.dtype, self.config = n, k, dtype, config
+        shapes: dict[str, tuple[list[int], torch.dtype]] = {
+            "weight": ([n, k, 1], torch.int8),
+            "weight_scale": ([n if config.weights == "per_channel" else 1], torch.float32),
+            "format": ([4], torch.int64),
+        }
+        if bias:
+            shapes["bias"] = [n], torch.float32
+        if static:
+            shapes["activation_scale"] = [1], torch.float32
+            shapes["activation_zero_point"] = [1], torch.int32
+        for name, (shape, of_buffer) in shapes.items():
+            self.register_buffer(name, torch.empty(shape, dtype=of_buffer, device="meta"))
+
+    @classmethod
+    def of(cls, name: str, module: Any, scheme: Mapping[str, Any]) -> _State:
+        """Of a layer of a model without weights, and what ``config.json`` says of it."""
+        if type_name(module) == CONV1D:
+            k, n = module.weight.shape
+        elif isinstance(module, nn.Linear):
+            n, k = module.weight.shape
+        else:
+            raise ValueError(
+                f"dynquant: config.json says that layer {name!r} is quantized, but in this model it is a "
+                f"{type(module).__name__}"
+            )
+        words = dict(scheme)
+        static = words.pop("static", False)
+        return cls(n, k, module.bias is not None, module.weight.dtype, Config(**words), static)
+
+    def build(self, name: str, dtype: torch.dtype) -> QLinear:
+        """The layer, with ``weight.dtype`` as ``dtype``."""
+        missing = [key for key, value in self._buffers.items() if not hasattr(value, "_is_hf_initialized")]
+        if missing:
+            raise ValueError(
+                f"dynquant: config.json says that layer {name!r} is quantized, but the weights have no "
+                f"{', '.join(missing)} of it"
+            )
+        config = self.config
+        layer = QLinear(
+            self.k,
+            self.n,
+            "bias" in self._buffers,
+            activations=config.activations,
+            weights=config.weights,
+            rotation=config.rotation_block or None,
+            epilogue=config.epilogue,
+            device="meta",
+        )
+        layer.load_state_dict(self.state_dict(), assign=True)
+        return layer.to(dtype).train(self.training)
+
+
+def _dtype_of(model: Any, key: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a weight in a model that is loaded with ``dtype``: some families keep a few in fp32."""
+    for pattern, kept in model._get_dtype_plan(dtype).items():
+        if re.search(pattern.replace("*", ".*"), key):
+            return cast(torch.dtype, kept)
+    return dtype
+
+
+def _check_one_device(device_map: Any) -> None:
+    places = sorted({str(place) for place in device_map.values()}) if isinstance(device_map, dict) else []
+    if len(places) > 1 or "disk" in places:
+        raise ValueError(
+            f"dynquant: expected device_map to put the model on one device, got it on {', '.join(places)}; "
+            "quantized layers stay where they are loaded"
+        )
+
+
+def _find(model: Any, name: str) -> str | None:
+    """The name that a layer has in this model: with or without the name of the part that holds the body."""
+    prefix = f"{model.base_model_prefix}."
+    for candidate in (name, prefix + name, name.removeprefix(prefix)):
+        try:
+            model.get_submodule(candidate)
+        except AttributeError:
+            continue
+        return candidate
+    return None
+
+
+def _owner(model: nn.Module, key: str) -> nn.Module:
+    return model.get_submodule(key.rpartition(".")[0])
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+if int(transformers.__version__.partition(".")[0]) >= 5:
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, DynquantConfig)
+    auto.AUTO_QUANTIZER_MAPPING.setdefault(METHOD, DynquantHfQuantizer)

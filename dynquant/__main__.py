@@ -9,12 +9,12 @@ from dynquant.extras import MissingPackageError, needs
 
 
 def main() -> None:
-    if sys.argv[1:] == ["info"]:  # what to say of a fault must not ask for an extra
+    if sys.argv[1:] == ["info"]:  # fault reports must not need an extra
         print(dynquant.info())
         return
     command = sys.argv[1] if sys.argv[1:2] in (["demo"], ["bench"]) else None
     try:
-        # Each of these has an extra of its name, which brings the command line's packages too.
+        # Both have an extra of their name, which also installs the packages of the command line.
         with needs(f"python -m dynquant {command or ''}".rstrip(), extra=command or "cli"):
             from dynquant.command_line import app
     except MissingPackageError as error:

@@ -1,7 +1,7 @@
-"""Loads ``dynquant._C`` where it fits the running torch; says in one sentence why where it does not.
+"""Loads ``dynquant._C`` if it fits the running torch; otherwise one sentence gives the reason.
 
-An extension that was compiled for another torch crashes, or worse, computes nonsense, so it is judged by the
-record that the build left beside it (``_build.json``), before it is loaded.
+An extension that was compiled for another torch crashes, or worse, computes nonsense. So the record that the
+build leaves beside it (``_build.json``) is compared with the running torch first.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _REBUILD = "`pip install --force-reinstall --no-deps .` in the repository builds
 
 
 def read_record() -> dict[str, Any]:
-    """The build record, empty where there is none or where it cannot be read."""
+    """The build record; empty if it is missing or cannot be read."""
     try:
         record = json.loads((_FOLDER / "_build.json").read_text())
     except (OSError, ValueError):
@@ -37,7 +37,7 @@ def _torch_name(version: str, cuda: str | None, cxx11_abi: bool) -> str:
 
 
 def _mismatch(file: Path, record: dict[str, Any]) -> str | None:
-    """Why the file must not be loaded, or None."""
+    """The reason not to load the file, or None."""
     try:
         built_for = (record["torch"], record["torch_cuda"], record["cxx11_abi"])
         built_file = record["file"]

@@ -58,8 +58,8 @@ def _benchmarks() -> ModuleType:
     raise _fail("bench: no benchmarks/ folder here; run this in a checkout of the repository")
 
 
-def _words(text: str | None) -> tuple[str, ...] | None:
-    return None if text is None else tuple(word.strip() for word in text.split(",") if word.strip())
+def _items(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(item.strip() for item in text.split(",") if item.strip())
 
 
 @app.command()
@@ -85,10 +85,10 @@ def bench(
     try:
         options = suite.Options.parse(
             out=out,
-            rows=_words(rows),
-            threads=_words(threads),
-            baselines=_words(baselines),
-            sections=_words(sections),
+            rows=_items(rows),
+            threads=_items(threads),
+            baselines=_items(baselines),
+            sections=_items(sections),
             isa=isa,
             quick=quick,
         )

@@ -8,11 +8,12 @@ Bits of the int, lowest first (``csrc/kernels/config.h`` is the same table in C+
 2-5   rotation: 0 none, else 1 + log2(block), block = 1, 2, 4 ... 128
 6-8   epilogue: 0 none, 1 relu, 2 gelu, 3 gelu_tanh, 4 silu
 9-11  out dtype: 0 the input's, 1 float32, 2 bfloat16, 3 float16, 4 float64
-12-16 the layer's K: 0 not said, else 1 + K mod 16
+12-16 the layer's K: 0 unknown, else 1 + K mod 16
 ====  ====================================================================
 
-The last row is for the ops alone, not a part of the scheme, and not in files: a packed weight tells K to the
-next multiple of 4 (16 on CUDA) only, so that a traced layer would take other inputs than its own.
+The last row is for the ops alone: it is neither a part of the scheme nor in files. A packed weight gives K
+only up to the next multiple of 4 (16 on CUDA): without that row a traced layer would accept inputs of other
+widths than its own.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ _K_SHIFT = 12
 
 
 def one_of(name: str, value: object, allowed: tuple[object, ...]) -> int:
-    """Index of ``value`` in ``allowed``; a ValueError that lists them where it is not there."""
+    """Index of ``value`` in ``allowed``; for any other value a ValueError that lists these."""
     if value not in allowed:
-        words = ", ".join(repr(word) for word in allowed)
-        raise ValueError(f"dynquant: expected {name} to be one of {words}, got {value!r}")
+        values = ", ".join(repr(choice) for choice in allowed)
+        raise ValueError(f"dynquant: expected {name} to be one of {values}, got {value!r}")
     return allowed.index(value)
 
 
@@ -47,7 +48,7 @@ def rotation_block(in_features: int, block: int | None = None) -> int:
         block: a power of two up to 128 that divides ``in_features``; None takes the largest one.
 
     Raises:
-        ValueError: where ``block`` is no such number.
+        ValueError: for any other block.
     """
     largest = min(in_features & -in_features, MAX_ROTATION_BLOCK) if in_features else 1
     if block is None:
@@ -68,12 +69,12 @@ class Config:
         activations: ``"per_token"`` (qparams for each row of x) or ``"per_tensor"`` (for the whole of x).
         weights: ``"per_channel"`` (a scale for each output) or ``"per_tensor"`` (one scale).
         rotation_block: block size of the Hadamard rotation along K, 0 for no rotation.
-        epilogue: what is applied after the bias: ``"none"``, ``"relu"``, ``"gelu"``, ``"gelu_tanh"``,
+        epilogue: the function applied after the bias: ``"none"``, ``"relu"``, ``"gelu"``, ``"gelu_tanh"``,
             ``"silu"``.
         out_dtype: dtype of the output; None for the input's.
 
     Raises:
-        ValueError: for a word that is not among these, or a block that is no power of two up to 128.
+        ValueError: for any other word, or a block that is not a power of two up to 128.
     """
 
     activations: str = "per_token"
@@ -93,8 +94,8 @@ class Config:
         """The int that the ops take.
 
         Args:
-            in_features: K of the layer, to which the ops then hold x; None in files, and where it is not
-                known.
+            in_features: K of the layer, with which the ops then compare x; None in files, and if K is
+                unknown.
         """
         return (
             ACTIVATIONS.index(self.activations)
@@ -108,8 +109,11 @@ class Config:
     @staticmethod
     @cache
     def decode(code: int) -> Config:
-        """The inverse of :meth:`encode`, whatever the int says of K; a ValueError for one that no Config
-        encodes to."""
+        """The inverse of :meth:`encode`, without K.
+
+        Raises:
+            ValueError: for an int that no Config encodes to.
+        """
         rotation, epilogue, out_dtype = code >> 2 & 15, code >> 6 & 7, code >> 9 & 7
         known = 0 <= code >> _K_SHIFT <= K_MODULUS and rotation <= 8
         if not known or epilogue >= len(EPILOGUES) or out_dtype >= len(OUT_DTYPES):
@@ -126,14 +130,14 @@ class Config:
 def layer_config(
     in_features: int, activations: str, weights: str, rotation: str | int | None, epilogue: str = "none"
 ) -> Config:
-    """The Config of a layer from the words that users write.
+    """The Config of a layer from the arguments of its constructor.
 
     Args:
         rotation: None, ``"hadamard"`` or a block size; the block becomes the largest power of two that
             divides ``in_features`` and is at most that size (128 for ``"hadamard"``).
 
     Raises:
-        ValueError: for a word or a block size that is not among these.
+        ValueError: for any other word or block size.
     """
     sizes = [1 << i for i in range(MAX_ROTATION_BLOCK.bit_length())]
     if rotation is None:
@@ -150,10 +154,10 @@ def layer_config(
 
 
 def recode(code: int, **fields: Any) -> int:
-    """``code`` with some fields of its Config replaced; it says the same of K."""
+    """``code`` with some fields of its Config replaced and the same K."""
     return replace(Config.decode(code), **fields).encode() | code >> _K_SHIFT << _K_SHIFT
 
 
 def k_modulo_16(code: int) -> int | None:
-    """K mod 16 of the layer that ``code`` belongs to; None where the code does not say it."""
+    """K mod 16 of the layer that ``code`` belongs to; None if the code does not hold it."""
     return (code >> _K_SHIFT) - 1 if code >> _K_SHIFT else None

@@ -1,4 +1,4 @@
-"""What needs a package that ``pip install .`` does not bring names the extra that does."""
+"""Errors for packages that ``pip install .`` does not install: they name the extra that does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _OURS = ("", "benchmarks", "dynquant")
 
 
 class MissingPackageError(ModuleNotFoundError):
-    """One sentence: what is missing, for what, and the extra of pyproject.toml that brings it."""
+    """One sentence: the missing package, its user, and the extra of pyproject.toml that installs it."""
 
     def __init__(self, user: str, package: str, extra: str, instead: str = "") -> None:
         super().__init__(
@@ -21,15 +21,15 @@ class MissingPackageError(ModuleNotFoundError):
 
 @contextmanager
 def needs(user: str, *, extra: str, instead: str = "") -> Iterator[None]:
-    """Makes a failed import within it a sentence.
+    """Turn a failed import within the block into one sentence.
 
     Args:
-        user: what needs the package, such as "Report.to_pandas".
-        instead: the end of the sentence, such as what does without.
+        user: the function or command that needs the package, such as "Report.to_pandas".
+        instead: the end of the sentence, such as functions that do without the package.
 
     Raises:
-        MissingPackageError: where a package is not installed. Modules of dynquant's own that cannot be found
-            are a fault, whose traceback stays.
+        MissingPackageError: if a package is not installed. A missing module of dynquant's own is a fault, and
+            keeps its traceback.
     """
     try:
         yield

@@ -15,7 +15,7 @@ OLDEST_CUDA_CAPABILITY = (8, 0)
 
 @dataclass(frozen=True)
 class Info:
-    """What :func:`info` found; ``str()`` of it is the text that ``python -m dynquant info`` prints."""
+    """The result of :func:`info`; ``python -m dynquant info`` prints ``str()`` of it."""
 
     version: str
     path: str  # "extension" or "reference"
@@ -43,7 +43,7 @@ class Info:
 def available_isas() -> list[str]:
     """The instruction sets of this processor that the extension has kernels for, lowest first.
 
-    Empty where the reference runs.
+    Empty if the reference runs.
     """
     if _extension.extension is None:
         return []
@@ -61,17 +61,17 @@ def isa() -> str:
 
 
 def info() -> Info:
-    """Which path runs and why, with the versions that matter in a report of a fault."""
+    """Which path runs and why, with the versions that a fault report needs."""
     loaded = _extension.extension is not None
     try:
-        runs_on = isa()
-    except ValueError as error:  # of DYNQUANT_ISA: what is told here must not fail for it
-        runs_on = f"none, {error} in DYNQUANT_ISA"
+        current_isa = isa()
+    except ValueError as error:  # a wrong DYNQUANT_ISA, for which info must not fail
+        current_isa = f"none, {error} in DYNQUANT_ISA"
     return Info(
         version=__version__,
         path="extension" if loaded else "reference",
         reason=_extension.status,
-        isa=runs_on,
+        isa=current_isa,
         available_isas=tuple(available_isas()),
         cuda=_cuda_sentence(loaded),
         torch=f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}",

@@ -1,4 +1,4 @@
-"""The bar for what takes longer than a second."""
+"""A progress bar for loops of more than a second."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def layer_bar(description: str, total: int) -> Iterator[Callable[[], object]]:
-    """Yields a function to call after each of ``total`` layers. Silent where tqdm is not installed."""
+    """Yields a function to call after each of ``total`` layers. Silent if tqdm is not installed."""
     try:
-        from tqdm import tqdm  # here, so that importing dynquant takes torch alone
+        from tqdm import tqdm  # here, so that import dynquant imports torch alone
     except ModuleNotFoundError:
         tqdm = None
     if tqdm is None:

@@ -1,4 +1,4 @@
-"""What ``.weight`` of a quantized layer is."""
+"""QTensor: the ``.weight`` of a quantized layer."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class QTensor(torch.Tensor):
     """A packed int8 weight [N, K] that looks like the float tensor it replaces.
 
     Shape, dtype and device are those of the float weight, and ``F.linear(x, w, bias)`` runs in int8. Any
-    other op sees the dequantized values, computed anew each time: no float copy is kept. It is read-only.
+    other op sees the dequantized values, computed anew each time: there is no float copy. It is read-only.
 
-    What torch's own quantized tensors answer, it answers too, as a method and, where torch has one, as a
-    function: ``int_repr()`` (int8 [N, K]; in the rotated basis where the config rotates), ``dequantize()``
+    It has the interface of torch's own quantized tensors, as methods and, where torch has them, functions:
+    ``int_repr()`` (int8 [N, K]; in the rotated basis if the config rotates), ``dequantize()``
     (in this tensor's dtype), ``qscheme()``, ``q_scale()`` (per_tensor a float; per_channel fp32 [N, 1], so
     that it multiplies ``int_repr()``), ``q_zero_point()`` (0), ``q_per_channel_scales()`` and
     ``q_per_channel_zero_points()`` ([N]), ``q_per_channel_axis()`` (0). Calling it returns itself, since
@@ -39,7 +39,7 @@ class QTensor(torch.Tensor):
         packed_weight, weight_sum: as ``torch.ops.dynquant.pack_weight`` returns them.
         channel_scale: fp32 [N].
         config: the :class:`Config` it was quantized with; it has no epilogue.
-        casts: the same weight in the other float dtypes, made beforehand for torch.compile, which cannot.
+        casts: the same weight in the other float dtypes, made in advance: torch.compile cannot make them.
     """
 
     packed_weight: Tensor
@@ -62,9 +62,9 @@ class QTensor(torch.Tensor):
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=packed_weight.device)
         self.packed_weight, self.weight_sum, self.channel_scale = packed_weight, weight_sum, channel_scale
         self.config = config
-        held = packed_weight, weight_sum, channel_scale, config, shape
+        arguments = packed_weight, weight_sum, channel_scale, config, shape
         others = [other for other in FLOAT_DTYPES if other != dtype and with_casts]
-        self.casts = {other: QTensor(*held, other, with_casts=False) for other in others}
+        self.casts = {other: QTensor(*arguments, other, with_casts=False) for other in others}
         return self
 
     @staticmethod
@@ -87,7 +87,7 @@ class QTensor(torch.Tensor):
 
     @staticmethod
     def from_int8(weight: Tensor, weight_scale: Tensor, config: Config, dtype: torch.dtype) -> QTensor:
-        """Pack an int8 weight that comes from outside, such as a file, after checking all of it.
+        """Check and pack an int8 weight from outside, such as a file.
 
         Args:
             weight: int8 [N, K] in [-127, 127], as ``int_repr()`` returned it.
@@ -95,7 +95,7 @@ class QTensor(torch.Tensor):
             dtype: the float dtype that the tensor shows.
 
         Raises:
-            ValueError: in words, for whatever does not fit.
+            ValueError: for a shape, dtype or value that does not fit.
         """
         if weight.dtype != torch.int8 or weight.dim() != 2:
             raise ValueError(
@@ -154,7 +154,7 @@ class QTensor(torch.Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QTensor:
         if id(self) not in memo:
-            memo[id(self)] = _held(self, Tensor.clone, self.dtype)
+            memo[id(self)] = _map_tensors(self, Tensor.clone, self.dtype)
         return cast(QTensor, memo[id(self)])
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -170,7 +170,7 @@ class QTensor(torch.Tensor):
         if func is Tensor.__setitem__ and isinstance(args[0], QTensor):
             raise _read_only(func.__name__)
         if func in _NEEDS_STORAGE or (torch.compiler.is_compiling() and func.__name__ != "__get__"):
-            # torch.compile does not see into __torch_dispatch__.
+            # torch.compile does not trace into __torch_dispatch__.
             args, kwargs = tree_map_only(QTensor, _dequantize, (args, kwargs))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
@@ -179,7 +179,7 @@ class QTensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Every op, below autograd: on the dequantized values."""
+        """Every op below autograd runs on the dequantized values."""
         kwargs = kwargs or {}
         if func._schema.is_mutable:
             arguments = func._schema.arguments
@@ -200,7 +200,7 @@ def _read_only(name: str) -> RuntimeError:
 
 
 def tensors_of(w: QTensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What it holds, in the order of the op's arguments."""
+    """w's tensors, in the order of the op's arguments."""
     return w.packed_weight, w.weight_sum, w.channel_scale
 
 
@@ -244,7 +244,7 @@ def _unpickle(weight_int8: Tensor, weight_scale: Tensor, config: int, dtype: tor
 
 
 def _share(w: QTensor) -> tuple[Any, ...]:
-    """How another process of this machine gets it: the packed weight itself, in shared memory."""
+    """Reduction for multiprocessing: another process receives the packed weight itself, in shared memory."""
     return QTensor, (w.packed_weight, w.weight_sum, w.channel_scale, w.config, w.shape, w.dtype)
 
 
@@ -290,38 +290,38 @@ def _to(w: QTensor, *args: Any, **kwargs: Any) -> Tensor:
     if dtype not in FLOAT_DTYPES:
         return _dequantize(w).to(*args, **kwargs)
     if device is None or torch.device(device) == w.device:
-        return shown(w, dtype)
-    return moved(w, lambda tensor: tensor.to(device), dtype)
+        return with_dtype(w, dtype)
+    return to_device(w, lambda tensor: tensor.to(device), dtype)
 
 
-def shown(w: QTensor, dtype: torch.dtype) -> QTensor:
-    """w with another dtype to show: the very same where it is the one it has."""
+def with_dtype(w: QTensor, dtype: torch.dtype) -> QTensor:
+    """w as a tensor of ``dtype``; w itself if that is its dtype."""
     if dtype == w.dtype:
         return w
-    return w.casts[dtype] if dtype in w.casts else _held(w, lambda tensor: tensor, dtype)
+    return w.casts[dtype] if dtype in w.casts else _map_tensors(w, lambda tensor: tensor, dtype)
 
 
-def moved(w: QTensor, move: Callable[[Tensor], Tensor], dtype: torch.dtype) -> QTensor:
-    """w with ``move`` applied to what it holds, repacked for a device that wants another layout."""
+def to_device(w: QTensor, move: Callable[[Tensor], Tensor], dtype: torch.dtype) -> QTensor:
+    """w as a tensor of ``dtype``, moved by ``move`` and repacked if the device needs another layout."""
     if move(w.channel_scale[:0]).device.type == w.device.type:
-        return _held(w, move, dtype)
+        return _map_tensors(w, move, dtype)
     with torch.no_grad(), torch.inference_mode(False):
-        # to_empty moves nothing and gives memory that holds anything; a packed weight holds no -128.
+        # to_empty returns uninitialized memory, in which -128 may occur; a packed weight holds none.
         return _pack(move(_int_repr(w)).clamp(min=-127), move(w.channel_scale), w.config, dtype)
 
 
-def _held(w: QTensor, function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> QTensor:
-    """The QTensor of ``function`` of each tensor that w holds."""
+def _map_tensors(w: QTensor, function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> QTensor:
+    """A QTensor of w's tensors, each after ``function``."""
     with torch.no_grad(), torch.inference_mode(False):
         packed_weight, weight_sum, scale = map(function, (w.packed_weight, w.weight_sum, w.channel_scale))
         return QTensor(packed_weight, weight_sum, scale, w.config, w.shape, dtype)
 
 
 def _alias(w: QTensor, *args: Any, **kwargs: Any) -> QTensor:
-    """Another QTensor of the same tensors: what they hold is never written to, so a clone may share it."""
+    """A new QTensor of the same tensors: they are never written to, so a clone may share them."""
     if torch.compiler.is_compiling():
         return w
-    return _held(w, lambda tensor: tensor, w.dtype)
+    return _map_tensors(w, lambda tensor: tensor, w.dtype)
 
 
 def _q_scale(w: QTensor) -> float | Tensor:
@@ -333,8 +333,8 @@ def _qscheme(w: QTensor) -> torch.qscheme:
     return torch.per_channel_affine if w.config.weights == "per_channel" else torch.per_tensor_affine
 
 
-# nn.MultiheadAttention's function asks has_torch_function before it comes to F.linear, and would come back
-# here for ever. The same code without that question reaches F.linear with the QTensor.
+# F.multi_head_attention_forward begins with has_torch_function, which leads back to this table without end.
+# The same code without that check reaches F.linear with the QTensor.
 _attention = FunctionType(
     F.multi_head_attention_forward.__code__,
     {**vars(F), "has_torch_function": lambda tensors: False},
@@ -368,7 +368,7 @@ _METHODS: dict[str, Callable[..., Any]] = {
 }
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {F.linear: _linear, F.multi_head_attention_forward: _attention}
 for _name, _method in _METHODS.items():
-    # torch.compile looks into methods that are written in Python, and only into these.
+    # torch.compile traces methods of a subclass only if they are written in Python.
     setattr(QTensor, _name, _method)
     _FUNCTIONS |= {getattr(owner, _name): _method for owner in (torch, Tensor) if hasattr(owner, _name)}
 _NEEDS_STORAGE = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__}

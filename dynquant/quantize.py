@@ -80,32 +80,33 @@ def quantize_dynamic(
 ) -> nn.Module | tuple[nn.Module, Report]:
     """Swap the nn.Linear layers of a model for :class:`dynquant.QLinear`; torch.ao's function of that name.
 
-    Subclasses of nn.Linear are swapped where they run nn.Linear's own forward, the model itself where it is
-    one. A module that appears several times is converted once, and layers that share a weight go on sharing
-    it. Forward and backward hooks come along. Everything else stays as it is, and where anything fails so
-    does the model. The result is in eval mode, as torch.ao's.
+    Subclasses of nn.Linear are swapped if they run nn.Linear's own forward, the model itself if it is an
+    nn.Linear. A module with several places is converted once, and layers that share a weight still share it.
+    Forward and backward hooks are carried over. Other modules do not change, nor does the model if the
+    conversion fails. The result is in eval mode, as torch.ao's.
 
     Args:
         model: any module on any device.
-        qconfig_spec: what to convert. None: every nn.Linear. A set of types and dotted names: these, and what
-            is below them. A dict of types and dotted names to None (leave float), a :class:`dynquant.Config`
-            or one of torch.ao's QConfig objects, whose weight observer says per_tensor or per_channel. A name
-            goes before a type, both before what holds for the parent, a ``qconfig`` attribute before all.
-        dtype: torch.qint8 or torch.int8; ignored where ``qconfig_spec`` is a dict, as by torch.ao.
+        qconfig_spec: the modules to convert. None: every nn.Linear. A set of types and dotted names: these
+            and their submodules. A dict of types and dotted names to None (leave float), a
+            :class:`dynquant.Config` or one of torch.ao's QConfig objects, whose weight observer is per_tensor
+            or per_channel. A name takes precedence over a type, both over the entry of the parent, a
+            ``qconfig`` attribute over all.
+        dtype: torch.qint8 or torch.int8; ignored if ``qconfig_spec`` is a dict, as by torch.ao.
         mapping: float type to quantized type with a ``from_float``; None for {nn.Linear: QLinear}, and
             Hugging Face's Conv1D, GPT-2's linear layer, likewise.
-        inplace: swap in ``model`` itself instead of a copy. A model that is itself an nn.Linear is never
-            changed: use what is returned.
+        inplace: swap in ``model`` itself instead of a copy. A model that is itself an nn.Linear never
+            changes: use the returned one.
         activations, weights, rotation: the scheme, as of :class:`dynquant.QLinear`.
-        fuse: move activation functions into the layers before them, and bring layers that read the same
-            tensor together, see :func:`dynquant.fuse`.
-        sample: what the model is called with, as of :func:`dynquant.report`, for the three that follow. They
-            run the model on it, in eval mode and without gradients.
-        min_speedup: keep a layer float where time of the float layer / time of the int8 layer, measured on
+        fuse: make activation functions epilogues of the layers before them, and merge layers that read the
+            same tensor, see :func:`dynquant.fuse`.
+        sample: the arguments of a call of the model, as of :func:`dynquant.report`, for the next three
+            parameters. They run the model on it, in eval mode and without gradients.
+        min_speedup: keep a layer float if time of the float layer / time of the int8 layer, measured on
             its inputs from the sample, is below this; 1.0: no layer becomes slower. Layers that the sample
             does not reach are converted.
-        min_sqnr: likewise where the SQNR of its output is below this, in dB; 20 is an error of a tenth.
-        report: return what was measured too.
+        min_sqnr: likewise if the SQNR of its output is below this, in dB; 20 is an error of a tenth.
+        report: return the measurements too.
 
     A transformers model's config then says which layers are quantized, for ``save_pretrained`` and
     ``from_pretrained``; see :class:`dynquant.DynquantConfig`.
@@ -116,9 +117,9 @@ def quantize_dynamic(
     Raises:
         ValueError: for a name that the model does not have, a scheme word, dtype or qconfig that is not for
             int8, a NaN or an infinity in a weight, with the name of the layer; for a sample that the model
-            does not take, ``min_speedup``, ``min_sqnr`` or ``report`` without a sample.
-        TypeError: for a ``qconfig_spec`` or a key or value in it of another kind, a minimum that is no
-            number.
+            does not accept, ``min_speedup``, ``min_sqnr`` or ``report`` without a sample.
+        TypeError: for a ``qconfig_spec`` or a key or value in it of another kind, a minimum that is
+            not a number.
     """
     scheme: Scheme = {"activations": activations, "weights": weights, "rotation": rotation}
     layer_config(1, **scheme)
@@ -174,7 +175,7 @@ def _convert_measured(
 ) -> tuple[nn.Module, Report | None]:
     """Convert the selected modules but for those that miss a threshold on the sample; report the result."""
     with measuring(model):
-        # A sample that does not fit is an error before anything is converted.
+        # A sample that does not fit is an error before the conversion.
         sample.run(model, "the model")
         # In place, the model itself comes last, when nothing can fail any more: the measured model is a copy
         # that shares its tensors.

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dynquant.measurement.timing import Timing, compare, take_turns
+from dynquant.measurement.timing import Timing, compare, interleave
 
 from . import baselines
 from .linear import Row, layer_and_input
@@ -65,7 +65,7 @@ def _measure(
     """Interleaved, because the cores that this process gets change within a second."""
     samplers = {name: partial(_samples, call, seconds) for name, call in calls.items()}
     results = {}
-    for name, turns in take_turns(samplers, rounds).items():
+    for name, turns in interleave(samplers, rounds).items():
         timing = Timing(tuple(us for samples, _ in turns for us in samples))
         results[name] = {
             "us": timing.median_us,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import dynquant
-from dynquant.measurement.timing import Timing, sampler, take_turns
+from dynquant.measurement.timing import Timing, interleave, sampler
 
 from . import roofline
 from .linear import layer_and_input
@@ -31,7 +31,7 @@ def _timed(
     for call in calls.values():
         call()
     samplers = {name: sampler(call, threads=threads, seconds=seconds) for name, call in calls.items()}
-    samples = take_turns(samplers | probes, rounds)
+    samples = interleave(samplers | probes, rounds)
     limit = max((median(samples[name]) for name in probes), default=None)
     return {name: Timing(tuple(samples[name])).median_us for name in calls}, limit
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dynquant.measurement.timing import Timing, sampler, take_turns
+from dynquant.measurement.timing import Timing, interleave, sampler
 
 from . import baselines, roofline
 
@@ -73,7 +73,7 @@ def measure(
     for pattern in roofline.read_patterns():
         samplers[f"read {pattern}"] = roofline.read_sampler(pattern, k * n, threads, seconds / 2)
 
-    samples = take_turns(samplers, rounds)
+    samples = interleave(samplers, rounds)
     limits = _limits(samples)
     fractions = {}
     for name, entry in candidates.items():

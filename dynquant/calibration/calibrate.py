@@ -28,20 +28,20 @@ _OBSERVED = "_observed_range"
 def calibrate(
     model: nn.Module, observer: str = "min_max", *, percentile: float = 99.99
 ) -> Iterator[dict[str, tuple[float, float]]]:
-    """Watch the inputs of all QLinear layers while the model runs on batches like those to come.
+    """Record the input range of each QLinear layer while the model runs on representative batches.
 
-    The layers compute as before. What was seen is kept with them for :func:`freeze`; a second calibration
-    replaces the first. Where the body raises, the model is left as it was.
+    The layers compute as before, and keep their ranges for :func:`freeze`; a second calibration replaces
+    them. If the body raises, the model does not change.
 
     Args:
         model: a model with QLinear layers, such as :func:`dynquant.quantize_dynamic` returns.
-        observer: ``"min_max"``, the whole range seen; ``"percentile"``, the range that holds ``percentile``
-            percent of the values, half of the rest cut off at each end; ``"mse"``, the range whose 8 bits
-            give the smallest squared error of the values.
+        observer: ``"min_max"``, the whole range; ``"percentile"``, the range of ``percentile`` percent of the
+            values, with half of the others cut off at each end; ``"mse"``, the range whose 8 bits give the
+            smallest squared error of the values.
         percentile: in (50, 100].
 
     Yields:
-        A dict, empty until the end of the block: (lo, hi) of each layer that saw an input, by its name.
+        A dict, empty until the end of the block: (lo, hi) of each layer that had an input, by its name.
 
     Raises:
         ValueError: for a model without QLinear layers, a layer that rotates its input, an observer that does
@@ -80,16 +80,15 @@ def calibrate(
 def freeze(model: nn.Module) -> nn.Module:
     """Make the calibrated QLinear layers of a model static, in place.
 
-    They then run ``torch.ops.dynquant.linear_static`` with the qparams of the range that was observed; inputs
-    beyond it are clamped to it. ``state_dict()`` holds the qparams, and loading one into a dynamic model of
-    the same layers makes these static. Layers that saw no input stay dynamic, with a warning.
+    They then run ``torch.ops.dynquant.linear_static`` with the qparams of their ranges; inputs beyond a range
+    are clamped to it. ``state_dict()`` holds the qparams, and loading one into a dynamic model of
+    the same layers makes these static. Layers without an input stay dynamic, with a warning.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: for a model without QLinear layers, or one that was not calibrated, or whose layers saw
-            no input while it was.
+        ValueError: for a model without QLinear layers, or without calibrated ones.
     """
     layers = quantized_layers("freeze", model)
     observed = {name: vars(layer)[_OBSERVED] for name, layer in layers.items() if _OBSERVED in vars(layer)}
@@ -115,7 +114,7 @@ def freeze(model: nn.Module) -> nn.Module:
 
 
 def quantized_layers(caller: str, model: nn.Module) -> dict[str, QLinear]:
-    """The QLinear layers of a model, each once; a ValueError where there is none."""
+    """The QLinear layers of a model, each once; a ValueError if there is none."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QLinear)}
     if not layers:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""From the values that a layer saw to the range that 8 bits are spent on."""
+"""Observers: they record the values of a layer's inputs and choose the range to quantize."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ OBSERVERS = ("min_max", "percentile", "mse")
 
 
 class Observer(ABC):
-    """Smallest and largest value of all batches; what is made of them is the subclass's."""
+    """Tracks the smallest and the largest value of all batches; a subclass chooses the range."""
 
     def __init__(self) -> None:
         self.lo = self.hi = 0.0
         self.batches = 0
 
     def observe(self, x: Tensor) -> bool:
-        """Take in a batch of any shape and float dtype. False, and nothing taken in: it is not finite."""
+        """Record a batch of any shape and float dtype; False, and nothing recorded, if it is not finite."""
         lo, hi = (end.item() for end in torch.ops.dynquant.min_max(x, False))
         if not (math.isfinite(lo) and math.isfinite(hi)):
             return False
         self.lo, self.hi = min(self.lo, lo), max(self.hi, hi)
         self.batches += 1
-        self.take(x)
+        self.record(x)
         return True
 
     def range(self) -> tuple[float, float] | None:
-        """lo <= 0 <= hi, or None where there was no batch."""
+        """lo <= 0 <= hi, or None if there was no batch."""
         return self.choose() if self.batches else None
 
     @abstractmethod
-    def take(self, x: Tensor) -> None:
-        """A finite batch."""
+    def record(self, x: Tensor) -> None:
+        """Record a finite batch."""
 
     @abstractmethod
     def choose(self) -> tuple[float, float]:
@@ -42,9 +42,9 @@ class Observer(ABC):
 
 
 class MinMax(Observer):
-    """All that was seen."""
+    """The whole range of the values."""
 
-    def take(self, x: Tensor) -> None:
+    def record(self, x: Tensor) -> None:
         pass
 
     def choose(self) -> tuple[float, float]:
@@ -61,7 +61,7 @@ class Histogram(Observer):
         self.limit = 0.0
         self.counts = torch.zeros(self.bins, dtype=torch.float64)
 
-    def take(self, x: Tensor) -> None:
+    def record(self, x: Tensor) -> None:
         largest = max(-self.lo, self.hi)
         if largest > self.limit:
             self._widen(2.0 ** math.ceil(math.log2(largest)))
@@ -73,7 +73,7 @@ class Histogram(Observer):
             self.counts[self.bins // 2] += x.numel()
 
     def _widen(self, limit: float) -> None:
-        if self.limit == 0.0:  # nothing but zeros so far, and they are in the bin that starts at 0
+        if self.limit == 0.0:  # only zeros so far, counted in the bin that starts at 0
             self.limit = limit
         while self.limit < limit:
             half = self.counts.reshape(-1, 2).sum(1)
@@ -88,7 +88,7 @@ class Histogram(Observer):
 
 
 class Percentile(Histogram):
-    """What holds ``percentile`` percent of the values; half of the rest is cut off at each end."""
+    """The range of ``percentile`` percent of the values; half of the others are cut off at each end."""
 
     def __init__(self, percentile: float) -> None:
         super().__init__()
@@ -106,8 +106,8 @@ class Percentile(Histogram):
 
 
 class Mse(Histogram):
-    """The range whose 256 steps have the smallest squared error on what was seen: first both ends are drawn
-    in together, then each by itself."""
+    """The range whose 256 steps have the smallest squared error of the values: first both ends are drawn in
+    together, then each by itself."""
 
     shares = torch.linspace(1.0, 0.02, 50, dtype=torch.float64)
 
@@ -127,7 +127,7 @@ class Mse(Histogram):
 
 
 def _squared_errors(values: Tensor, counts: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
-    """fp64 [candidates]: what quantizing ``values`` within each [lo, hi] costs, weighed by ``counts``."""
+    """fp64 [candidates]: squared error of ``values`` quantized to each [lo, hi], weighted by ``counts``."""
     scale = ((hi - lo) / 255).clamp(min=torch.finfo(torch.float32).tiny)[:, None]
     zero_point = (-128 - lo[:, None] / scale).round()
     steps = ((values / scale).round() + zero_point).clamp(-128, 127) - zero_point
@@ -135,7 +135,7 @@ def _squared_errors(values: Tensor, counts: Tensor, lo: Tensor, hi: Tensor) -> T
 
 
 def make_observer(name: str, percentile: float) -> Observer:
-    """A fresh one of OBSERVERS."""
+    """A new observer by its name in OBSERVERS."""
     if name == "percentile":
         return Percentile(percentile)
     return Mse() if name == "mse" else MinMax()

@@ -13,7 +13,7 @@ Scheme = dict[str, Any]
 
 @dataclass(frozen=True)
 class Selected:
-    """A module that is to be converted."""
+    """A module to convert."""
 
     name: str
     module: nn.Module
@@ -23,7 +23,7 @@ class Selected:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A module that stays float although the spec covers it, and why."""
+    """A module that stays float although the spec covers it, with the reason."""
 
     name: str
     module: nn.Module
@@ -31,7 +31,7 @@ class Skipped:
 
 
 def label(key: type | str) -> str:
-    """A key of a spec, or the name of a layer, as messages call it."""
+    """A key of a spec or the name of a layer, in the words of messages."""
     if isinstance(key, type):
         return key.__name__
     return f"layer {key!r}" if key else "the model itself"

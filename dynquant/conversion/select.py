@@ -1,4 +1,4 @@
-"""Which layers of a model are to be quantized, with which scheme, and why others are not."""
+"""Selection: the layers of a model to quantize, with their schemes, and the reasons why others stay float."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def read_spec(
     dtype: torch.dtype,
     default: Scheme,
 ) -> dict[type | str, Scheme | None]:
-    """``qconfig_spec`` as a dict of types and names to their scheme, None for what is to stay float."""
+    """``qconfig_spec`` as a dict of types and names to their scheme, None for those that stay float."""
     if not isinstance(qconfig_spec, Mapping) and dtype not in (torch.qint8, torch.int8):
         raise ValueError(
             f"quantize_dynamic: expected dtype to be torch.qint8 or torch.int8, got {dtype}; dynquant has no "
@@ -75,10 +75,10 @@ def read_qconfig(of: str, qconfig: Any, default: Scheme) -> Scheme | None:
 def select(
     model: nn.Module, spec: Mapping[type | str, Scheme | None], default: Scheme, mapping: Mapping[type, Any]
 ) -> tuple[list[Selected], list[Skipped]]:
-    """The modules that the spec covers: those that can be converted, each once, and those that cannot.
+    """The modules that the spec covers, each once: those to convert, and those that cannot be converted.
 
     Args:
-        default: the scheme for modules that have a ``qconfig`` attribute, where that leaves it open.
+        default: the scheme that a module's ``qconfig`` attribute completes.
 
     Raises:
         ValueError: for a name in ``spec`` that ``model`` does not have, a layer that has no weight yet.
@@ -102,7 +102,7 @@ def select(
             covered[name] = spec[found]
         elif name and (parent := name.rpartition(".")[0]) in covered:
             covered[name] = covered[parent]
-    # A tied module has several names; one that says None is enough.
+    # A shared module stays float if any of its names maps to None.
     stays_float = {id(modules[name]) for name, scheme in covered.items() if scheme is None}
 
     selected: dict[int, Selected] = {}
@@ -121,7 +121,7 @@ def select(
 
 
 def _why_not(name: str, module: nn.Module, base: Any) -> str | None:
-    """Why a module that the spec covers stays float; None where it does not, or has no matrix to quantize."""
+    """The reason why a module stays float; None if it can be converted or has no matrix to quantize."""
     if base is None:
         parameters = module.parameters(recurse=False)
         has_matrix = any(not is_lazy(parameter) and parameter.dim() > 1 for parameter in parameters)

@@ -12,13 +12,13 @@ from ..patterns.registry import type_name
 
 
 def default_mapping(model: nn.Module) -> dict[type, Any]:
-    """Float type to quantized type: nn.Linear, and Hugging Face's Conv1D where ``model`` has any."""
+    """Float type to quantized type: nn.Linear, and Hugging Face's Conv1D if ``model`` has any."""
     conv1d = {type(module): _Conv1D for module in model.modules() if type_name(module) == CONV1D}
     return {nn.Linear: QLinear, **conv1d}
 
 
 class _Conv1D:
-    """Makes QLinear layers of Hugging Face's Conv1D."""
+    """QLinear layers from Hugging Face's Conv1D."""
 
     @staticmethod
     def from_float(

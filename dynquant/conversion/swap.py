@@ -21,7 +21,7 @@ from .plan import Selected, label
 
 
 def convert(selected: Collection[Selected]) -> list[tuple[nn.Module, nn.Module]]:
-    """Each selected module with its quantized counterpart; the model is not touched."""
+    """Each selected module with its quantized counterpart; the model does not change."""
     pairs = []
     weights: dict[int, QTensor] = {}
     with layer_bar("quantize_dynamic", len(selected)) as advance:
@@ -45,7 +45,7 @@ def _from_float(item: Selected) -> nn.Module:
     module = item.module
     reparametrized = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, _WEIGHT_HOOKS)]
     if reparametrized:
-        # They set the weight before each forward: the one at hand may be stale. A copy takes the new.
+        # These hooks set the weight before each forward: the present one may be stale. A copy takes the new.
         module = copy.copy(module).eval()
         with torch.no_grad():
             for hook in reparametrized:
@@ -62,10 +62,10 @@ def swap(
     inplace: bool,
     shared: Iterable[Tensor] = (),
 ) -> nn.Module:
-    """The model, or a copy of it, with the first module of each of ``pairs`` replaced by the second.
+    """The model, or a copy of it, with the first module of each pair replaced by the second.
 
     Args:
-        shared: tensors of the model that a copy of it is to have too, instead of copies.
+        shared: tensors of the model that its copy holds too, instead of copies.
     """
     pairs = list(pairs)
     replacement = {id(old): new for old, new in pairs}
@@ -77,7 +77,7 @@ def swap(
                 if id(child) in replacement:
                     parent._modules[name] = replacement[id(child)]
         return replacement.get(id(model), model)
-    # As if the deepcopy had met them before: no float weight is copied, and every reference follows.
+    # deepcopy takes the memo's entries for copied objects: no float weight is copied, all references follow.
     memo: dict[int, Any] = {**{id(tensor): tensor for tensor in shared}, **replacement}
     result = copy.deepcopy(model, memo)
     for old, new in pairs:
@@ -86,14 +86,14 @@ def swap(
 
 
 def _carry_over(old: nn.Module, new: nn.Module, memo: dict[int, Any] | None) -> None:
-    """Hooks and public attributes of ``old``: the same objects or, with the memo of a deepcopy, copies."""
+    """Give ``new`` the hooks and public attributes of ``old``, or copies by the memo of a deepcopy."""
     for name, value in vars(old).items():
         if name in _HOOKS or not (name.startswith("_") or name in vars(new) or name == "qconfig"):
             if name == "_forward_pre_hooks" and any(
                 isinstance(hook, _WEIGHT_HOOKS) for hook in value.values()
             ):
-                kept = (item for item in value.items() if not isinstance(item[1], _WEIGHT_HOOKS))
-                value = OrderedDict(kept)
+                others = (item for item in value.items() if not isinstance(item[1], _WEIGHT_HOOKS))
+                value = OrderedDict(others)
             new.__dict__[name] = value if memo is None else copy.deepcopy(value, memo)
 
 

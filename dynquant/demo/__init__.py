@@ -20,7 +20,7 @@ def run(png: Path, *, threads: int | None = None, console: Console | None = None
     """Run both parts, print their tables and draw ``png``.
 
     Raises:
-        ModuleNotFoundError: after the first part, where a package of the second is not installed.
+        ModuleNotFoundError: after the first part, if a package of the second is not installed.
     """
     from rich.console import Console
 
@@ -28,11 +28,11 @@ def run(png: Path, *, threads: int | None = None, console: Console | None = None
 
     if console is None:
         console = Console()
-        if not console.is_terminal:  # a log: no window to fit the tables into
+        if not console.is_terminal:  # a log has no window width
             console.width = 120
     keep_freed_memory()
     show.show_regression(regression.run(), console)
-    importlib.import_module("matplotlib")  # before the minutes that the picture's figures take
+    importlib.import_module("matplotlib")  # fails before the minutes of timing, not after
     threads = threads or torch.get_num_threads()
     with console.status("Embedding and timing with all-MiniLM-L6-v2 (a minute or two) ..."):
         results = encoder.run(threads=threads)

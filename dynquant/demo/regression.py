@@ -15,7 +15,7 @@ COEFFICIENTS = (1.1, 2.2, 3.3)
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """What one layer holds after quantization."""
+    """One layer before and after quantization."""
 
     name: str
     weight: Tensor  # fp32 [N, K], before

@@ -22,7 +22,7 @@ def _numbers(values: Tensor, digits: int | None = None) -> str:
 
 
 def show_regression(result: Regression, console: Console) -> None:
-    """Two tables: what each layer holds, and the losses."""
+    """Two tables: the tensors of each layer, and the losses."""
     table = Table(title="Seed example: 3 → 3 → 1, quantized", show_lines=True)
     for heading in ("layer", "weight", "int8 weight", "weight_scale", "input scale", "input zero_point"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -103,7 +103,7 @@ def plot_encoder(results: Sequence[VersionResult], path: Path) -> None:
     size.barh(rows, [result.linear_megabytes for result in results], color=colors)
     size.set_xlabel("weights MB (colour: Linear layers)")
 
-    # The first version's distance to itself is 0, which a logarithmic axis does not show.
+    # Without the first version: a logarithmic axis does not show its distance to itself, 0.
     for alpha, cosines in (
         (0.35, [result.min_cosine for result in results]),
         (1.0, [result.mean_cosine for result in results]),

@@ -1,4 +1,4 @@
-"""``torch.compile(model, backend="dynquant")``: the fusions of a graph, then another backend's work.
+"""``torch.compile(model, backend="dynquant")``: the fusions of a graph, then another backend.
 
 Importing dynquant does not import torch's compiler: the backend is found by its entry point.
 """
@@ -17,8 +17,9 @@ from .merge import are_contiguous, merge_calls, merge_tensors, parts_of
 from .nodes import Call
 
 COPIED_BYTES = 1 << 22
-"""Up to this many bytes of packed weights are copied to stand side by side. One op instead of three saves
-about 10 us a call: below this size several percent, above it less than the memory is worth."""
+"""Packed weights that are not contiguous are copied, up to this many bytes, to merge their layers. One op
+instead of three saves about 10 us a call: below this size several percent, above it less than the memory is
+worth."""
 
 
 def backend(
@@ -30,19 +31,19 @@ def backend(
 ) -> Callable[..., Any]:
     """Fuse a graph of torch.compile, as :func:`dynquant.fuse_graph` does, and compile it.
 
-    It runs before autograd takes the graph apart: the fused ops bring gradients of their own, and the
-    results are the same with gradients and without (the backward of an epilogue computes its layer again).
-    A new weight in a layer takes effect at the next call, without compiling again. Weights that
-    :func:`dynquant.fuse` laid side by side are merged where they are; others are copied for it, small ones
-    only (:data:`COPIED_BYTES`).
+    It runs before autograd splits the graph: the fused ops have gradients of their own, and the results are
+    the same with gradients and without (the backward of an epilogue computes its layer again). A new weight
+    in a layer takes effect at the next call, without compiling again. Weights that :func:`dynquant.fuse` made
+    contiguous are merged in place; others are copied, up to :data:`COPIED_BYTES`.
 
     Args:
         mode: as of ``torch.compile(backend="inductor")``.
-        options: ``"backend"``: who compiles the fused graph, ``"inductor"`` (the default), ``"eager"``,
-            ``"aot_eager"``, any other that torch knows, or a function. The rest goes to inductor.
+        options: ``"backend"``: the backend that compiles the fused graph, ``"inductor"`` (the default),
+            ``"eager"``, ``"aot_eager"``, any other that torch knows, or a function. Other options go to
+            inductor.
 
     Raises:
-        ValueError: for a mode or further options where the backend is not inductor.
+        ValueError: for a mode or other options if the backend is not inductor.
     """
     options = dict(options or {})
     inner = options.pop("backend", "inductor")
@@ -75,53 +76,53 @@ def backend(
 
 
 class _MergedInput:
-    """An input of the compiled function that is several of the graph's own, merged.
+    """Several inputs of the graph, merged to one input of the compiled function.
 
-    Layers keep their weights as long as nobody assigns new ones, so what was merged once is good while the
-    very same tensors come. The first part's place is that of the whole; the others are read no more.
+    Layers keep their weights until new ones are assigned, so a merged tensor is valid while its parts are the
+    very same tensors. It takes the first part's input slot; the compiled function does not read the others.
     """
 
-    def __init__(self, places: Sequence[int], inputs: Sequence[Any]) -> None:
-        self.places = places
-        self.held = self._merged(inputs)
+    def __init__(self, slots: Sequence[int], inputs: Sequence[Any]) -> None:
+        self.slots = slots
+        self.cached = self._merge(inputs)
 
-    def _merged(self, inputs: Sequence[Any]) -> tuple[tuple[Tensor, ...], Tensor]:
-        parts = tuple(inputs[place] for place in self.places)
+    def _merge(self, inputs: Sequence[Any]) -> tuple[tuple[Tensor, ...], Tensor]:
+        parts = tuple(inputs[slot] for slot in self.slots)
         return parts, merge_tensors(parts)
 
     def put(self, args: Sequence[Any], inputs: list[Any]) -> None:
-        held = self.held  # read once: another thread may be replacing it
-        if any(args[place] is not part for part, place in zip(held[0], self.places, strict=True)):
-            self.held = held = self._merged(args)
-        inputs[self.places[0]] = held[1]
+        cached = self.cached  # read once: another thread may replace it
+        if any(args[slot] is not part for part, slot in zip(cached[0], self.slots, strict=True)):
+            self.cached = cached = self._merge(args)
+        inputs[self.slots[0]] = cached[1]
 
 
 def _merge_inputs(module: fx.GraphModule, inputs: list[Any]) -> list[_MergedInput]:
     """Merge the weights of layers with one input, where they are inputs of the graph, in ``inputs``."""
     placeholders = module.graph.find_nodes(op="placeholder")
-    places = {node: place for place, node in enumerate(placeholders)}
+    slots = {node: slot for slot, node in enumerate(placeholders)}
     originals = list(inputs)
     merged: list[_MergedInput] = []
 
     def value_of(node: fx.Node) -> Tensor | None:
-        value = originals[places[node]] if node in places else None
+        value = originals[slots[node]] if node in slots else None
         return value if isinstance(value, Tensor) and not isinstance(value, FakeTensor) else None
 
     def place(calls: Sequence[Call]) -> tuple[list[fx.Node], fx.Node | None] | None:
         columns = parts_of(calls)
-        packed_weights = [originals[places[node]] for node in columns[0]]
+        packed_weights = [originals[slots[node]] for node in columns[0]]
         size = sum(part.numel() for part in packed_weights)
         if size > COPIED_BYTES and not are_contiguous(packed_weights):
             return None
-        # The first part's place is lent to the whole, so nothing else may read that part.
+        # The merged weight takes the first weight's input slot, so that input must have no other user.
         if any(set(column[0].users) != {calls[0].node} for column in columns):
             return None
         for column in columns:
-            whole = _MergedInput([places[node] for node in column], originals)
-            merged.append(whole)
-            inputs[places[column[0]]] = _shown(column[0], whole.held[1])
+            merged_input = _MergedInput([slots[node] for node in column], originals)
+            merged.append(merged_input)
+            inputs[slots[column[0]]] = _example(column[0], merged_input.cached[1])
         biases = [call.bias for call in calls if call.bias is not None]
-        # Joined at each call: a bias is trained and loaded in place.
+        # Concatenated at each call: training and loading write to biases in place.
         bias = module.graph.call_function(torch.cat, (biases,)) if biases else None
         return [column[0] for column in columns], bias
 
@@ -129,11 +130,11 @@ def _merge_inputs(module: fx.GraphModule, inputs: list[Any]) -> list[_MergedInpu
     return merged
 
 
-def _shown(node: fx.Node, whole: Tensor) -> Tensor:
-    """What stands for an input while the graph is compiled: of a fixed shape, as the parts are."""
+def _example(node: fx.Node, merged: Tensor) -> Tensor:
+    """The merged tensor as an example input for the compiler: of static shape, as the parts are."""
     part = node.meta.get("example_value")
     if not isinstance(part, FakeTensor):
-        return whole
-    fake: Tensor = part.fake_mode.from_tensor(whole, static_shapes=True)
+        return merged
+    fake: Tensor = part.fake_mode.from_tensor(merged, static_shapes=True)
     node.meta["example_value"] = fake
     return fake

@@ -21,7 +21,7 @@ _SIGMOID: set[Any] = {_aten.sigmoid.default, torch.sigmoid, F.sigmoid, "sigmoid"
 
 
 def fold_activations(module: fx.GraphModule) -> None:
-    """Activation functions into the op before them, where nothing else reads that op's output."""
+    """Make activation functions epilogues of the ops before them, where nothing else reads their outputs."""
     graph = module.graph
     for node in list(graph.nodes):
         found = _activation(module, node)
@@ -31,7 +31,7 @@ def fold_activations(module: fx.GraphModule) -> None:
         call = Call.of(source)
         if call is None or call.config.epilogue != "none" or set(source.users) != set(parts):
             continue
-        # An activation that autocast moves to another dtype has an output that the epilogue would not have.
+        # Under autocast an activation may have an output dtype that the epilogue would not have.
         dtypes = {value.dtype for value in map(value_at, (source, node)) if isinstance(value, Tensor)}
         if len(dtypes) > 1 or any(kind_of(module, other) == "unknown" for other in between(source, node)):
             continue
@@ -43,7 +43,7 @@ def fold_activations(module: fx.GraphModule) -> None:
 
 
 def _activation(module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, str, list[fx.Node]] | None:
-    """What an activation is applied to, its epilogue and its nodes, which end in ``node``."""
+    """The input of an activation, its epilogue, and its nodes, of which ``node`` is the last."""
     if node.op == "call_module":
         activation = module.get_submodule(str(node.target))
         epilogue = None if has_hooks(activation) else epilogue_of(activation)
@@ -63,7 +63,7 @@ def _activation(module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, str, li
 
 
 def _silu_in_two(node: fx.Node) -> fx.Node | None:
-    """The sigmoid(y) of a node y * sigmoid(y), as which silu is exported."""
+    """The node sigmoid(y) of a node y * sigmoid(y), the form in which silu is exported."""
     if node.target not in _MUL or len(node.args) != 2:
         return None
     for y, gate in (node.args, node.args[::-1]):

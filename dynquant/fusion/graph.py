@@ -1,8 +1,8 @@
 """fuse_graph: the fusions of :func:`dynquant.fuse`, found in a torch.fx graph instead of by module types.
 
-A graph shows every use of every value, so nothing has to be known of the modules: an activation function
-moves into the op before it where nothing else reads that op's output, and ops that read the same tensor
-become one wider op, whose weights are merged beforehand.
+A graph shows every use of every value, so no patterns are needed: an activation function moves into the op
+before it where nothing else reads that op's output, and ops that read the same tensor become one wider op on
+merged weights.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ def fuse_graph(module: fx.GraphModule) -> fx.GraphModule:
     - QLinear modules that the graph calls become ops on constants of ``module``.
     - relu, gelu (both forms) and silu after ``linear_dynamic`` or ``linear_static``, as function, method,
       module or ATen op, become its epilogue, where nothing else reads the op's output.
-    - Ops of one config that read the same tensor become one op, where their weights are constants that fill
-      whole panels side by side, and nothing depends on how their outputs lie in memory. Each weight is still
+    - Ops of one config that read the same tensor are merged, where their weights are constants that fill
+      whole panels end to end, and nothing depends on the memory layout of their outputs. Each weight is still
       held once.
 
-    Joined ops give the same bits, and so does relu. gelu and silu are those of
-    :mod:`dynquant.reference.epilogue` then, within 2^-22 of the exact function. An epilogue is computed in
-    fp32 before the one cast to the output's dtype: for bf16 and fp16 that is closer to exact than an
-    activation of the rounded output. Gradients go on reaching the input and biases that require them; biases
-    that do not are merged to a constant.
+    Merged ops give the same bits, and so does relu. gelu and silu become those of
+    :mod:`dynquant.reference.epilogue`, within 2^-22 of the exact function. An epilogue is computed in fp32
+    before the one cast to the output's dtype: for bf16 and fp16 that is closer to exact than an activation of
+    the rounded output. The input and biases that require gradients still receive them; biases that do not are
+    merged to a constant.
 
-    What changes a weight, dtype or device comes before: the weights are constants in the result.
+    Change weights, dtype or device before: the weights are constants in the result.
 
     Args:
         module: of ``torch.fx.symbolic_trace``, with QLinear traced through or left as a module, or of
@@ -53,38 +53,39 @@ def fuse_graph(module: fx.GraphModule) -> fx.GraphModule:
         raise TypeError(f"fuse_graph: expected a torch.fx.GraphModule, got {type(module).__name__}")
     _modules_to_ops(module)
     fold_activations(module)
-    constants_before = [node for node in module.graph.nodes if node.op == "get_attr" and node.users]
+    original_constants = [node for node in module.graph.nodes if node.op == "get_attr" and node.users]
     merged: dict[tuple[str, ...], list[str]] = {}
 
-    def constants(calls: Sequence[Call]) -> tuple[list[fx.Node], fx.Node | None] | None:
+    def place(calls: Sequence[Call]) -> tuple[list[fx.Node], fx.Node | None] | None:
         key = tuple(str(part.target) for call in calls for part in (*call.weight, call.bias) if part)
         if key not in merged:
             tensors = [
                 merge_tensors([_attribute(module, part) for part in parts]) for parts in parts_of(calls)
             ]
-            own = [_attribute(module, call.bias) for call in calls if call.bias is not None]
+            biases = [_attribute(module, call.bias) for call in calls if call.bias is not None]
             names = ["packed_weight", "weight_sum", "weight_scale"]
-            if own and not any(bias.requires_grad for bias in own):
-                tensors.append(merge_tensors(own))
+            if biases and not any(bias.requires_grad for bias in biases):
+                tensors.append(merge_tensors(biases))
                 names.append("bias")
+            # A key of state_dicts that earlier versions saved.
             holder = next(name for i in count() if not hasattr(module, name := f"shared_input_{i}"))
             module.add_submodule(holder, _holder(dict(zip(names, tensors, strict=True))))
             merged[key] = [f"{holder}.{name}" for name in names]
         nodes = [module.graph.get_attr(name) for name in merged[key]]
         if len(nodes) == 4:
             return nodes[:3], nodes[3]
-        biases = [module.graph.get_attr(str(call.bias.target)) for call in calls if call.bias is not None]
-        return nodes, module.graph.call_function(torch.cat, (biases,)) if biases else None
+        bias_nodes = [module.graph.get_attr(str(call.bias.target)) for call in calls if call.bias is not None]
+        return nodes, module.graph.call_function(torch.cat, (bias_nodes,)) if bias_nodes else None
 
     def value_of(node: fx.Node) -> Tensor | None:
         return _attribute(module, node) if node.op == "get_attr" else None
 
-    merge_calls(module, value_of, constants)
-    for node in constants_before:
+    merge_calls(module, value_of, place)
+    for node in original_constants:
         if not node.users:
             module.graph.erase_node(node)
     used = {node.target for node in module.graph.nodes if node.op == "get_attr"}
-    for target in {str(node.target) for node in constants_before} - used:
+    for target in {str(node.target) for node in original_constants} - used:
         _delete(module, target)
     module.graph.lint()
     module.recompile()
@@ -92,6 +93,7 @@ def fuse_graph(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _modules_to_ops(module: fx.GraphModule) -> None:
+    """Replace calls of QLinear modules by ops on constants."""
     graph = module.graph
     holders: dict[str, nn.Module] = {}
     for node in list(graph.nodes):
@@ -126,6 +128,7 @@ def _modules_to_ops(module: fx.GraphModule) -> None:
 
 
 def _holder(tensors: dict[str, Tensor | None]) -> nn.Module:
+    """A module that holds constants of a graph."""
     holder = nn.Module()
     for name, tensor in tensors.items():
         if isinstance(tensor, nn.Parameter):
@@ -145,6 +148,6 @@ def _attribute(module: nn.Module, node: fx.Node) -> Tensor:
 def _delete(module: nn.Module, target: str) -> None:
     path, _, name = target.rpartition(".")
     holder = module.get_submodule(path)
-    # What tracing or this pass made to hold constants, not a module of the user's.
+    # A holder of constants that tracing or this pass made, not a module of the user's.
     if holder is module or type(holder) is nn.Module:
         delattr(holder, name)

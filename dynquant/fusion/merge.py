@@ -29,9 +29,9 @@ def merge_calls(
     """Replace calls that read the same tensor by one call and slices of its output.
 
     Args:
-        value_of: the weight behind a node, None where it is not known or may not be merged.
+        value_of: the weight of a node, None if it is unknown or must not be merged.
         place: makes the nodes of the merged packed_weight, weight_sum and weight_scale, and of the bias, at
-            the insertion point; None where it cannot.
+            the insertion point; None if it cannot.
     """
     for group in list(_groups(module, value_of)):
         views = {call: views_to_reshape(module, call.node) for call in group}
@@ -48,7 +48,7 @@ def merge_calls(
 
 
 def _groups(module: fx.GraphModule, value_of: Callable[[fx.Node], Tensor | None]) -> Iterator[list[Call]]:
-    """Calls of one scheme that read the same tensor with nothing between them that might write to it."""
+    """Calls of one scheme that read the same tensor, with no node between them that might write to it."""
     groups: dict[Any, list[Call]] = {}
     for node in module.graph.nodes:
         call = Call.of(node)
@@ -71,20 +71,20 @@ def _groups(module: fx.GraphModule, value_of: Callable[[fx.Node], Tensor | None]
 
 
 def _constant(node: fx.Node, value_of: Callable[[fx.Node], Tensor | None]) -> fx.Node | float:
-    """A qparam of a static layer: its value where that cannot change any more."""
+    """A qparam of a static layer: its value if it is a constant, else its node."""
     value = value_of(node) if node.op == "get_attr" else None
     return node if value is None or value.device.type == "meta" else float(value)
 
 
 def _mergeable(calls: list[Call], value_of: Callable[[fx.Node], Tensor | None]) -> list[Call]:
-    """Those whose panels, side by side, are the wider layer's packed weight: only the last may be ragged."""
+    """Calls whose panels, end to end, are one wider layer's packed weight: only the last may be padded."""
     weights = {call: weight for call in calls if (weight := value_of(call.weight[0])) is not None}
     channels = {call: scale.shape[0] for call in weights if (scale := value_of(call.weight[2])) is not None}
     full = [call for call in channels if channels[call] == weights[call].shape[:3:2].numel()]
     if calls and weights[calls[0]].dim() == 2:
-        full = list(channels)  # no panels at all
-    ragged = [call for call in channels if call not in full]
-    for candidate in (full + ragged[:1], full):
+        full = list(channels)  # rows, not panels
+    padded = [call for call in channels if call not in full]
+    for candidate in (full + padded[:1], full):
         parts = [weights[call] for call in candidate]
         if len(parts) < 2:
             continue
@@ -104,7 +104,7 @@ def _replace(
     bias: fx.Node | None,
 ) -> None:
     first = calls[0]
-    # x by the node itself: it may have been the output of calls that are merged by now.
+    # x of the node, not of the Call: calls that computed x may have been merged since.
     x = first.node.args[0] if first.node.args else first.node.kwargs["x"]
     arguments = (x, *weight, bias, *first.arguments[5:])
     wide = graph.call_function(first.node.target, arguments)  # type: ignore[arg-type]
@@ -123,7 +123,7 @@ def _replace(
 
 
 def merge_tensors(parts: Sequence[Tensor]) -> Tensor:
-    """Tensors end to end along dimension 0: a view where they lie so in memory already, else a copy."""
+    """Tensors end to end along dimension 0: a view if they are contiguous in memory, else a copy."""
     if are_contiguous(parts):
         size = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
         return parts[0].as_strided(size, parts[0].stride())

@@ -1,7 +1,6 @@
-"""fuse: activation functions into the layer before them, layers that read the same tensor side by side.
+"""fuse: activation functions become epilogues of the layers before them, layers with one input are merged.
 
-The patterns of :mod:`dynquant.patterns.registry` say what may be fused, by the type of the module that holds
-the layers.
+Fusions follow the patterns of :mod:`dynquant.patterns.registry`, by the type of the layers' parent module.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ from ..patterns.registry import pattern_of
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """Fuse what PATTERNS and nn.Sequential allow in a model with QLinear layers, in place.
+    """Fuse the QLinear layers of a model in place, where nn.Sequential or a pattern of PATTERNS allows it.
 
     An activation function moves into the QLinear before it (``epilogue=``), and nn.Identity takes its place.
-    relu gives the same bits; gelu and silu are those of :mod:`dynquant.reference.epilogue` then, within 2^-22
+    relu gives the same bits; gelu and silu become those of :mod:`dynquant.reference.epilogue`, within 2^-22
     of the exact function, and computed in fp32 before the one cast to the output's dtype: for bf16 and fp16
     closer to exact than an activation of the rounded output. The weights of layers that read the same tensor
-    come to lie side by side, so that compiled (``torch.compile(model, backend="dynquant")``) they run as one
-    layer; the bits stay. ``state_dict()`` keeps its names. Layers and activations with hooks, and those that
-    appear in several places, are left alone.
+    become contiguous, so that these layers run as one in a compiled model, with the same bits
+    (``torch.compile(model, backend="dynquant")``). ``state_dict()`` keeps its names. Layers and activations
+    with hooks, or with several places in the model, do not change.
 
     Returns:
         ``model``.
@@ -77,4 +76,5 @@ def _merge(parent: nn.Module, names: tuple[str, ...], uses: Counter[int]) -> Non
 
 
 def has_hooks(thing: Any) -> bool:
+    """Whether a call of a module or function runs hooks, which a fusion would skip."""
     return any(getattr(thing, hooks, None) for hooks in _HOOKS)

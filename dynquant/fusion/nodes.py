@@ -1,4 +1,4 @@
-"""Nodes of a torch.fx graph: calls of the linear ops, what a node may do to memory, values, views."""
+"""Nodes of a torch.fx graph: calls of the linear ops, effects on memory, fake values, views."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ class Call:
 
 
 def kind_of(module: fx.GraphModule, node: fx.Node) -> str:
-    """``"compute"``: returns values of its own; ``"view"``: what it returns may be its argument's memory;
-    ``"unknown"``: may write to a tensor, switch a mode, ask for strides, or anything else."""
+    """``"compute"``: returns new memory; ``"view"``: may return memory of its argument; ``"unknown"``: may
+    have any other effect, such as to write to a tensor, to switch a mode or to read strides."""
     if node.op in ("placeholder", "get_attr"):
         return "compute"
     if node.op == "call_module":
@@ -116,8 +116,8 @@ def _writes_to_out(overload: Any) -> bool:
 
 
 def views_to_reshape(module: fx.GraphModule, node: fx.Node) -> list[fx.Node] | None:
-    """The calls of ``view``, direct or through other views, that a slice of a wider output needs as
-    ``reshape``; None where more than they depend on the output to be contiguous and its memory its own."""
+    """The calls of ``view``, direct or through other views, which on a slice of a wider output must become
+    ``reshape``; None if other nodes need the output to be contiguous or in memory of its own."""
     views = []
     for user in node.users:
         kind = kind_of(module, user)
@@ -128,14 +128,15 @@ def views_to_reshape(module: fx.GraphModule, node: fx.Node) -> list[fx.Node] | N
                 return None
             if user.target in ("view", _aten.view.default):
                 views.append(user)
-            behind = views_to_reshape(module, user)
-            if behind is None:
+            later = views_to_reshape(module, user)
+            if later is None:
                 return None
-            views += behind
+            views += later
     return views
 
 
 def between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
+    """The nodes after ``first`` and before ``last``."""
     node = first.next
     while node is not last:
         yield node
@@ -149,6 +150,7 @@ def value_at(node: fx.Node) -> Tensor | None:
 
 
 def with_value(node: fx.Node, value: Tensor | None) -> dict[str, Any]:
+    """The meta of a node with another fake tensor."""
     keys = ("val", "example_value", "tensor_meta")
-    kept = {key: item for key, item in node.meta.items() if key not in keys}
-    return kept if value is None else kept | {key: value for key in keys[:2] if key in node.meta}
+    meta = {key: item for key, item in node.meta.items() if key not in keys}
+    return meta if value is None else meta | {key: value for key in keys[:2] if key in node.meta}

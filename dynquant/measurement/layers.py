@@ -1,6 +1,6 @@
-"""Measures a converted model against the float one on a sample: each layer on its own inputs, and the whole.
+"""Measures a converted model against the float one on a sample: each layer on its own inputs, and the model.
 
-Each layer is measured while the float model runs, at the moment its input is there: no input is kept.
+Each layer is measured while the float model runs, so no inputs are stored.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from .timing import compare
 
 LAYER_ROUNDS, LAYER_SECONDS = 5, 0.001
 SLOW_LAYER_ROUNDS, SLOW_LAYER_SECONDS = 3, 0.02
-"""Rounds for a layer whose float and int8 call take so long together."""
+"""Rounds for a layer whose float and int8 call take at least SLOW_LAYER_SECONDS together."""
 MODEL_ROUNDS, MODEL_SECONDS = 3, 0.02
 TIMED_SHAPES = 8
-"""So many different numbers of rows are timed for each layer, the first that come."""
+"""Time at most this many distinct row counts per layer, in order of appearance."""
 _CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A layer of the float model and the one of the same name that took its place."""
+    """A layer of the float model and the converted layer of the same name."""
 
     name: str
     float_layer: nn.Module
     int8_layer: nn.Module
 
     def expected(self, x: Tensor) -> Tensor:
-        """What the int8 layer stands for: the float layer and the activation that went into the epilogue."""
+        """The float layer's output, after the activation that became the int8 layer's epilogue."""
         epilogue = self.int8_layer.config.epilogue if isinstance(self.int8_layer, QLinear) else "none"
         y: Tensor = self.float_layer.forward(x)
         return apply_float(epilogue, y)
@@ -58,7 +58,7 @@ class Pair:
 class Agreement:
     """How close values are to the expected ones, summed in float64 over any number of tensors.
 
-    Places where the expected value is not finite do not count; elsewhere a NaN or an infinity is an infinite
+    Elements whose expected value is not finite do not count; in any other a NaN or an infinity is an infinite
     error.
     """
 
@@ -85,7 +85,7 @@ class Agreement:
 
     @property
     def sqnr_db(self) -> float | None:
-        """10 log10(signal / noise); infinite where nothing differs, None where nothing was added."""
+        """10 log10(signal / noise); infinite for equal values, None without values."""
         if not self.values:
             return None
         if not self.noise:
@@ -106,15 +106,15 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was seen of one pair.
+    """The measurements of one pair.
 
     Attributes:
         calls: how often the float model called the layer.
         rows: the different M of its inputs [M, K], ascending.
-        sqnr_db, cosine: of the int8 layer's outputs to the float layer's, over all calls; None where there
-            was no output.
+        sqnr_db, cosine: of the int8 layer's outputs to the float layer's, over all calls; None without
+            outputs.
         us_float, us_int8: microseconds a call, the mean over the calls of the medians for their shapes; None
-            where nothing was timed.
+            without times.
     """
 
     calls: int
@@ -133,8 +133,8 @@ class Measured:
 
 @dataclass(frozen=True)
 class MeasuredModel:
-    """Both whole models on the sample: agreement of their float outputs (None where they have none that can
-    be compared) and milliseconds a call."""
+    """Both models on the sample: agreement of their float outputs (None if none can be compared) and
+    milliseconds a call."""
 
     sqnr_db: float | None
     cosine: float | None
@@ -149,14 +149,14 @@ def measure_layers(
 
     Args:
         model: the float model, under :func:`dynquant.measurement.sample.measuring`.
-        timed: without it no time is taken.
+        timed: whether to measure times.
 
     Returns:
-        By name. Layers that were not reached have 0 calls.
+        By name. Layers that the sample does not reach have 0 calls.
     """
     with layer_bar("measuring", len(pairs)) as advance:
         meters = {pair.name: _Meter(pair, advance, timed) for pair in pairs}
-        with _watched(model, meters):
+        with _watching(model, meters):
             sample.run(model, "the float model")
     return {name: meter.measured() for name, meter in meters.items()}
 
@@ -165,7 +165,7 @@ def measure_models(model: nn.Module, int8_model: nn.Module, sample: Sample) -> M
     """Both models on the sample, under :func:`dynquant.measurement.sample.measuring`.
 
     Raises:
-        ValueError: where one of them does not take the sample.
+        ValueError: if one of them does not accept the sample.
     """
     agreement = Agreement()
     outputs = sample.run(model, "the float model"), sample.run(int8_model, "the int8 model")
@@ -176,9 +176,9 @@ def measure_models(model: nn.Module, int8_model: nn.Module, sample: Sample) -> M
     del outputs, found
     tensors = [*model.parameters(), *model.buffers()]
     cuda = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
-    given = sample.fresh()
+    arguments = sample.fresh()
     times = compare(
-        {"float": _call(model, given, cuda), "int8": _call(int8_model, given.fresh(), cuda)},
+        {"float": _call(model, arguments, cuda), "int8": _call(int8_model, arguments.fresh(), cuda)},
         threads=torch.get_num_threads(),
         rounds=MODEL_ROUNDS,
         seconds=MODEL_SECONDS,
@@ -194,7 +194,7 @@ def _has_floats(tensor: Tensor) -> bool:
 
 def _call(model: nn.Module, sample: Sample, cuda: torch.device | None) -> Callable[[], None]:
     def call() -> None:
-        # As in measuring(): what a model keeps of a call is no inference tensor.
+        # As in measuring(): tensors that a model keeps of a call must not be inference tensors.
         with torch.inference_mode(False), torch.no_grad():
             sample.call(model)
         if cuda is not None:
@@ -221,9 +221,9 @@ def tensors_in(output: Any) -> Iterator[Tensor]:
 class _Meter:
     """Measures one pair whenever its float layer is called."""
 
-    def __init__(self, pair: Pair, tell: Callable[[], object], timed: bool) -> None:
+    def __init__(self, pair: Pair, advance: Callable[[], object], timed: bool) -> None:
         self.pair = pair
-        self.tell = tell
+        self.advance = advance
         self.timed = timed
         self.calls = 0
         self.rows: set[int] = set()
@@ -232,10 +232,10 @@ class _Meter:
         self.timed_calls = 0
         self.us_float = self.us_int8 = 0.0
 
-    def see(self, x: Any) -> None:
-        """One call of the float layer with x [..., K]."""
+    def measure(self, x: Any) -> None:
+        """Both layers on x [..., K], the input of a call of the float layer."""
         if not self.calls:
-            self.tell()
+            self.advance()
         self.calls += 1
         if not isinstance(x, Tensor) or not x.is_floating_point() or not x.dim():
             return
@@ -302,12 +302,12 @@ class _LastProduct(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def _watched(model: nn.Module, meters: Mapping[str, _Meter]) -> Iterator[None]:
-    """Inside, the float layers of the meters report their inputs."""
+def _watching(model: nn.Module, meters: Mapping[str, _Meter]) -> Iterator[None]:
+    """Within the block, each call of a float layer is measured by its meter."""
     modules = dict(model.named_modules(remove_duplicate=False))
     fast_path = torch.backends.mha.get_fastpath_enabled()
     with contextlib.ExitStack() as stack:
-        # The fast path of nn.TransformerEncoder hands weights to one kernel, and no layer sees its input.
+        # The fast path of nn.TransformerEncoder passes the weights to one kernel and calls no layer.
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         torch.backends.mha.set_fastpath_enabled(False)
         for name, meter in meters.items():
@@ -322,7 +322,7 @@ def _watched(model: nn.Module, meters: Mapping[str, _Meter]) -> Iterator[None]:
 
 def _hook(meter: _Meter) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
     def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        meter.see(next(iter((*args, *kwargs.values())), None))
+        meter.measure(next(iter((*args, *kwargs.values())), None))
 
     return hook
 
@@ -338,9 +338,9 @@ def _watch_attention(stack: contextlib.ExitStack, attention: Any, meter: _Meter)
         mode = modes.pop()
         mode.__exit__(None, None, None)
         if output is not None:
-            meter.see(mode.x)
+            meter.measure(mode.x)
 
-    # Also where the attention raises: its output is None then.
+    # always_call: also if the attention raises; its output is None then.
     for handle in (
         attention.register_forward_pre_hook(before),
         attention.register_forward_hook(after, always_call=True),
@@ -351,11 +351,11 @@ def _watch_attention(stack: contextlib.ExitStack, attention: Any, meter: _Meter)
 def pair_layers(model: nn.Module, int8_model: nn.Module) -> list[Pair]:
     """The converted layers with the float layers of the same names, each once, in the order of the model.
 
-    Converted is what is a QLinear and was none, and what took the place of an nn.Linear (or of Hugging Face's
-    Conv1D) and is none, such as torch.ao's layers; not what only holds tensors for a graph.
+    Converted layers are QLinears in the place of other types, and other types, such as torch.ao's, in the
+    place of nn.Linear or Hugging Face's Conv1D; not modules without a forward, which hold a graph's tensors.
 
     Raises:
-        ValueError: where the models are no such pair, with the name of the layer.
+        ValueError: if the models are not one model before and after its conversion, with the layer's name.
     """
     floats = dict(model.named_modules(remove_duplicate=False))
     linear_types: tuple[type[nn.Module], ...] = tuple(default_mapping(model))

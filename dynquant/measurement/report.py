@@ -1,4 +1,4 @@
-"""report: what a conversion did to each layer and to the whole, in size, closeness and time."""
+"""report: size, accuracy and time of each layer and of the model, before and after its conversion."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ from .sizes import model_bytes, nbytes_of, tensors_of
 
 
 def report(model_fp32: nn.Module, model_int8: nn.Module, sample: Any) -> Report:
-    """Measure a converted model against the float one on a sample: each layer on its own inputs, the whole.
+    """Measure a converted model against the float one on a sample: whole, and each layer on its own inputs.
 
-    Both models run in eval mode without gradients and are left in the mode they were in, without hooks, and
-    the random number generators of torch stand where they stood. Each layer is measured while the float model
-    runs, so no inputs are collected; times are medians of float and int8 in turns
+    Both models run in eval mode without gradients. Afterwards their modes, their hooks and the states of
+    torch's random number generators are as before. Each layer is measured while the float model runs, so no
+    inputs are collected; times are medians of interleaved samples of float and int8
     (:func:`dynquant.measurement.timing.compare`).
 
     Args:
         model_fp32: the model before its conversion, of any float dtype.
-        model_int8: what :func:`dynquant.quantize_dynamic` made of it. Layers that torch.ao made are measured
-            too.
-        sample: what the models are called with: a tensor, a tuple of arguments, or a dict of keyword
-            arguments (any mapping, such as what a tokenizer returns). Everything else is the one argument.
+        model_int8: the model from :func:`dynquant.quantize_dynamic`. Layers that torch.ao converted are
+            measured too.
+        sample: the arguments of a call of the models: a tensor, a tuple of arguments, or a dict of keyword
+            arguments (any mapping, such as the output of a tokenizer). Any other value is one argument.
 
     Raises:
-        ValueError: where a model does not take the sample, with what it said; for models that are not the
-            same before and after a conversion.
-        TypeError: for a sample whose keys are no names, or that cannot be copied.
+        ValueError: if a model does not accept the sample, with its message; for models that are not one model
+            before and after its conversion.
+        TypeError: for a sample whose keys are not names, or that cannot be copied.
     """
     if model_fp32 is model_int8:
         raise ValueError(
             "dynquant.report: expected the model before and after its conversion, got one and the same "
             f"{type(model_fp32).__name__}; keep a copy of the float model before converting it inplace"
         )
-    given = Sample.of(sample)
+    arguments = Sample.of(sample)
     with measuring(model_fp32, model_int8):
-        return make_report(model_fp32, model_int8, given)
+        return make_report(model_fp32, model_int8, arguments)
 
 
 def make_report(
@@ -61,8 +61,8 @@ def make_report(
     """:func:`report` under :func:`dynquant.measurement.sample.measuring`.
 
     Args:
-        rejected: layers that missed a threshold, and why.
-        measured: of the layers, by name, where it is known already.
+        rejected: layers that stayed float because they missed a threshold.
+        measured: measurements of the layers by name, if there are any already.
     """
     pairs = pair_layers(model, int8_model)
     whole = measure_models(model, int8_model, sample)
@@ -90,7 +90,7 @@ def _of_model(model: nn.Module, int8_model: nn.Module, whole: MeasuredModel) -> 
     )
 
 
-def _of_layer(pair: Pair, seen: Measured) -> LayerReport:
+def _of_layer(pair: Pair, layer: Measured) -> LayerReport:
     before, after = pair.float_layer, pair.int8_layer
     config = after.config if isinstance(after, QLinear) else None
     sizes: Any = after if isinstance(after, QLinear) else before
@@ -108,12 +108,12 @@ def _of_layer(pair: Pair, seen: Measured) -> LayerReport:
         k=sizes.in_features,
         bytes_float=nbytes_of(tensors_of(before)),
         bytes_int8=nbytes_of(tensors_of(after)),
-        calls=seen.calls,
-        rows=seen.rows,
-        sqnr_db=seen.sqnr_db,
-        cosine=seen.cosine,
-        us_float=seen.us_float,
-        us_int8=seen.us_int8,
+        calls=layer.calls,
+        rows=layer.rows,
+        sqnr_db=layer.sqnr_db,
+        cosine=layer.cosine,
+        us_float=layer.us_float,
+        us_int8=layer.us_int8,
     )
 
 
@@ -126,8 +126,8 @@ def _shares_input(layer: nn.Module) -> int:
 def _skipped(
     model: nn.Module, int8_model: nn.Module, pairs: Iterable[Pair], rejected: Sequence[Skipped]
 ) -> list[SkippedLayer]:
-    """What has a weight matrix and was not converted, in the order of the model."""
-    # The spec that covers everything tells of each module whether it could have been converted.
+    """The modules with a weight matrix that were not converted, in the order of the model."""
+    # By a spec that covers all modules: the reason of each that cannot be converted.
     _, skipped = select(model, {nn.Module: {}}, {}, default_mapping(model))
     reasons = {id(item.module): item.reason for item in (*skipped, *rejected)}
     linear_types = tuple(default_mapping(model))
@@ -146,7 +146,7 @@ def _skipped(
                 reason = "the spec leaves it float"
             tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         else:
-            continue  # something else took its place, through a mapping of the user's or in a graph
+            continue  # another type took its place, by a mapping of the user's or in a graph
         if reason is not None:
             layers.append(SkippedLayer(name, type(module).__name__, nbytes_of(tensors), reason))
     return layers

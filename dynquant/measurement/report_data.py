@@ -23,20 +23,19 @@ class LayerReport:
     """One converted layer.
 
     Attributes:
-        name: its dotted name, the first one where it has several.
+        name: its dotted name, the first one if it has several.
         float_type, int8_type: names of the types before and after.
         activations, weights, rotation_block, epilogue: as of :class:`dynquant.Config`; None for a layer that
-            is no QLinear.
+            is not a QLinear.
         static: whether the qparams of activations are fixed.
-        shares_input: how many layers read the same tensor and run as one where a graph is compiled, this one
-            among them (see :func:`dynquant.fuse`); 1: it stands alone. All figures are of each layer alone.
+        shares_input: the number of layers, with this one, that read the same tensor and run as one in a
+            compiled graph (see :func:`dynquant.fuse`); 1 without others. All figures are of each layer alone.
         n, k: out_features and in_features.
-        bytes_float, bytes_int8: what the layer's tensors take, in the int8 layer as they are held: packed,
-            with sums and scales.
-        calls: how often the sample reaches the layer. 0: what follows is None.
+        bytes_float, bytes_int8: bytes of the layer's tensors; in the int8 layer packed, with sums and scales.
+        calls: the number of the layer's calls with the sample. 0: the attributes below are None.
         rows: the different M of its inputs [M, K], ascending.
         sqnr_db: 10 log10(energy of the float layer's output / energy of the difference), both layers on the
-            same inputs. The float layer is followed by its activation where that has become an epilogue.
+            same inputs. An activation that became an epilogue is applied after the float layer too.
         cosine: of the two outputs.
         us_float, us_int8: microseconds a call, see :class:`dynquant.measurement.layers.Measured`.
     """
@@ -68,7 +67,7 @@ class LayerReport:
 
     @property
     def scheme(self) -> tuple[str, ...]:
-        """The scheme in words, without those that go without saying."""
+        """The scheme in words, without defaults."""
         if self.activations is None or self.weights is None:
             return (self.int8_type,)
         words = ["static" if self.static else self.activations, self.weights]
@@ -83,7 +82,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class SkippedLayer:
-    """A module with a weight matrix that stays float, and why; ``bytes`` is what its own tensors take."""
+    """A module with a weight matrix that stays float, with the reason; ``bytes``: of its own tensors."""
 
     name: str
     type: str
@@ -93,12 +92,12 @@ class SkippedLayer:
 
 @dataclass(frozen=True)
 class ModelReport:
-    """The whole model.
+    """The model as a whole.
 
     Attributes:
         type: name of its type.
-        bytes_float, bytes_int8: of all tensors it holds, each memory counted once.
-        sqnr_db, cosine: of all its floating outputs, as of a layer; None where it has none of equal shapes.
+        bytes_float, bytes_int8: of all its tensors, each memory counted once.
+        sqnr_db, cosine: of all its floating outputs, as of a layer; None if it has none of equal shapes.
         ms_float, ms_int8: milliseconds a call with the sample.
     """
 
@@ -118,14 +117,14 @@ class ModelReport:
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """What :func:`report` found. ``print()`` shows it as a table.
+    """The result of :func:`report`. ``print()`` shows it as a table.
 
     Attributes:
-        model: the whole.
-        layers: those that were converted, in the order of the model.
-        skipped: those that stay float, and why.
-        sample: what the models were called with, in words.
-        threads, isa: what the times are of.
+        model: the model as a whole.
+        layers: the converted layers, in the order of the model.
+        skipped: the layers that stay float, with the reasons.
+        sample: the arguments of the models' calls, in words.
+        threads, isa: of the timed calls.
     """
 
     model: ModelReport
@@ -159,7 +158,7 @@ class Report:
         return [self.table(), *([self.skipped_table()] if self.skipped else [])]
 
     def summary(self) -> str:
-        """The whole model in one line."""
+        """The model in one line."""
         model = self.model
         speed = "" if model.speedup is None else f" ({model.speedup:.2f}x)"
         return (
@@ -169,15 +168,15 @@ class Report:
         )
 
     def conditions(self) -> str:
-        """What was measured on, in one line."""
+        """Sample, instruction set and threads in one line."""
         threads = f"{self.threads} thread{'s' if self.threads != 1 else ''}"
         return f"sample: {self.sample}; {self.isa}, {threads}"
 
     def table(self) -> Table:
-        """One row a converted layer, the whole model above; what all schemes have in common is said once.
+        """One row a converted layer, below the model; words that all schemes have in common stand there once.
 
         Raises:
-            MissingPackageError: where rich is not installed.
+            MissingPackageError: if rich is not installed.
         """
         return report_table.layer_table(self)
 
@@ -185,12 +184,12 @@ class Report:
         """One row a layer that stays float.
 
         Raises:
-            MissingPackageError: where rich is not installed.
+            MissingPackageError: if rich is not installed.
         """
         return report_table.skipped_table(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it in dicts, lists and numbers, with the speedups."""
+        """The report in dicts, lists and numbers, with the speedups."""
         return {
             "model": {**asdict(self.model), "speedup": self.model.speedup},
             "layers": [
@@ -204,14 +203,14 @@ class Report:
 
     def to_json(self, indent: int | None = 1) -> str:
         """:meth:`to_dict` as JSON. An infinite SQNR, which JSON has no number for, is null; the cosine says
-        whether the outputs are equal (1) or worlds apart (0)."""
+        whether the outputs are equal (1) or unrelated (0)."""
         return json.dumps(_finite(self.to_dict()), indent=indent, ensure_ascii=False, allow_nan=False)
 
     def to_pandas(self) -> Any:
-        """A DataFrame with one row a layer: the converted ones, then those left float, with ``reason`` set.
+        """A DataFrame with one row a layer: the converted ones, then the float ones, with ``reason`` set.
 
         Raises:
-            MissingPackageError: where pandas is not installed.
+            MissingPackageError: if pandas is not installed.
         """
         with needs("Report.to_pandas", extra="report", instead="; to_dict() and to_json() do without"):
             import pandas
@@ -227,14 +226,14 @@ class Report:
             for layer in self.skipped
         ]
         columns = [*LayerReport.__dataclass_fields__, "speedup", "reason"]
-        # Without convert_dtypes the gaps of what stays float would make floats of all counts.
+        # Without convert_dtypes the missing values of float layers would turn all counts into floats.
         return pandas.DataFrame(rows, columns=columns).convert_dtypes()
 
     def save_png(self, path: str | Path) -> None:
         """A picture: for each layer its speed against float, its SQNR and its size.
 
         Raises:
-            MissingPackageError: where matplotlib is not installed.
+            MissingPackageError: if matplotlib is not installed.
         """
         with needs("Report.save_png", extra="report", instead="; print(report) shows the same figures"):
             from .report_picture import plot
@@ -246,7 +245,7 @@ def _ratio(before: float | None, after: float | None) -> float | None:
 
 
 def _finite(value: Any) -> Any:
-    """The same with None for each number that JSON does not have."""
+    """``value`` with None for each number that JSON does not have."""
     if isinstance(value, dict):
         return {name: _finite(part) for name, part in value.items()}
     if isinstance(value, list):

@@ -66,7 +66,7 @@ def plot(report: Report, path: Path) -> None:
 
 
 def _length(value: float | None, top: float) -> float:
-    """Of a bar: an infinite SQNR is as long as the longest finite one."""
+    """Length of a bar: that of the longest finite one for an infinite SQNR."""
     if value is None or value == -math.inf:
         return 0.0
     return min(value, top)

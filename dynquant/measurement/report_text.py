@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def number_text(value: float) -> str:
-    """Three figures or more, whatever the size."""
+    """At least three figures."""
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
@@ -33,7 +33,7 @@ def speed_text(value: float | None) -> str:
 
 
 def rows_text(rows: Sequence[int]) -> str:
-    """The M of a layer's inputs: all of few, the ends of many."""
+    """The M of a layer's inputs: up to three of them, or the smallest and the largest."""
     if len(rows) <= 3:
         return ", ".join(map(str, rows))
     return f"{rows[0]} ... {rows[-1]}"

@@ -17,7 +17,7 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
     for part in module.modules():
         tensors += [*part.parameters(recurse=False), *part.buffers(recurse=False)]
         if type(part).__module__.startswith("torch.ao."):
-            # Its packed weights are opaque; what it saves has their size.
+            # Its packed weights are opaque; the tensors of its state_dict have their size.
             packed: dict[str, Any] = {}
             part._save_to_state_dict(packed, "", False)
             tensors += [
@@ -31,7 +31,7 @@ def nbytes_of(tensors: Iterable[Tensor]) -> int:
 
 
 def model_bytes(model: nn.Module) -> int:
-    """Bytes of the memory that a model's tensors are in, each memory counted once."""
+    """Bytes of the memory of a model's tensors, each memory counted once."""
     sizes: dict[int, int] = {}
     tensors = tensors_of(model)
     for tensor in tensors:

@@ -1,4 +1,4 @@
-"""The guard: layers that int8 makes slower or too inexact stay float, by measurement on a sample."""
+"""Thresholds: layers that int8 makes too slow or too inexact, as measured on a sample, stay float."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from .sample import SAMPLE_WORDS
 
 
 def check_arguments(sample: Any, report: bool, min_speedup: float | None, min_sqnr: float | None) -> None:
-    """The arguments of quantize_dynamic that go with a sample.
+    """Check the arguments of quantize_dynamic that need a sample.
 
     Raises:
-        ValueError: for one of them without a sample, a sample without any of them, a number that is none.
-        TypeError: for what is no number.
+        ValueError: for one of them without a sample, a sample without any of them, a NaN.
+        TypeError: for a threshold that is not a number.
     """
-    asked = {"report": report or None, "min_speedup": min_speedup, "min_sqnr": min_sqnr}
-    words = ", ".join(f"{name}={value!r}" for name, value in asked.items() if value is not None)
-    if sample is None and words:
+    arguments = {"report": report or None, "min_speedup": min_speedup, "min_sqnr": min_sqnr}
+    given = ", ".join(f"{name}={value!r}" for name, value in arguments.items() if value is not None)
+    if sample is None and given:
         raise ValueError(
-            f"quantize_dynamic: {words} takes measuring, and there is no sample to measure on; pass as "
+            f"quantize_dynamic: {given} takes measuring, and there is no sample to measure on; pass as "
             f"sample= what the model is called with: {SAMPLE_WORDS}"
         )
-    if sample is not None and not words:
+    if sample is not None and not given:
         raise ValueError(
             "quantize_dynamic: a sample serves report=True, min_speedup= and min_sqnr=, and none of these "
             "was given"
@@ -45,7 +45,7 @@ def below_thresholds(
     min_speedup: float | None,
     min_sqnr: float | None,
 ) -> list[Skipped]:
-    """The pairs that do not reach what was asked for, and by how much. What was not measured does.
+    """Layers that miss a threshold, and by how much. Unmeasured layers pass.
 
     Args:
         measured: by the name of the layer.
@@ -54,19 +54,19 @@ def below_thresholds(
     """
     rejected = []
     for pair in pairs:
-        reason = _why_float(measured[pair.name], min_speedup, min_sqnr)
+        reason = _reason(measured[pair.name], min_speedup, min_sqnr)
         if reason is not None:
             rejected.append(Skipped(pair.name, pair.float_layer, reason))
     return rejected
 
 
-def _why_float(seen: Measured, min_speedup: float | None, min_sqnr: float | None) -> str | None:
-    if min_sqnr is not None and seen.sqnr_db is not None and seen.sqnr_db < min_sqnr:
-        return f"its int8 output has an SQNR of {seen.sqnr_db:.1f} dB, below min_sqnr={min_sqnr:g}"
-    speedup = seen.speedup
+def _reason(layer: Measured, min_speedup: float | None, min_sqnr: float | None) -> str | None:
+    if min_sqnr is not None and layer.sqnr_db is not None and layer.sqnr_db < min_sqnr:
+        return f"its int8 output has an SQNR of {layer.sqnr_db:.1f} dB, below min_sqnr={min_sqnr:g}"
+    speedup = layer.speedup
     if min_speedup is not None and speedup is not None and speedup < min_speedup:
         return (
-            f"in int8 it takes {seen.us_int8:.1f} µs a call, in float {seen.us_float:.1f} µs: "
+            f"in int8 it takes {layer.us_int8:.1f} µs a call, in float {layer.us_float:.1f} µs: "
             f"{speedup:.2f} times as fast, below min_speedup={min_speedup:g}"
         )
     return None

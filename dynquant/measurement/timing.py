@@ -1,4 +1,4 @@
-"""Times calls against each other fairly: taken in turns, medians, no thread of one running during another."""
+"""Times of calls beside each other: interleaved samples, medians, no thread of one running during another."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ SLOW_SECONDS = 4.0
 
 
 def keep_freed_memory() -> bool:
-    """From now on let malloc keep what is freed, as tcmalloc and jemalloc do; for programs that time.
+    """Make malloc keep freed memory from now on, as tcmalloc and jemalloc do; for programs that measure time.
 
-    By its history glibc gives freed buffers of a megabyte back to the system, or keeps them. Where it gives
-    them back, the output of each large layer is made of pages that the system has to clear first, whoever
-    computes it: contenders would be told apart by their luck.
+    Depending on its history glibc returns freed buffers of a megabyte to the system or keeps them. If it
+    returns them, the system clears pages for the output of each large layer, whichever version computes it.
+    Allocator history, not speed, would decide the ranking.
 
     Returns:
-        Whether this C library can be told (glibc).
+        Whether the C library has this setting (glibc).
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -59,44 +59,43 @@ class Timing:
         return ordered[min(int(fraction * len(ordered)), len(ordered) - 1)]
 
 
-def settle(limit_seconds: float = 0.1) -> None:
-    """Wait until no other thread of this process runs any more.
+def wait_for_idle_threads(limit_seconds: float = 0.1) -> None:
+    """Wait until no other thread of this process runs.
 
     A thread pool spins for milliseconds (OpenMP's) or tens of them (ONNX Runtime's) after a parallel call,
-    and would take a core from whatever is timed next. Where the system does not tell (no ``/proc``), nothing
-    is waited for.
+    and would take a core from the next timed call. On systems without ``/proc`` there is no wait.
     """
     deadline = time.monotonic() + limit_seconds
-    while _others_run() and time.monotonic() < deadline:
+    while _other_threads_run() and time.monotonic() < deadline:
         time.sleep(0.001)
 
 
-def _others_run() -> bool:
-    """Whether a thread of this process besides the calling one is running.
+def _other_threads_run() -> bool:
+    """Whether another thread of this process is running.
 
-    Their state tells at once; the processor time of other threads is only brought up to date some
-    milliseconds apart.
+    By their states, which are current; the system updates other threads' processor time only every few
+    milliseconds.
     """
     own = str(threading.get_native_id())
     for folder in Path("/proc/self/task").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it may end meanwhile
+        with contextlib.suppress(OSError):  # a thread may end meanwhile
             state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
             if state == "R" and folder.name != own:
                 return True
     return False
 
 
-def take_turns(samplers: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
-    """``rounds`` samples of each sampler, one round after the other, each round from another starting place.
+def interleave(samplers: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
+    """``rounds`` samples of each sampler, in rounds that start at one sampler after the other.
 
-    What changes slowly (clock frequency, neighbours on the machine) so meets all of them alike.
+    Slow changes (clock frequency, other load on the machine) affect all samplers alike.
     """
     names = list(samplers)
     samples: dict[str, list[T]] = {name: [] for name in names}
     for turn in range(rounds):
         start = turn % max(len(names), 1)
         for name in names[start:] + names[:start]:
-            settle()
+            wait_for_idle_threads()
             samples[name].append(samplers[name]())
     return samples
 
@@ -104,8 +103,8 @@ def take_turns(samplers: Mapping[str, Callable[[], T]], rounds: int) -> dict[str
 def sampler(call: Callable[[], object], *, threads: int, seconds: float) -> Callable[[], float]:
     """A function that times ``call`` for about ``seconds`` and returns the mean in microseconds.
 
-    ``call`` has run before: what it does once only is done. From ``LONG_SECONDS`` on a sample is one call
-    without warming up; from ``SLOW_SECONDS`` on the call is measured once, here, and that is its sample.
+    ``call`` must have run before, so that its one-time work is done. Above ``LONG_SECONDS`` a sample is one
+    call without warm-up; above ``SLOW_SECONDS`` the one sample is a call that is timed here.
     """
     torch.set_num_threads(threads)
     once = _seconds(call)
@@ -121,15 +120,15 @@ def sampler(call: Callable[[], object], *, threads: int, seconds: float) -> Call
         if once > LONG_SECONDS:
             return _seconds(call) * 1e6
         with torch.inference_mode():
-            timer.timeit(max(number // 100, 2))  # warm caches and threads again after what ran in between
+            timer.timeit(max(number // 100, 2))  # warm caches and threads again after the other samplers
             return timer.timeit(number) / number * 1e6
 
     return sample
 
 
 def _now() -> float:
-    """Seconds, once an accelerator has done what it was given. As torch.utils.benchmark's timer, whose import
-    takes setuptools and longer than all of dynquant's."""
+    """Seconds, after the accelerator's queued work. As the timer of torch.utils.benchmark, whose import needs
+    setuptools and more time than all of dynquant."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return timeit.default_timer()
@@ -158,7 +157,7 @@ def compare(
             with torch.inference_mode():
                 call()
         samplers = {name: sampler(call, threads=threads, seconds=seconds) for name, call in calls.items()}
-        samples = take_turns(samplers, rounds)
+        samples = interleave(samplers, rounds)
     finally:
         torch.set_num_threads(before)
     return {name: Timing(tuple(values)) for name, values in samples.items()}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import ops  # noqa: F401  registers torch.ops.dynquant
 from ..config import Config, layer_config
-from ..qtensor import FLOAT_WORDS, QTensor, dequantize, moved, tensors_of, weight_scale, with_tensor
+from ..qtensor import FLOAT_WORDS, QTensor, dequantize, tensors_of, to_device, weight_scale, with_tensor
 from ..reference import FLOAT_DTYPES
 from .state import (
     check_activation_qparams,
@@ -39,9 +39,8 @@ _PACKED = ("packed_weight", "weight_sum", "channel_scale")
 class QLinear(nn.Module):
     """nn.Linear in int8: y = epilogue(x @ weight.T + bias), weights quantized once, x at each call.
 
-    A fresh layer is initialised as nn.Linear would be. Casts (``.half()``, ``.to(dtype)``) change the dtype
-    that ``.weight`` shows and nothing else: scales and bias stay fp32, and an input of any float dtype is
-    welcome.
+    A new layer is initialized as nn.Linear is. Casts (``.half()``, ``.to(dtype)``) change the dtype of
+    ``.weight`` and nothing else: scales and bias stay fp32, and inputs of every float dtype are accepted.
 
     Args:
         in_features, out_features, bias, device, dtype: as nn.Linear's.
@@ -54,9 +53,9 @@ class QLinear(nn.Module):
         weight: the :class:`dynquant.QTensor` [N, K]. Assigning a float tensor quantizes that one instead.
         weight_scale: fp32 [N], [1] per_tensor.
         bias: fp32 Parameter [N], or None.
-        activation_scale, activation_zero_point: fp32 and int32 [1], the qparams of every input where the
+        activation_scale, activation_zero_point: fp32 and int32 [1], the qparams of every input if the
             layer is static (see :func:`dynquant.freeze`), else None: qparams come from each input.
-        config: the :class:`dynquant.Config` that runs.
+        config: the :class:`dynquant.Config` in use.
         packed_weight, weight_sum, channel_scale: the tensors of ``.weight``, as buffers that the state_dict
             does not hold.
 
@@ -104,10 +103,10 @@ class QLinear(nn.Module):
         rotation: str | int | None = None,
         epilogue: str = "none",
     ) -> QLinear:
-        """Quantize an nn.Linear, which stays as it is.
+        """Quantize an nn.Linear, which does not change.
 
         Raises:
-            TypeError: where ``linear`` is no nn.Linear.
+            TypeError: for any other type.
             ValueError: for scheme words that do not exist, a weight that is not float32, bfloat16, float16 or
                 float64, a NaN or an infinity in the weight, a NaN in the bias.
         """
@@ -142,11 +141,11 @@ class QLinear(nn.Module):
         if qparams is not None:
             check_not_rotated(config)
         # Sizes, broadcasts and devices of a model are read from its buffers. They come before the activation
-        # qparams: torch.export miscounts what follows a buffer that is None.
+        # qparams: torch.export miscounts the buffers after one that is None.
         others = {name: buffer for name, buffer in self._buffers.items() if name not in _PACKED}
         self.__dict__["_buffers"] = dict(zip(_PACKED, tensors_of(weight), strict=True)) | others
         self._non_persistent_buffers_set.update(_PACKED)
-        # All that the op takes in one tuple: the forward call looks up one thing.
+        # All arguments of the op but x and bias in one tuple: a forward call has one attribute to look up.
         self.__dict__["weight"] = weight
         self.__dict__["_packed"] = (
             *tensors_of(weight),
@@ -198,7 +197,7 @@ class QLinear(nn.Module):
             raise self._explain(x, error) from None
 
     def _explain(self, x: Tensor, error: Exception) -> Exception:
-        """The error of the op in the words of the layer, where x is at fault."""
+        """The op's error; in terms of the layer if x is at fault."""
         if not isinstance(x, Tensor):
             return TypeError(f"QLinear: expected input to be a tensor, got {type(x).__name__}")
         if x.dtype not in FLOAT_DTYPES:
@@ -224,14 +223,14 @@ class QLinear(nn.Module):
         return weight_scale(self.weight)
 
     def dequantize_weight(self) -> Tensor:
-        """The weight that is computed with: fp32 [N, K], in the original basis where the config rotates."""
+        """The values of the int8 weight: fp32 [N, K], in the original basis also if the config rotates."""
         return dequantize(self.weight)
 
     def to_float(self) -> nn.Linear:
         """An nn.Linear that computes the same without quantized activations, in the dtype of ``.weight``.
 
         Raises:
-            RuntimeError: where the layer ends in an epilogue, which nn.Linear has no place for.
+            RuntimeError: if the layer has an epilogue, which nn.Linear cannot hold.
         """
         if self.config.epilogue != "none":
             raise RuntimeError(
@@ -263,7 +262,7 @@ class QLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={has_bias}, {scheme}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QLinear:
-        """What ``.to``, ``.cuda``, ``.half``, ``.to_empty`` … end in: moves everything, casts nothing."""
+        """Implements ``.to``, ``.cuda``, ``.half``, ``.to_empty`` …: moves all tensors, casts none."""
 
         def move(tensor: Tensor) -> Tensor:
             out = fn(tensor)
@@ -273,7 +272,7 @@ class QLinear(nn.Module):
         dtype = fn(torch.empty(0, dtype=self.weight.dtype, device=self.weight.device)).dtype
         if dtype not in FLOAT_DTYPES:
             raise TypeError(f"QLinear: expected a cast to {FLOAT_WORDS}, got {dtype}")
-        weight = moved(self.weight, move, dtype)
+        weight = to_device(self.weight, move, dtype)
         for name in _PACKED:
             del self._buffers[name]
         try:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from ..qtensor import FLOAT_WORDS, QTensor, shown, weight_scale
+from ..qtensor import FLOAT_WORDS, QTensor, weight_scale, with_dtype
 from ..reference import FLOAT_DTYPES
 
 FORMAT_VERSION = 2
@@ -38,7 +38,7 @@ def weight_entries(weight: QTensor) -> tuple[Tensor, Tensor]:
 
 
 def format_entry(dtype: torch.dtype, config: Config) -> Tensor:
-    """The entry ``format``, for a weight that shows ``dtype``."""
+    """The entry ``format`` of a layer whose ``.weight`` has this dtype."""
     entry = [FORMAT_VERSION, config.encode(), 1 + FLOAT_DTYPES.index(dtype), 0]
     return torch.tensor(entry, device="cpu")
 
@@ -71,7 +71,7 @@ def missing_entries(entries: Mapping[str, Any]) -> list[str]:
 def read_weight(
     entries: Mapping[str, Any], *, like: QTensor, config: Config, device: torch.device | None
 ) -> tuple[QTensor, Config]:
-    """The weight that a state_dict holds, packed on ``device`` (None: where it is), and its scheme.
+    """The weight of a state_dict, packed on ``device`` (None: its own), and its scheme.
 
     Args:
         entries: ``weight``, ``weight_scale`` and ``format``; the last two are None for a float weight.
@@ -83,7 +83,7 @@ def read_weight(
     weight, scale, format = entries["weight"], entries["weight_scale"], entries["format"]
     if is_float_weight(entries):
         _check_shape(weight, list(like.shape))
-        return shown(quantized(weight.to(device), config), like.dtype), config
+        return with_dtype(quantized(weight.to(device), config), like.dtype), config
     version, saved, dtype = read_format(format)
     _check_shape(weight, [*like.shape, 1] if version > 1 else list(like.shape))
     if saved.epilogue != config.epilogue:
@@ -218,7 +218,7 @@ def quantized(weight: Tensor, config: Config) -> QTensor:
 
 
 def check_bias(bias: Tensor) -> None:
-    """A NaN in the bias is a fault; an infinity may be meant, to rule an output out."""
+    """A float bias without NaN. An infinity may be meant, to rule an output out."""
     if bias.dtype not in FLOAT_DTYPES:
         raise ValueError(f"expected bias of dtype {FLOAT_WORDS}, got {bias.dtype}")
     if bias.device.type != "meta" and bias.isnan().any():

@@ -38,7 +38,13 @@ for _name, _schema in SCHEMAS.items():
 
 
 def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    return torch.library.register_fake(f"dynquant::{name}", lib=library)
+    """Decorator for the fake kernel of an op."""
+
+    def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        # Called in this one file, since torch searches all modules for each file that registers kernels.
+        return torch.library.register_fake(f"dynquant::{name}", kernel, lib=library)
+
+    return register
 
 
 def _without_autograd(name: str) -> Callable[..., Any]:

@@ -24,8 +24,7 @@ class Activation:
         function: torch's float function.
         modules: types of torch.nn that compute it.
         functions: functions that a module may hold as its activation.
-        targets: of nodes in a torch.fx graph; in place or not: only the activation reads the tensor that it
-            changes.
+        targets: of nodes in a torch.fx graph. In-place forms count: nothing else reads their input.
     """
 
     function: Callable[[Tensor], Tensor]
@@ -76,7 +75,7 @@ _FUNCTIONS = [(function, epilogue) for epilogue, entry in ACTIVATIONS.items() fo
 
 
 def epilogue_of(activation: Any) -> str | None:
-    """The epilogue that computes an activation module or function, None where there is none."""
+    """The epilogue that computes an activation module or function, None if there is none."""
     if type(activation) is nn.GELU:
         return "gelu" if activation.approximate == "none" else "gelu_tanh"
     if type(activation) in _MODULES:

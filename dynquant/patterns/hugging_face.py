@@ -1,7 +1,7 @@
-"""What is known of Hugging Face's transformers, by name: nothing here imports that package.
+"""Patterns of Hugging Face's transformers, by name: this module does not import that package.
 
 Its model families repeat a few patterns word for word, each with classes of its own. The names are those of
-transformers 4 and 5; what an installed version does not have matches nothing.
+transformers 4 and 5; a name that the installed version does not have matches nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ACTIVATIONS = {
         ("SiLUActivation", "silu"),
     )
 }
-"""Types of activation modules and the epilogue that computes the same."""
+"""By type of an activation module: the epilogue that computes it."""
 
 _BERT = {
     "bert": "Bert",
@@ -92,10 +92,10 @@ ACTIVATION_AFTER: dict[str, tuple[str, str]] = {
         _modeling(folder, f"{prefix}Intermediate"): ("dense", "intermediate_act_fn")
         for folder, prefix in (_BERT | _BERT_INTERMEDIATE_ONLY).items()
     },
-    # gate_proj and up_proj read the same tensor, but ops of two epilogues cannot be one, so one or the other.
+    # gate_proj and up_proj read the same tensor, but ops with different epilogues cannot be merged.
     # At K = 256, N = 704 (one thread, AVX2) the MLP's first half takes 17.7 us with the epilogue, 21.6 us as
     # one wide op with silu after it, 20.4 us unfused for M = 1; 757, 820 and 796 us for M = 128. At K = 2048,
-    # N = 5632 they differ by no more than two runs of one of them: there the product is all.
+    # N = 5632 they differ by no more than two runs of one of them: there the product takes all of the time.
     **{_modeling(folder, f"{prefix}MLP"): ("gate_proj", "act_fn") for folder, prefix in _LLAMA.items()},
     _modeling("albert", "AlbertLayer"): ("ffn", "activation"),
     _modeling("bart", "BartDecoderLayer"): ("fc1", "activation_fn"),
@@ -122,7 +122,7 @@ ACTIVATION_AFTER: dict[str, tuple[str, str]] = {
     _modeling("whisper", "WhisperDecoderLayer"): ("fc1", "activation_fn"),
     _modeling("whisper", "WhisperEncoderLayer"): ("fc1", "activation_fn"),
 }
-"""By type: the layer and the activation that its output goes to."""
+"""By type: a layer and the activation of its output."""
 
 QKV_GROUPS: dict[str, tuple[str, ...]] = {
     **{
@@ -139,4 +139,4 @@ QKV_GROUPS: dict[str, tuple[str, ...]] = {
         for folder, prefix in _LLAMA.items()
     },
 }
-"""By type: the layers that read the same tensor, in the order in which they are called."""
+"""By type: the layers that read the same tensor, in the order of their calls."""

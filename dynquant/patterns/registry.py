@@ -1,6 +1,6 @@
-"""Patterns by the type of a module: only its forward tells what happens between its layers.
+"""Patterns by the type of a module, since its forward alone decides the roles of its layers.
 
-A module of another type, or of a subclass, has no pattern.
+A module of a subclass has no pattern: its forward may be another.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ class Pattern:
     """Roles of a module's layers in its forward, by their names.
 
     Attributes:
-        activation_after: pairs (layer, activation): the output of the layer goes to the activation and
-            nowhere else.
-        same_input: groups of layers that are called with one and the same tensor, as a rule, in this order.
+        activation_after: pairs (layer, activation): only the activation reads the layer's output.
+        same_input: groups of layers that are usually called with the same tensor, in this order.
     """
 
     activation_after: tuple[tuple[str, str], ...] = ()
@@ -40,7 +39,7 @@ nn.Sequential needs no pattern."""
 
 
 def pattern_of(module: Any) -> Pattern:
-    """The pattern of a module's own type, an empty one where there is none."""
+    """The pattern of a module's own type; an empty one for other types."""
     return PATTERNS.get(type_name(module), Pattern())
 
 

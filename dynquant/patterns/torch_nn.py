@@ -6,4 +6,4 @@ ACTIVATION_AFTER: dict[str, tuple[str, str]] = {
     "torch.nn.modules.transformer.TransformerEncoderLayer": ("linear1", "activation"),
     "torch.nn.modules.transformer.TransformerDecoderLayer": ("linear1", "activation"),
 }
-"""By type: the layer and the activation that its output goes to."""
+"""By type: a layer and the activation of its output."""

@@ -1,4 +1,4 @@
-"""What the ops require of their arguments, in sentences with names and values: the same on every path."""
+"""Argument checks of the ops. Their sentences, with names and values, are the same on every path."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check(condition: bool, sentence: str) -> None:
-    """RuntimeError, as torch's own ops raise, where ``condition`` does not hold."""
+    """Raise RuntimeError, as torch's own ops do, if ``condition`` is false."""
     if not condition:
         raise RuntimeError(sentence)
 
 
 def check_float(op: str, name: str, x: Tensor) -> None:
-    """A floating-point tensor that has rows."""
+    """``x`` is a floating-point tensor with at least 1 dimension."""
     check(
         x.dtype in FLOAT_DTYPES,
         f"{op}: expected {name} of dtype float32, bfloat16, float16 or float64, got {x.dtype}",
@@ -26,7 +26,7 @@ def check_float(op: str, name: str, x: Tensor) -> None:
 
 
 def check_device(op: str, x_name: str, x: Tensor, name: str, other: Tensor) -> None:
-    """``other`` is where ``x`` is."""
+    """``other`` and ``x`` are on one device."""
     check(
         other.device == x.device,
         f"{op}: expected all tensors on one device, got {x_name} on {x.device} and {name} on {other.device}",
@@ -34,7 +34,7 @@ def check_device(op: str, x_name: str, x: Tensor, name: str, other: Tensor) -> N
 
 
 def check_channels(op: str, name: str, values: Tensor, dtype: torch.dtype, n: int) -> None:
-    """A contiguous 1-D tensor with one element for each output channel."""
+    """``values`` is a contiguous 1-D tensor with one element for each output channel."""
     check(
         values.dtype == dtype and list(values.shape) == [n] and values.is_contiguous(),
         f"{op}: expected {name} to be contiguous {dtype} of shape [{n}], got {values.dtype} of shape "
@@ -43,7 +43,7 @@ def check_channels(op: str, name: str, values: Tensor, dtype: torch.dtype, n: in
 
 
 def check_finite(op: str, name: str, values: Tensor) -> None:
-    """RuntimeError that names the first non-finite element of a 1-D or 2-D tensor."""
+    """A 1-D or 2-D tensor is finite; the error names its first non-finite element."""
     bad = ~values.isfinite()
     if bad.any():
         index = bad.nonzero()[0].tolist()
@@ -67,7 +67,7 @@ def check_qparams(op: str, m: int, scale: Tensor, zero_point: Tensor) -> None:
 
 
 def check_rotation(op: str, k: int, block: int) -> None:
-    """A block size that rows of k elements can be rotated by."""
+    """``block`` can rotate rows of k elements."""
     check(
         1 <= block <= 128 and block & (block - 1) == 0 and k % block == 0,
         f"{op}: expected block to be a power of two up to 128 that divides K ({k}), got {block}",
@@ -75,7 +75,7 @@ def check_rotation(op: str, k: int, block: int) -> None:
 
 
 def check_k(op: str, x: Tensor, config: int) -> None:
-    """x is as long as the layer's inputs as far as ``config`` tells; check_packed tells the rest."""
+    """K of x is the one in ``config``, modulo 16; check_packed_k compares it with the packed weight."""
     expected, k = k_modulo_16(config), x.shape[-1]
     torch._check(
         expected is None or k % K_MODULUS == expected,

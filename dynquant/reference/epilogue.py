@@ -5,7 +5,7 @@ is at most 2^-22 max(abs(y), 2^-10) for every fp32 x. docs/epilogue.md derives t
 csrc/kernels/epilogue_math.h is the same text in C++.
 
 All but relu have the form y = max(x, 0) - h(a), where a = abs(x) and h(a) = a * (the function's gate at
--a): one half line is left to approximate, and the tails are exact. 2^-n for an integer n comes from the
+-a): only one half line needs an approximation, and the tails are exact. 2^-n for an integer n comes from the
 bits of a float: 12583039 - n, that is 1.5 * 2^23 + 127 - n, has 127 - n, the exponent field of 2^-n, as its
 lowest bits. n = 127 gives 0.
 """
@@ -38,7 +38,7 @@ GELU_TANH_CUBIC = 0.102943242
 GELU_TANH_ROOTS = (2.04766059, 3.41651559)
 
 LOG2_E = 1.44269502
-LN_2_HIGH, LN_2_LOW = 0.693359375, -0.000212194442  # 9 bits, so that n * LN_2_HIGH is exact, and the rest
+LN_2_HIGH, LN_2_LOW = 0.693359375, -0.000212194442  # 9 bits, so n * LN_2_HIGH is exact, and the remainder
 
 
 def relu(x: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def gelu(x: Tensor) -> Tensor:
 
     h(a) = a Phi(-a) = a * 2^-Q(a) * K(a) with the quadratic Q above. 2^-Q would turn an error of Q into a
     relative one of h, and Q reaches 10 where h still counts, so Q = n - f is summed exactly: of a's 9 leading
-    bits c, with a correction for the rest.
+    bits c, with a correction for the remaining bits.
     """
     a = x.abs().clamp(max=13.1875)
     c = _leading_bits(a)
@@ -68,8 +68,8 @@ def gelu(x: Tensor) -> Tensor:
 def gelu_tanh(x: Tensor) -> Tensor:
     """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))): ``F.gelu(x, approximate="tanh")``. -inf gives 0.
 
-    h(a) = a / (1 + 2^w) with w the cubic above: its quadratic part exact as in :func:`gelu`, the rest small,
-    and in factors, since the subtraction of a root is exact where it cancels.
+    h(a) = a / (1 + 2^w) with w the cubic above: its quadratic part exact as in :func:`gelu`, the cubic
+    remainder small and factored, since the subtraction of a root is exact where it cancels.
     """
     a = x.abs().clamp(max=10.03125)
     c = _leading_bits(a)
@@ -108,7 +108,7 @@ def _gated(a: Tensor, s: Tensor, power: Tensor) -> Tensor:
 
 
 def _polynomial(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
-    """c0 + c1 x + x^2 (c2 + c3 x + x^2 (...)): in pairs half as many steps wait for each other."""
+    """c0 + c1 x + x^2 (c2 + c3 x + x^2 (...)): in pairs, half as many operations depend on each other."""
     square = x * x
     pairs = [coefficients[i : i + 2] for i in range(0, len(coefficients), 2)]
     values = [x * pair[1] + pair[0] if len(pair) == 2 else torch.full_like(x, pair[0]) for pair in pairs]

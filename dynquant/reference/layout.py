@@ -61,7 +61,7 @@ def pack_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpack_weight(packed_weight: Tensor, n: int, k: int) -> Tensor:
-    """The int8 [n, k] that :func:`pack_weight` was given."""
+    """The int8 [n, k] weight that :func:`pack_weight` packed."""
     check_packed("unpack_weight", packed_weight, n, k)
     if packed_weight.dim() == 2:
         return packed_weight[:, :k].clone(memory_format=torch.contiguous_format)
@@ -83,8 +83,8 @@ def check_packed(op: str, packed_weight: Tensor, n: int, k: int) -> None:
 
 
 def check_packed_k(op: str, name: str, x: Tensor, packed_weight: Tensor, n: int) -> None:
-    """The packed weight is of n channels and of as many inputs as x has, whatever its layout: on meta a layer
-    keeps its own. This and :func:`check_k` together know K.
+    """The packed weight has n channels and the K of x, up to padding, in either layout: on meta a layer keeps
+    the layout of its device. Together with :func:`check_k` this fixes K.
     """
     p, panels = panel_width(n), packed_weight.dim() == 4
     shape = list(packed_weight.shape)

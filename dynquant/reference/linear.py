@@ -39,14 +39,14 @@ def int8_mm(q: Tensor, packed_weight: Tensor, weight_sum: Tensor) -> Tensor:
 
 
 def _exact_mm(q: Tensor, weight: Tensor) -> Tensor:
-    # + 0.0: with K = 1 a product of a negative number and 0 can come out as -0.0, which no integer is.
+    # + 0.0: with K = 1 a product of a negative number and 0 can be -0.0, which no integer equals in its bits.
     return q.to(torch.float64) @ weight.to(torch.float64).t() + 0.0
 
 
 def check_linear(
     op: str, x: Tensor, packed_weight: Tensor, weight_sum: Tensor, weight_scale: Tensor, bias: Tensor | None
 ) -> None:
-    """What every linear op requires of its tensors before it reads them."""
+    """The checks of every linear op before it reads its tensors."""
     check_operands(op, x, packed_weight, weight_sum, weight_scale, bias)
     check_packed(op, packed_weight, weight_scale.numel(), x.shape[-1])
 
@@ -54,7 +54,7 @@ def check_linear(
 def check_operands(
     op: str, x: Tensor, packed_weight: Tensor, weight_sum: Tensor, weight_scale: Tensor, bias: Tensor | None
 ) -> None:
-    """Everything of :func:`check_linear` but the shape of the packed weight."""
+    """The checks of :func:`check_linear` without the shape of the packed weight."""
     check_float(op, "x", x)
     n = weight_scale.numel()
     check_channels(op, "weight_scale", weight_scale, torch.float32, n)
@@ -82,7 +82,7 @@ def linear_dynamic(
     """x @ weight.T + bias in int8, with activation qparams from x itself.
 
     Args:
-        x: [..., K], fp32, bf16, fp16 or fp64 (which is computed through fp32), any strides.
+        x: [..., K], fp32, bf16, fp16 or fp64 (all computed in fp32), any strides.
         packed_weight, weight_sum: from :func:`pack_weight`.
         weight_scale: fp32 [N]. bias: fp32 [N] or None.
         config: see :mod:`dynquant.config`.
@@ -109,10 +109,10 @@ def linear_static(
     zero_point: Tensor,
     config: int,
 ) -> Tensor:
-    """As :func:`linear_dynamic`, with activation qparams that were calibrated before.
+    """As :func:`linear_dynamic`, with activation qparams from calibration.
 
     Args:
-        scale, zero_point: fp32 and int32 [1], zero_point in [-128, 127] (a CPU tensor is checked for it).
+        scale, zero_point: fp32 and int32 [1], zero_point in [-128, 127] (checked for CPU tensors).
 
     Returns:
         [..., N]; a row of x with a NaN or an infinity gives NaN.

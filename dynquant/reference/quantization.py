@@ -1,4 +1,4 @@
-"""Ranges, qparams, quantized values and weights, and the rotation that may come before them."""
+"""Ranges, qparams, quantized values and weights, and the rotation before them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ FLT_MIN = torch.finfo(torch.float32).tiny
 
 
 def constant(value: float, like: Tensor) -> Tensor:
+    """A scalar on ``like``'s device: by a Python number CUDA divides by a product with the reciprocal."""
     return torch.tensor(value, dtype=torch.float32, device=like.device)
 
 
@@ -29,7 +30,7 @@ def min_max(x: Tensor, per_token: bool) -> tuple[Tensor, Tensor]:
         per_token: a range for each row (lo and hi are fp32 [M]) or one for all of x ([1]).
 
     Returns:
-        lo <= 0 <= hi. Both are NaN where the range holds a NaN; an infinity stands in the one it belongs to.
+        lo <= 0 <= hi. Both are NaN if the range holds a NaN; an infinity in x is the lo or the hi.
     """
     rows = rows_of("min_max", x)
     if not per_token:
@@ -37,7 +38,7 @@ def min_max(x: Tensor, per_token: bool) -> tuple[Tensor, Tensor]:
     if rows.shape[1] == 0:
         zeros = torch.zeros(rows.shape[0], dtype=torch.float32, device=x.device)
         return zeros, zeros.clone()
-    # + 0.0 turns a -0.0 into 0.0, whichever of the two the reduction met first.
+    # + 0.0 turns -0.0 into 0.0: of two zeros the reduction returns the one that it reads first.
     return rows.amin(1).clamp(max=0.0) + 0.0, rows.amax(1).clamp(min=0.0) + 0.0
 
 
@@ -115,7 +116,7 @@ def quantize_weight(weight: Tensor, config: int) -> tuple[Tensor, Tensor]:
     """Symmetric int8 weights: scale = max(max|w| / 127, FLT_MIN), 1 where all are 0; round(w / scale).
 
     Args:
-        weight: [N, K], fp32, bf16, fp16 or fp64, finite. Rotated first where ``config`` says so.
+        weight: [N, K], fp32, bf16, fp16 or fp64, finite. Rotated first if ``config`` has a rotation block.
         config: see :mod:`dynquant.config`.
 
     Returns:

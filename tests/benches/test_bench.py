@@ -123,7 +123,7 @@ def test_every_candidate_is_sampled_in_every_round_from_a_rotating_start() -> No
         order.append(name)
         return float(len(order))
 
-    samples = timing.take_turns({name: lambda name=name: record(name) for name in "abc"}, 3)  # type: ignore[misc]
+    samples = timing.interleave({name: lambda name=name: record(name) for name in "abc"}, 3)  # type: ignore[misc]
     assert "".join(order) == "abcbcacab"
     assert samples["a"] == [1.0, 6.0, 8.0]
 
@@ -163,14 +163,14 @@ def test_timing_waits_for_running_threads() -> None:
     thread = threading.Thread(target=hashlib.pbkdf2_hmac, args=("sha256", b"", b"", 3_000_000))
     thread.start()
     end = time.monotonic() + 10
-    while not timing._others_run():
+    while not timing._other_threads_run():
         assert time.monotonic() < end
     start = time.monotonic()
-    timing.settle(0.1)
+    timing.wait_for_idle_threads(0.1)
     assert time.monotonic() - start >= 0.1, "it gave up at its limit, not before"
     thread.join()
     start = time.monotonic()
-    timing.settle(10.0)
+    timing.wait_for_idle_threads(10.0)
     assert time.monotonic() - start < 10, "nothing is left to wait for"
 
 

@@ -55,7 +55,7 @@ def quick_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(measure, name, 1e-5)
     for name in ("LAYER_ROUNDS", "SLOW_LAYER_ROUNDS", "MODEL_ROUNDS"):
         monkeypatch.setattr(measure, name, 1)
-    monkeypatch.setattr("dynquant.measurement.timing.settle", lambda: None)
+    monkeypatch.setattr("dynquant.measurement.timing.wait_for_idle_threads", lambda: None)
 
 
 @pytest.fixture

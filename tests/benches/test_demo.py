@@ -126,13 +126,13 @@ def test_there_are_a_few_dozen_different_sentences() -> None:
 # ---- the command line ----
 
 
-def test_info_prints_what_runs() -> None:
+def test_info_prints_the_running_path() -> None:
     result = CliRunner().invoke(app, ["info"])
     assert result.exit_code == 0
     assert str(dynquant.info()) in result.output
 
 
-def test_demo_without_the_encoder_package_says_what_to_install(
+def test_demo_without_the_encoder_package_names_the_extra(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(encoder, "MODEL_PACKAGE", "no_such_package")

@@ -408,7 +408,7 @@ def test_compiled_models_give_the_same_bits(scheme: dict[str, Any]) -> None:
     assert seen.ops() == [(256, "none"), (64, "relu")]
 
 
-def test_inductor_is_what_compiles() -> None:
+def test_inductor_compiles() -> None:
     model = Net(block, 5)
     run = torch.compile(model, backend="dynquant", fullgraph=True)
     with torch.no_grad():

@@ -265,7 +265,7 @@ def test_non_tensors_raise_the_same_error_on_every_path(path: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(N,), (N, 16, 1), (1, 4, 64, 3), (2, 4, 64, 4), (N + 1, 16)])
-def test_a_fake_kernel_refuses_what_is_no_packed_weight(shape: tuple[int, ...]) -> None:
+def test_a_fake_kernel_refuses_other_shapes_of_a_packed_weight(shape: tuple[int, ...]) -> None:
     packed_weight = torch.empty(shape, dtype=torch.int8, device="meta")
     weight_sum = torch.empty(N, dtype=torch.int32, device="meta")
     x, scale = torch.empty(2, K, device="meta"), torch.empty(N, device="meta")

@@ -107,7 +107,9 @@ def test_rows_without_padding_are_refused() -> None:
 
 
 @pytest.mark.parametrize("rotation", [None, 4])
-def test_a_layer_shows_what_it_shows_on_the_cpu(rotation: int | None, request: pytest.FixtureRequest) -> None:
+def test_a_layer_shows_the_values_of_the_cpu_layout(
+    rotation: int | None, request: pytest.FixtureRequest
+) -> None:
     torch.manual_seed(0)
     plain, x = torch.nn.Linear(20, 6), torch.randn(3, 20)
 

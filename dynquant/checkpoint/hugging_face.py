@@ -102,12 +102,16 @@ def describe(model: nn.Module) -> None:
 
     A model within another, such as the BertModel of a BertForMaskedLM, is described as a part of the outer.
     """
-    base = getattr(sys.modules.get(_MODELS), "PreTrainedModel", None)
+    base: Any = getattr(sys.modules.get(_MODELS), "PreTrainedModel", None)
     if base is None:
         return
     for part in _outermost(model, base):
         if any(isinstance(module, QLinear) for module in part.modules()):
             part.config.quantization_config = config_type("describe").of(part)
+            for module in part.modules():
+                if isinstance(module, base):
+                    # Set by from_pretrained too: a few families' forwards depend on it.
+                    module.config._is_quantized = True
 
 
 def _outermost(module: nn.Module, base: type) -> Iterator[Any]:

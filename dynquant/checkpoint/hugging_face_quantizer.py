@@ -200,8 +200,10 @@ class _State(nn.Module):
         if static:
             shapes["activation_scale"] = [1], torch.float32
             shapes["activation_zero_point"] = [1], torch.int32
-        for name, (shape, of_buffer) in shapes.items():
-            self.register_buffer(name, torch.empty(shape, dtype=of_buffer, device="meta"))
+        for name, (shape, of_entry) in shapes.items():
+            # Parameters: of nothing else can transformers split what some families' files hold as one tensor.
+            tensor = torch.empty(shape, dtype=of_entry, device="meta")
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     @classmethod
     def of(cls, name: str, module: Any, scheme: Mapping[str, Any]) -> _State:
@@ -221,7 +223,7 @@ class _State(nn.Module):
 
     def build(self, name: str, dtype: torch.dtype) -> QLinear:
         """The layer, with ``weight.dtype`` as ``dtype``."""
-        missing = [key for key, value in self._buffers.items() if not hasattr(value, "_is_hf_initialized")]
+        missing = [key for key, value in self._parameters.items() if not hasattr(value, "_is_hf_initialized")]
         if missing:
             raise ValueError(
                 f"dynquant: config.json says that layer {name!r} is quantized, but the weights have no "
@@ -231,7 +233,7 @@ class _State(nn.Module):
         layer = QLinear(
             self.k,
             self.n,
-            "bias" in self._buffers,
+            "bias" in self._parameters,
             activations=config.activations,
             weights=config.weights,
             rotation=config.rotation_block or None,

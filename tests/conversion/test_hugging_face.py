@@ -183,6 +183,31 @@ def test_a_model_within_another_module(tmp_path: Path) -> None:
     assert type(loaded.encoder.layer[0].intermediate.intermediate_act_fn) is nn.Identity
 
 
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        # The forward takes dt_proj apart unless the config says that the model is quantized.
+        ("falcon_mamba", {}),
+        # The file holds several projections as one tensor.
+        ("lara_mini", {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}),
+    ],
+)
+def test_families_with_ways_of_their_own(family: str, words: dict[str, Any], tmp_path: Path) -> None:
+    try:
+        config = transformers.AutoConfig.for_model(
+            family, vocab_size=50, hidden_size=64, num_hidden_layers=2, intermediate_size=64, **words
+        )
+    except ValueError:
+        pytest.skip(f"this transformers has no {family}")
+    torch.manual_seed(0)
+    model = quantize_dynamic(transformers.AutoModelForCausalLM.from_config(config).eval(), fuse=True)
+    model.save_pretrained(tmp_path / "first")
+    loaded = load(type(model), tmp_path / "first")
+    assert_same_bits(run(loaded), run(model))
+    loaded.save_pretrained(tmp_path / "second")
+    assert_same_bits(run(load(type(model), tmp_path / "second")), run(model))
+
+
 def test_a_model_that_was_converted_part_by_part(tmp_path: Path) -> None:
     model = made("bert")
     model.encoder = quantize_dynamic(model.encoder)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def test_every_candidate_is_sampled_in_every_round_from_a_rotating_start() -> No
         order.append(name)
         return float(len(order))
 
-    samples = timing.interleave({name: lambda name=name: record(name) for name in "abc"}, 3)  # type: ignore[misc]
+    samples = timing.interleave({name: partial(record, name) for name in "abc"}, 3)
     assert "".join(order) == "abcbcacab"
     assert samples["a"] == [1.0, 6.0, 8.0]
 

@@ -1,5 +1,5 @@
-// AVX-512 and VNNI intrinsics of csrc/kernels/cpu as plain loops over the lanes, so that a CPU without them can run
-// the kernels. Included before a kernel file (-include), compiled with AVX2 alone.
+// AVX-512 and VNNI intrinsics of csrc/kernels/cpu as plain loops over the lanes, so that a CPU without them
+// can run the kernels. Included before a kernel file (-include), compiled with AVX2 alone.
 #pragma once
 
 #include <immintrin.h>

@@ -120,20 +120,33 @@ def select(
     return list(selected.values()), list(skipped.values())
 
 
+_CALL_MEMBERS = (
+    "forward",
+    "__call__",
+    "_call_impl",
+    "_wrapped_call_impl",
+    "__getattr__",
+    "_save_to_state_dict",
+    "_load_from_state_dict",
+)
+"""Members that decide what a call or a state_dict of a module is; a quantized layer has its own."""
+
+
 def _why_not(name: str, module: nn.Module, base: Any) -> str | None:
     """The reason why a module stays float; None if it can be converted or has no matrix to quantize."""
     if base is None:
         parameters = module.parameters(recurse=False)
         has_matrix = any(not is_lazy(parameter) and parameter.dim() > 1 for parameter in parameters)
         return "there is no int8 version of it" if has_matrix else None
-    if type(module).forward is not base.forward or "forward" in vars(module):
-        return f"its forward is not that of {base.__name__}"
     weight = getattr(module, "weight", None)
     if weight is not None and is_lazy(weight):
         raise ValueError(
             f"quantize_dynamic: {label(name)} ({type(module).__name__}) has no weight before its first "
             "batch; run the model once before converting it"
         )
+    for member in _CALL_MEMBERS:
+        if getattr(type(module), member) is not getattr(base, member) or member in vars(module):
+            return f"its {member} is not that of {base.__name__}"
     if base is nn.Linear and weight is not None and weight.dtype not in FLOAT_DTYPES:
         return f"its weight is {weight.dtype}"
     return None

@@ -6,10 +6,13 @@ import copy
 import inspect
 from collections import OrderedDict
 from collections.abc import Collection, Iterable
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _WrappedHook
+from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -72,7 +75,7 @@ def swap(
     if inplace:
         for old, new in pairs:
             _carry_over(old, new, None)
-        for parent in list(model.modules()):
+        for parent in [*model.modules(), *(new for _, new in pairs)]:
             for name, child in parent._modules.items():
                 if id(child) in replacement:
                     parent._modules[name] = replacement[id(child)]
@@ -86,15 +89,60 @@ def swap(
 
 
 def _carry_over(old: nn.Module, new: nn.Module, memo: dict[int, Any] | None) -> None:
-    """Give ``new`` the hooks and public attributes of ``old``, or copies by the memo of a deepcopy."""
+    """Everything that ``old`` has and a fresh layer of its type has not: hooks, attributes, more parameters,
+    buffers and submodules, members of a subclass. The same objects or, with the memo of a deepcopy, copies.
+    """
+
+    def carried(value: Any) -> Any:
+        return value if memo is None else copy.deepcopy(value, memo)
+
+    for hooks in _HOOKS & vars(old).keys():
+        value = vars(old)[hooks]
+        new.__dict__[hooks] = _hooks_of(new, old, carried(value)) if isinstance(value, dict) else value
+    replaced = _replaced_names(old)
+    for tensors in ("_parameters", "_buffers", "_modules"):
+        for name, value in vars(old)[tensors].items():
+            if name not in replaced and not hasattr(new, name):
+                vars(new)[tensors][name] = carried(value)
+    new._non_persistent_buffers_set |= old._non_persistent_buffers_set & new._buffers.keys()
     for name, value in vars(old).items():
-        if name in _HOOKS or not (name.startswith("_") or name in vars(new) or name == "qconfig"):
-            if name == "_forward_pre_hooks" and any(
-                isinstance(hook, _WEIGHT_HOOKS) for hook in value.values()
-            ):
-                others = (item for item in value.items() if not isinstance(item[1], _WEIGHT_HOOKS))
-                value = OrderedDict(others)
-            new.__dict__[name] = value if memo is None else copy.deepcopy(value, memo)
+        if name not in vars(new) and name not in replaced:
+            new.__dict__[name] = carried(value)
+    if isinstance(new, QLinear):
+        new.take_members_of(type_before_parametrizations(old))
+
+
+def _replaced_names(old: nn.Module) -> set[str]:
+    """Attributes that make or observe the float weight, which the quantized layer replaces."""
+    names = {"weight", "bias", "parametrizations", "activation_post_process", "qconfig", "_compiled_call_impl"}
+    if any(isinstance(hook, _WEIGHT_HOOKS) for hook in old._forward_pre_hooks.values()):
+        for name in [*old._parameters, *old._buffers]:
+            if name.startswith(("weight_", "bias_")):
+                names.add(name)
+    return names
+
+
+def _is_of_the_float_weight(hook: Any) -> bool:
+    """A hook that computes the float weight, or an observer's of torch.ao.quantization.prepare."""
+    return isinstance(hook, _WEIGHT_HOOKS) or getattr(hook, "__module__", "") == "torch.ao.quantization.quantize"
+
+
+def _hooks_of(new: nn.Module, old: nn.Module, hooks: dict[Any, Any]) -> dict[Any, Any]:
+    """The very dict where it may stay as it is: handles that remove a hook know it."""
+    fitting = {
+        key: _rebound(hook, old, new) for key, hook in hooks.items() if not _is_of_the_float_weight(hook)
+    }
+    is_same = len(fitting) == len(hooks) and all(fitting[key] is hook for key, hook in hooks.items())
+    return hooks if is_same else OrderedDict(fitting)
+
+
+def _rebound(hook: Any, old: nn.Module, new: nn.Module) -> Any:
+    """The hook with ``new`` in the place of ``old`` where it is bound to that."""
+    if isinstance(hook, MethodType) and hook.__self__ is old:
+        return MethodType(hook.__func__, new)
+    if isinstance(hook, _WrappedHook) and hook.with_module and hook.module() is old:
+        return _WrappedHook(hook.hook, new)
+    return hook
 
 
 _WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
@@ -107,4 +155,8 @@ _HOOKS = {
     "_backward_pre_hooks",
     "_backward_hooks",
     "_is_full_backward_hook",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -171,11 +172,38 @@ class QLinear(nn.Module):
         self.activation_scale, self.activation_zero_point = scale, zero_point
         self._set_weight(self.weight, self.config)
 
+    def take_members_of(self, float_type: type) -> None:
+        """Answer for the methods, properties and constants that ``float_type``, a subclass of nn.Linear, has
+        beyond nn.Linear's, as an instance of it would."""
+        members = {
+            name: member
+            for base in reversed(float_type.__mro__)
+            if issubclass(base, nn.Linear) and base is not nn.Linear
+            for name, member in vars(base).items()
+            if not (name.startswith("__") or hasattr(QLinear, name))
+        }
+        if members:
+            self.__dict__["_float_type"] = float_type
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            member = inspect.getattr_static(self.__dict__.get("_float_type"), name, None)
+            if member is None or name.startswith("__"):
+                raise
+        bind = getattr(type(member), "__get__", None)
+        return member if bind is None else bind(member, self, type(self))
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _PACKED:
             self._set_weight(with_tensor(self.weight, name, value), self.config)
         elif name != "weight":
-            super().__setattr__(name, value)
+            member = inspect.getattr_static(self.__dict__.get("_float_type"), name, None)
+            if isinstance(member, property):
+                member.__set__(self, value)
+            else:
+                super().__setattr__(name, value)
         elif isinstance(value, QTensor):
             config = value.config
             config = replace(self.config, weights=config.weights, rotation_block=config.rotation_block)
@@ -275,8 +303,12 @@ class QLinear(nn.Module):
         weight = to_device(self.weight, move, dtype)
         for name in _PACKED:
             del self._buffers[name]
+        own = {id(tensor) for tensor in (self.bias, self.activation_scale, self.activation_zero_point)}
         try:
-            super()._apply(move, recurse)
+            if recurse:
+                for child in self.children():
+                    child._apply(fn)
+            super()._apply(lambda tensor: (move if id(tensor) in own else fn)(tensor), recurse=False)
         finally:
             self._set_weight(weight, self.config)
         return self

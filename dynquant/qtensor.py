@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
 from types import FunctionType
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from .after_import import after_import
 from .config import Config
 from .reference import FLOAT_DTYPES, rotate
 
@@ -60,6 +62,8 @@ class QTensor(torch.Tensor):
         with_casts: bool = True,
     ) -> QTensor:
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=packed_weight.device)
+        # Code that reads memory below __torch_dispatch__ gets an exception instead of a null pointer.
+        torch._C._set_throw_on_mutable_data_ptr(self)
         self.packed_weight, self.weight_sum, self.channel_scale = packed_weight, weight_sum, channel_scale
         self.config = config
         arguments = packed_weight, weight_sum, channel_scale, config, shape
@@ -138,13 +142,8 @@ class QTensor(torch.Tensor):
     def data(self, value: Tensor) -> None:
         raise _read_only(".data =")
 
-    @property
-    def T(self) -> Tensor:  # type: ignore[override]
-        return _dequantize(self).t()
-
-    @property
-    def mT(self) -> Tensor:  # type: ignore[override]
-        return _dequantize(self).t()
+    T = mT = H = mH = property(lambda self: _dequantize(self).t())
+    real = property(lambda self: _dequantize(self))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         values = repr(self.dequantize()).removeprefix("tensor(").removesuffix(")").replace("\n", "\n ")
@@ -169,8 +168,15 @@ class QTensor(torch.Tensor):
             return _FUNCTIONS[func](*args, **kwargs)
         if func is Tensor.__setitem__ and isinstance(args[0], QTensor):
             raise _read_only(func.__name__)
-        if func in _NEEDS_STORAGE or (torch.compiler.is_compiling() and func.__name__ != "__get__"):
-            # torch.compile does not trace into __torch_dispatch__.
+        if func.__name__ in _REFLECTED and isinstance(args[1], Tensor):
+            # torch.compile's form of args[1] / args[0] and the like; a reflected method rounds otherwise.
+            right, left = tree_map_only(QTensor, _dequantize, args)
+            return _REFLECTED[func.__name__](left, right)
+        if func.__name__ == "__get__":
+            return _attribute(func, *args)
+        # Neither torch.compile nor torch.jit.trace sees into __torch_dispatch__.
+        is_traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+        if func in _NEEDS_STORAGE or is_traced:
             args, kwargs = tree_map_only(QTensor, _dequantize, (args, kwargs))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
@@ -324,6 +330,35 @@ def _alias(w: QTensor, *args: Any, **kwargs: Any) -> QTensor:
     return _map_tensors(w, lambda tensor: tensor, w.dtype)
 
 
+def _share_memory(w: QTensor) -> QTensor:
+    for tensor in (w.packed_weight, w.weight_sum, w.channel_scale):
+        tensor.share_memory_()
+    return w
+
+
+def _without_storage(name: str) -> Callable[..., Any]:
+    def method(w: QTensor, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(
+            f"QTensor.{name}: a quantized weight has no float memory; .packed_weight, .weight_sum and "
+            ".channel_scale hold it, .dequantize() makes a float tensor of it"
+        )
+
+    return method
+
+
+def _attribute(get: Callable[..., Any], *args: Any) -> Any:
+    """An attribute of the wrapper, such as its shape; torch.jit.trace would record a read of its memory."""
+    tracing_state, set_state = torch._C._get_tracing_state(), getattr(torch._C, "_set_tracing_state")  # noqa: B009
+    if tracing_state is not None:
+        set_state(None)
+    try:
+        with torch._C.DisableTorchFunctionSubclass():
+            return get(*args)
+    finally:
+        if tracing_state is not None:
+            set_state(tracing_state)
+
+
 def _q_scale(w: QTensor) -> float | Tensor:
     scale = weight_scale(w)
     return scale.item() if w.config.weights == "per_tensor" else scale[:, None]
@@ -364,7 +399,14 @@ _METHODS: dict[str, Callable[..., Any]] = {
     "dim": lambda w: 2,
     "numel": lambda w: w.shape.numel(),
     "is_floating_point": lambda w: True,
+    "is_contiguous": lambda w, memory_format=torch.contiguous_format: True,
+    "stride": lambda w, dim=None: (w.shape[1], 1) if dim is None else (w.shape[1], 1)[dim],
+    "storage_offset": lambda w: 0,
+    "element_size": lambda w: w.dtype.itemsize,
     "t": lambda w: _dequantize(w).t(),
+    "share_memory_": _share_memory,
+    "is_shared": lambda w: w.packed_weight.is_shared(),
+    **{name: _without_storage(name) for name in ("data_ptr", "storage", "untyped_storage", "_typed_storage")},
 }
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {F.linear: _linear, F.multi_head_attention_forward: _attention}
 for _name, _method in _METHODS.items():
@@ -372,3 +414,59 @@ for _name, _method in _METHODS.items():
     setattr(QTensor, _name, _method)
     _FUNCTIONS |= {getattr(owner, _name): _method for owner in (torch, Tensor) if hasattr(owner, _name)}
 _NEEDS_STORAGE = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__}
+
+_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
+_REFLECTED = {f"__r{name}__": getattr(operator, name) for name in _BINARY} | {"__rdiv__": operator.truediv}
+# Of the reflected operators the commutative alone: Python asks a subclass for these before the left operand.
+_OPERATORS = {
+    *(
+        f"__{name}__"
+        for name in (*_BINARY, "radd", "rmul", "and", "or", "xor", "lshift", "rshift", "neg", "pos")
+    ),
+    *("__abs__", "__invert__", "__getitem__", "__iter__"),
+    *("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"),
+}
+# Methods that read no values: those of the wrapper are right.
+_WITHOUT_VALUES = {
+    *("as_subclass", "backward", "dim_order", "get_device", "is_coalesced", "is_complex", "is_conj"),
+    *("is_distributed", "is_inference", "is_neg", "is_pinned", "is_same_size", "is_set_to", "is_signed"),
+    *("ndimension", "nelement", "register_hook", "register_post_accumulate_grad_hook", "requires_grad_"),
+    *("retain_grad", "type"),
+}
+
+
+def _method_of_values(name: str) -> Callable[..., Any]:
+    def method(w: QTensor, *args: Any, **kwargs: Any) -> Any:
+        return getattr(_dequantize(w), name)(*args, **kwargs)
+
+    return method
+
+
+def _method_that_writes(name: str) -> Callable[..., Any]:
+    def method(w: QTensor, *args: Any, **kwargs: Any) -> Any:
+        raise _read_only(name)
+
+    return method
+
+
+def _add_methods() -> None:
+    """Every method of Tensor that reads or writes values, in Python, for torch.compile."""
+    own = vars(QTensor).keys() | _METHODS.keys() | _WITHOUT_VALUES
+    for name in dir(Tensor):
+        is_public = not name.startswith("_") or name in _OPERATORS
+        if is_public and name not in own and callable(getattr(Tensor, name)):
+            writes = name.endswith("_") and name not in _OPERATORS
+            setattr(QTensor, name, _method_that_writes(name) if writes else _method_of_values(name))
+    QTensor.__hash__ = Tensor.__hash__  # type: ignore[method-assign]
+
+
+_add_methods()
+
+
+def _give_matmul_its_reflected_form(builtin: Any) -> None:
+    """torch.compile hands ``w @ x`` to __torch_function__ as the arguments (x, w) of the reflected method;
+    its table lacks that of matmul, and ``x @ w`` would be computed."""
+    getattr(builtin, "BUILTIN_TO_TENSOR_RFN_MAP", {}).setdefault(operator.matmul, Tensor.__rmatmul__)
+
+
+after_import("torch._dynamo.variables.builtin", _give_matmul_its_reflected_form)

@@ -114,7 +114,14 @@ def _carry_over(old: nn.Module, new: nn.Module, memo: dict[int, Any] | None) -> 
 
 def _replaced_names(old: nn.Module) -> set[str]:
     """Attributes that make or observe the float weight, which the quantized layer replaces."""
-    names = {"weight", "bias", "parametrizations", "activation_post_process", "qconfig", "_compiled_call_impl"}
+    names = {
+        "weight",
+        "bias",
+        "parametrizations",
+        "activation_post_process",
+        "qconfig",
+        "_compiled_call_impl",
+    }
     if any(isinstance(hook, _WEIGHT_HOOKS) for hook in old._forward_pre_hooks.values()):
         for name in [*old._parameters, *old._buffers]:
             if name.startswith(("weight_", "bias_")):
@@ -124,7 +131,9 @@ def _replaced_names(old: nn.Module) -> set[str]:
 
 def _is_of_the_float_weight(hook: Any) -> bool:
     """A hook that computes the float weight, or an observer's of torch.ao.quantization.prepare."""
-    return isinstance(hook, _WEIGHT_HOOKS) or getattr(hook, "__module__", "") == "torch.ao.quantization.quantize"
+    return (
+        isinstance(hook, _WEIGHT_HOOKS) or getattr(hook, "__module__", "") == "torch.ao.quantization.quantize"
+    )
 
 
 def _hooks_of(new: nn.Module, old: nn.Module, hooks: dict[Any, Any]) -> dict[Any, Any]:

@@ -144,7 +144,7 @@ def test_a_layer_whose_call_or_file_differs_stays_float(kind) -> None:
     assert isinstance(result[1], QLinear)
     (skipped,) = report.skipped
     assert skipped.name == "0"
-    assert f"is not that of Linear" in skipped.reason
+    assert "is not that of Linear" in skipped.reason
     with pytest.warns(UserWarning, match="is not that of Linear"):
         quantize_dynamic(model, {"0"})
 

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from .after_import import after_import
 from .config import Config
+from .own_thread import on_own_thread
 from .reference import FLOAT_DTYPES, rotate
 
 FLOAT_WORDS = "float32, bfloat16, float16 or float64"
@@ -85,9 +86,13 @@ class QTensor(torch.Tensor):
         if weight.dtype not in FLOAT_DTYPES:
             raise RuntimeError(f"expected weight of dtype {FLOAT_WORDS}, got {weight.dtype}")
         config = Config(config.activations, config.weights, config.rotation_block)
-        with torch.no_grad(), torch.inference_mode(False):
-            weight_int8, weight_scale = _ops.quantize_weight(weight.detach(), config.encode())
-            return _pack(weight_int8, weight_scale, config, weight.dtype)
+
+        def quantize_and_pack() -> QTensor:
+            with torch.no_grad(), torch.inference_mode(False):
+                weight_int8, weight_scale = _ops.quantize_weight(weight.detach(), config.encode())
+                return _pack(weight_int8, weight_scale, config, weight.dtype)
+
+        return on_own_thread([weight], quantize_and_pack)
 
     @staticmethod
     def from_int8(weight: Tensor, weight_scale: Tensor, config: Config, dtype: torch.dtype) -> QTensor:
@@ -118,18 +123,14 @@ class QTensor(torch.Tensor):
             raise ValueError(
                 f"expected K to be a multiple of the rotation block {config.rotation_block}, got {k}"
             )
-        if weight.device.type != "meta":
-            if (weight == -128).any():
-                raise ValueError("expected weight in [-127, 127], got -128")
-            bad = ~(weight_scale.isfinite() & (weight_scale > 0))
-            if bad.any():
-                index = int(bad.nonzero()[0])
-                raise ValueError(
-                    f"expected weight_scale to be finite and positive, got weight_scale[{index}] = "
-                    f"{weight_scale[index].item()}"
-                )
-        with torch.no_grad(), torch.inference_mode(False):
-            return _pack(weight, weight_scale, config, dtype)
+
+        def check_and_pack() -> QTensor:
+            if weight.device.type != "meta":
+                _check_values(weight, weight_scale)
+            with torch.no_grad(), torch.inference_mode(False):
+                return _pack(weight, weight_scale, config, dtype)
+
+        return on_own_thread([weight, weight_scale], check_and_pack)
 
     def __call__(self) -> QTensor:
         return self
@@ -196,6 +197,18 @@ class QTensor(torch.Tensor):
                 raise _read_only(func.__name__)
         args, kwargs = tree_map_only(QTensor, _dequantize, (args, kwargs))
         return func(*args, **kwargs)
+
+
+def _check_values(weight: Tensor, weight_scale: Tensor) -> None:
+    if (weight == -128).any():
+        raise ValueError("expected weight in [-127, 127], got -128")
+    bad = ~(weight_scale.isfinite() & (weight_scale > 0))
+    if bad.any():
+        index = int(bad.nonzero()[0])
+        raise ValueError(
+            f"expected weight_scale to be finite and positive, got weight_scale[{index}] = "
+            f"{weight_scale[index].item()}"
+        )
 
 
 def _read_only(name: str) -> RuntimeError:

@@ -20,6 +20,7 @@ from .measurement.report import make_report
 from .measurement.report_data import Report
 from .measurement.sample import Sample, measuring
 from .measurement.thresholds import below_thresholds, check_arguments
+from .own_thread import on_own_thread
 
 Spec = Mapping[type | str, Any] | Collection[type | str] | None
 
@@ -154,12 +155,15 @@ def _build(
     inplace: bool = False,
     shared: Iterable[Tensor] = (),
 ) -> nn.Module:
-    with torch.inference_mode(False):
-        result = swap(model, convert(selected), inplace, shared).eval()
-        if fuse:
-            fuse_modules(result)
-        describe(result)
-        return result
+    def build() -> nn.Module:
+        with torch.inference_mode(False):
+            result = swap(model, convert(selected), inplace, shared).eval()
+            if fuse:
+                fuse_modules(result)
+            describe(result)
+            return result
+
+    return on_own_thread([*model.parameters(), *model.buffers()], build)
 
 
 def _convert_measured(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import ops  # noqa: F401  registers torch.ops.dynquant
 from ..config import Config, layer_config
+from ..own_thread import on_own_thread
 from ..qtensor import FLOAT_WORDS, QTensor, dequantize, tensors_of, to_device, weight_scale, with_tensor
 from ..reference import FLOAT_DTYPES
 from .state import (
@@ -113,12 +114,17 @@ class QLinear(nn.Module):
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"QLinear.from_float: expected an nn.Linear, got {type(linear).__name__}")
-        if linear.bias is not None:
-            check_bias(linear.bias)
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer._init_from(linear, layer_config(linear.in_features, activations, weights, rotation, epilogue))
-        return layer.train(linear.training)
+        config = layer_config(linear.in_features, activations, weights, rotation, epilogue)
+
+        def make() -> QLinear:
+            if linear.bias is not None:
+                check_bias(linear.bias)
+            layer = cls.__new__(cls)
+            nn.Module.__init__(layer)
+            layer._init_from(linear, config)
+            return layer.train(linear.training)
+
+        return on_own_thread(linear.parameters(), make)
 
     def _init_from(self, linear: nn.Linear, config: Config) -> None:
         self.in_features, self.out_features = linear.in_features, linear.out_features

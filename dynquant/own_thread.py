@@ -2,7 +2,7 @@
 
 torch computes on OpenMP's workers, which belong to the thread that first needed them. A process that is
 forked later (gunicorn's --preload, multiprocessing's "fork") has that thread but not its workers, and waits
-for them forever. Converting, loading and unpickling a model therefore leave no workers to the caller's thread.
+for them forever. Converting, loading and unpickling a model leave no workers to the calling thread.
 """
 
 from __future__ import annotations

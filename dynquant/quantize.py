@@ -15,6 +15,7 @@ from .conversion.select import read_spec, select, warn_of_unconverted
 from .conversion.sources import default_mapping
 from .conversion.swap import convert, swap
 from .fusion.modules import fuse as fuse_modules
+from .measurement.fusion_check import fuse_checked
 from .measurement.layers import measure_layers, pair_layers
 from .measurement.report import make_report
 from .measurement.report_data import Report
@@ -100,9 +101,10 @@ def quantize_dynamic(
             changes: use the returned one.
         activations, weights, rotation: the scheme, as of :class:`dynquant.QLinear`.
         fuse: make activation functions epilogues of the layers before them, and merge layers that read the
-            same tensor, see :func:`dynquant.fuse`.
-        sample: the arguments of a call of the model, as of :func:`dynquant.report`, for the next three
-            parameters. They run the model on it, in eval mode and without gradients.
+            same tensor, see :func:`dynquant.fuse`. With a sample, activations whose fusion changes the
+            model's output stay apart, with a warning.
+        sample: the arguments of a call of the model, as of :func:`dynquant.report`, for ``fuse`` and the next
+            three parameters. They run the model on it, in eval mode and without gradients.
         min_speedup: keep a layer float if time of the float layer / time of the int8 layer, measured on
             its inputs from the sample, is below this; 1.0: no layer becomes slower. Layers that the sample
             does not reach are converted.
@@ -124,7 +126,7 @@ def quantize_dynamic(
     """
     scheme: Scheme = {"activations": activations, "weights": weights, "rotation": rotation}
     layer_config(1, **scheme)
-    check_arguments(sample, report, min_speedup, min_sqnr)
+    check_arguments(sample, report, fuse, min_speedup, min_sqnr)
     spec = read_spec(qconfig_spec, dtype, scheme)
     if mapping is None:
         mapping = default_mapping(model)
@@ -154,16 +156,23 @@ def _build(
     fuse: bool,
     inplace: bool = False,
     shared: Iterable[Tensor] = (),
+    sample: Sample | None = None,
+    warn: bool = False,
 ) -> nn.Module:
     def build() -> nn.Module:
         with torch.inference_mode(False):
             result = swap(model, convert(selected), inplace, shared).eval()
-            if fuse:
+            if fuse and sample is None:
                 fuse_modules(result)
             describe(result)
             return result
 
-    return on_own_thread([*model.parameters(), *model.buffers()], build)
+    result = on_own_thread([*model.parameters(), *model.buffers()], build)
+    if fuse and sample is not None:
+        with measuring(result):
+            fuse_checked(result, sample, warn=warn)
+        describe(result)
+    return result
 
 
 def _convert_measured(
@@ -184,7 +193,7 @@ def _convert_measured(
         # In place, the model itself comes last, when nothing can fail any more: the measured model is a copy
         # that shares its tensors.
         shared = [*model.parameters(), *model.buffers()] if inplace else []
-        result = _build(model, selected, fuse=fuse, shared=shared)
+        result = _build(model, selected, fuse=fuse, shared=shared, sample=sample, warn=True)
         pairs = pair_layers(model, result)
         measured = measure_layers(model, pairs, sample, timed=report or min_speedup is not None)
         # A user's from_float may have converted layers that are not selected themselves; they stay int8.
@@ -201,10 +210,10 @@ def _convert_measured(
             del result, pairs, candidates
             rejected_ids = {id(item.module) for item in rejected}
             selected = [item for item in selected if id(item.module) not in rejected_ids]
-            result = _build(model, selected, fuse=fuse, shared=shared)
+            result = _build(model, selected, fuse=fuse, shared=shared, sample=sample)
         made_report = None
         if report:
             made_report = make_report(model, result, sample, rejected=rejected, measured=measured)
     if inplace:
-        result = _build(model, selected, fuse=fuse, inplace=True)
+        result = _build(model, selected, fuse=fuse, inplace=True, sample=sample)
     return result, made_report

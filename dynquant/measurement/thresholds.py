@@ -11,7 +11,9 @@ from .layers import Measured, Pair
 from .sample import SAMPLE_WORDS
 
 
-def check_arguments(sample: Any, report: bool, min_speedup: float | None, min_sqnr: float | None) -> None:
+def check_arguments(
+    sample: Any, report: bool, fuse: bool, min_speedup: float | None, min_sqnr: float | None
+) -> None:
     """Check the arguments of quantize_dynamic that need a sample.
 
     Raises:
@@ -25,10 +27,10 @@ def check_arguments(sample: Any, report: bool, min_speedup: float | None, min_sq
             f"quantize_dynamic: {given} takes measuring, and there is no sample to measure on; pass as "
             f"sample= what the model is called with: {SAMPLE_WORDS}"
         )
-    if sample is not None and not given:
+    if sample is not None and not given and not fuse:
         raise ValueError(
-            "quantize_dynamic: a sample serves report=True, min_speedup= and min_sqnr=, and none of these "
-            "was given"
+            "quantize_dynamic: a sample serves fuse=True, report=True, min_speedup= and min_sqnr=, and none "
+            "of these was given"
         )
     for name, value in (("min_speedup", min_speedup), ("min_sqnr", min_sqnr)):
         if value is None:

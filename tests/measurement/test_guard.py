@@ -157,7 +157,11 @@ def test_real_times_decide_where_the_bound_is_out_of_reach() -> None:
         ({"min_sqnr": 20}, ValueError, "min_sqnr=20 takes measuring, and there is no sample to measure on"),
         ({"report": True}, ValueError, "report=True takes measuring, and there is no sample to measure on"),
         ({"report": True, "min_sqnr": 3}, ValueError, "report=True, min_sqnr=3 takes measuring"),
-        ({"sample": X}, ValueError, "a sample serves report=True, min_speedup= and min_sqnr=, and none"),
+        (
+            {"sample": X},
+            ValueError,
+            "a sample serves fuse=True, report=True, min_speedup= and min_sqnr=, and",
+        ),
         ({"sample": X, "min_speedup": "1"}, TypeError, "expected min_speedup to be a number, got '1'"),
         ({"sample": X, "min_sqnr": True}, TypeError, "expected min_sqnr to be a number, got True"),
         ({"sample": X, "min_sqnr": math.nan}, ValueError, "expected min_sqnr to be a number, got nan"),

@@ -18,6 +18,7 @@ from ..reference import FLOAT_DTYPES
 from .state import (
     check_activation_qparams,
     check_bias,
+    check_entries,
     check_not_rotated,
     check_origin,
     format_entry,
@@ -27,6 +28,7 @@ from .state import (
     read_activation_qparams,
     read_weight,
     warn_of_float_weights,
+    warn_of_meta,
     weight_entries,
     with_fp32_bias,
 )
@@ -36,6 +38,8 @@ _linear_static = torch.ops.dynquant.linear_static.default
 
 _PACKED = ("packed_weight", "weight_sum", "channel_scale")
 """Non-persistent buffers: the tensors of ``.weight``, in the order of the op's arguments."""
+_QPARAMS = ("activation_scale", "activation_zero_point")
+"""Buffers of a static layer, None in others."""
 
 
 class QLinear(nn.Module):
@@ -173,10 +177,19 @@ class QLinear(nn.Module):
         if scale is not None and zero_point is not None:
             check_activation_qparams(scale, zero_point)
             check_not_rotated(self.config)
+            for name, value in zip(_QPARAMS, (scale, zero_point), strict=True):
+                if value.device != self.weight.device:
+                    device = self.weight.device
+                    raise ValueError(f"QLinear: expected {name} on {device}, got it on {value.device}")
         elif scale is not None or zero_point is not None:
             raise ValueError("QLinear: expected both of scale and zero_point or none of them")
-        self.activation_scale, self.activation_zero_point = scale, zero_point
+        self._set_qparams(None if scale is None or zero_point is None else (scale, zero_point))
         self._set_weight(self.weight, self.config)
+
+    def _set_qparams(self, qparams: tuple[Tensor, Tensor] | None) -> None:
+        """Checked ones; :meth:`_set_weight` has them used."""
+        scale, zero_point = (None, None) if qparams is None else qparams
+        self._buffers["activation_scale"], self._buffers["activation_zero_point"] = scale, zero_point
 
     def take_members_of(self, float_type: type) -> None:
         """Answer for the methods, properties and constants that ``float_type``, a subclass of nn.Linear, has
@@ -204,6 +217,9 @@ class QLinear(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _PACKED:
             self._set_weight(with_tensor(self.weight, name, value), self.config)
+        elif name in _QPARAMS and name in self.__dict__.get("_buffers", ()):
+            qparams = {other: self._buffers[other] for other in _QPARAMS} | {name: value}
+            self.set_activation_qparams(*qparams.values())
         elif name != "weight":
             member = inspect.getattr_static(self.__dict__.get("_float_type"), name, None)
             if isinstance(member, property):
@@ -222,11 +238,12 @@ class QLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         packed_weight, weight_sum, weight_scale, qparams, config = self._packed
         try:
-            # bias is looked up where torch.func.functional_call and the like replace it.
+            # Parameters and buffers are looked up where torch.func.functional_call and the like replace them.
             bias = self._parameters["bias"]
             if qparams is None:
                 return _linear_dynamic(x, packed_weight, weight_sum, weight_scale, bias, config)
-            return _linear_static(x, packed_weight, weight_sum, weight_scale, bias, *qparams, config)
+            scale, zero_point = self._buffers["activation_scale"], self._buffers["activation_zero_point"]
+            return _linear_static(x, packed_weight, weight_sum, weight_scale, bias, scale, zero_point, config)
         except (AttributeError, RuntimeError) as error:  # the reference reads attributes before it checks
             raise self._explain(x, error) from None
 
@@ -348,29 +365,38 @@ class QLinear(nn.Module):
         """Loads the weight whole or not at all; quantizes a float weight, of an unquantized model. The layer
         becomes static or dynamic as the saved one was."""
         entries = {name: state_dict.get(prefix + name) for name in ("weight", "weight_scale", "format")}
-        loaded: tuple[QTensor, Config] | None = None
-        try:
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        on_meta = self.weight.device.type == "meta"
+        device = None if assign else self.weight.device
+
+        def read() -> tuple[tuple[QTensor, Config] | None, tuple[Tensor, Tensor] | None, dict[str, Any]]:
             check_origin(state_dict, prefix)
+            check_entries(state_dict, prefix, meta=assign or on_meta)
             missing = missing_entries(entries)
             missing_keys.extend(prefix + name for name in missing)
+            loaded = None
             if not missing:
-                assign = local_metadata.get("assign_to_params_buffers", False)
-                device = None if assign else self.weight.device
                 loaded = read_weight(entries, like=self.weight, config=self.config, device=device)
-                if is_float_weight(entries):
-                    warn_of_float_weights(error_msgs)
-                qparams = read_activation_qparams(state_dict, prefix, loaded[1], device)
-            state_dict = with_fp32_bias(state_dict, prefix)
-        except ValueError as error:
+            config = self.config if loaded is None else loaded[1]
+            qparams = read_activation_qparams(state_dict, prefix, config, self._packed[3], device)
+            return loaded, qparams, with_fp32_bias(state_dict, prefix, self.bias)
+
+        tensors = [value for value in entries.values() if isinstance(value, Tensor)]
+        try:
+            loaded, qparams, state_dict = on_own_thread(tensors, read)
+        except (ValueError, RuntimeError, TypeError) as error:
             error_msgs.append(f"QLinear {prefix.removesuffix('.')!r}: {error}")
             return
 
-        if loaded is not None:
-            self.activation_scale, self.activation_zero_point = qparams
+        if loaded is not None and is_float_weight(entries):
+            warn_of_float_weights(error_msgs)
+        if loaded is not None and on_meta and not assign and tensors[0].device.type != "meta":
+            warn_of_meta(prefix + "weight")
+        if loaded is not None or qparams is not None:
+            self._set_qparams(qparams)
         unexpected: list[str] = []
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected, error_msgs
         )
         unexpected_keys.extend(key for key in unexpected if key.removeprefix(prefix) not in entries)
-        if loaded is not None:
-            self._set_weight(*loaded)
+        self._set_weight(*(loaded or (self.weight, self.config)))

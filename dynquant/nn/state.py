@@ -118,16 +118,21 @@ def read_format(format: Tensor) -> tuple[int, Config, torch.dtype]:
     return version, saved, FLOAT_DTYPES[dtype - 1]
 
 
-def with_fp32_bias(state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
+def with_fp32_bias(state_dict: dict[str, Any], prefix: str, own: Tensor | None) -> dict[str, Any]:
     """The state_dict with a layer's bias in fp32, which may have any float dtype in it.
 
+    Args:
+        own: the bias of the layer.
+
     Raises:
-        ValueError: for a bias of another dtype, or with a NaN.
+        ValueError: for a bias of another dtype or shape, or with a NaN.
     """
     bias = state_dict.get(prefix + "bias")
-    if bias is None:
+    if bias is None or own is None:
         return state_dict
     check_bias(bias)
+    if bias.shape != own.shape:
+        raise ValueError(f"expected bias of shape {list(own.shape)}, got {list(bias.shape)}")
     return (
         state_dict if bias.dtype == torch.float32 else {**state_dict, prefix + "bias": bias.to(torch.float32)}
     )
@@ -141,6 +146,16 @@ def check_origin(state_dict: Mapping[str, Any], prefix: str) -> None:
             "that torch.ao made, and assign `layer.weight().dequantize()` of each of its layers to `.weight` "
             "here, or convert the float model with dynquant.quantize_dynamic"
         )
+
+
+def warn_of_meta(key: str) -> None:
+    """The warning of nn.Module's own tensors for values that are loaded onto meta."""
+    warnings.warn(
+        f"for {key}: copying from a non-meta parameter in the checkpoint to a meta parameter in the current "
+        "module, which is a no-op. (Did you mean to pass `assign=True` to assign items in the state "
+        "dictionary to their corresponding key in the module instead of copying them in place?)",
+        stacklevel=4,
+    )
 
 
 _warned = threading.local()
@@ -165,9 +180,16 @@ def _package(frame: FrameType) -> str:
 
 
 def read_activation_qparams(
-    state_dict: Mapping[str, Any], prefix: str, config: Config, device: torch.device | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Empty tensors to load the qparams of a static layer into; None for both if the saved layer is dynamic.
+    state_dict: Mapping[str, Any],
+    prefix: str,
+    config: Config,
+    present: tuple[Tensor, Tensor] | None,
+    device: torch.device | None,
+) -> tuple[Tensor, Tensor] | None:
+    """The qparams of a static layer, copied to ``device`` (None: as they are); None if a state_dict has none.
+
+    Args:
+        present: the layer's own ones, for a state_dict that has one of the two.
 
     Raises:
         ValueError: for qparams that are not valid or do not go with ``config``.
@@ -175,12 +197,48 @@ def read_activation_qparams(
     scale = state_dict.get(prefix + "activation_scale")
     zero_point = state_dict.get(prefix + "activation_zero_point")
     if scale is None and zero_point is None:
-        return None, None
+        return None
+    if present is not None:
+        scale = present[0] if scale is None else scale
+        zero_point = present[1] if zero_point is None else zero_point
     if scale is None or zero_point is None:
         raise ValueError("expected activation_scale and activation_zero_point together, got one of them")
     check_activation_qparams(scale, zero_point)
     check_not_rotated(config)
-    return torch.empty_like(scale, device=device), torch.empty_like(zero_point, device=device)
+    if device is None:
+        return scale, zero_point
+    return scale.to(device, copy=True), zero_point.to(device, copy=True)
+
+
+def check_entries(state_dict: Mapping[str, Any], prefix: str, meta: bool) -> None:
+    """Every entry that a state_dict holds for a layer is a plain tensor with values.
+
+    Args:
+        meta: whether all of them together may have none.
+
+    Raises:
+        ValueError: that names the entry.
+    """
+    values = [state_dict.get(prefix + name) for name in ENTRIES if name != "format"]
+    devices = {value.device.type for value in values if isinstance(value, Tensor)}
+    for name in ENTRIES:
+        value = state_dict.get(prefix + name)
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            raise ValueError(f"expected {name} to be a tensor, got {type(value).__name__}")
+        if value.layout != torch.strided or value.is_nested or value.is_mkldnn:
+            raise ValueError(f"expected {name} to be a dense tensor, got one of layout {value.layout}")
+        if value.is_quantized:
+            raise ValueError(
+                f"expected {name} to be a plain tensor, got one of torch's own quantized tensors"
+            )
+        if value.device.type == "meta" and not (meta and devices == {"meta"}):
+            raise ValueError(f"expected {name} to have values, got it on meta")
+
+
+ENTRIES = ("weight", "weight_scale", "format", "bias", "activation_scale", "activation_zero_point")
+"""Names of all entries that a layer may have."""
 
 
 def check_not_rotated(config: Config) -> None:
@@ -198,6 +256,8 @@ def check_activation_qparams(scale: Tensor, zero_point: Tensor) -> None:
         ("activation_scale", scale, torch.float32),
         ("activation_zero_point", zero_point, torch.int32),
     ):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"expected {name} to be a tensor, got {type(value).__name__}")
         if value.dtype != dtype or list(value.shape) != [1]:
             raise ValueError(
                 f"expected {name} to be {dtype} of shape [1], got {value.dtype} of shape {list(value.shape)}"

@@ -30,7 +30,7 @@ class _AfterImport(MetaPathFinder):
     ) -> ModuleSpec | None:
         if name != self.name:
             return None
-        finders = [finder for finder in sys.meta_path if finder is not self]
+        finders = [other for other in sys.meta_path if other is not self and hasattr(other, "find_spec")]
         specs = (finder.find_spec(name, path, target) for finder in finders)
         spec = next((spec for spec in specs if spec is not None), None)
         if spec is not None and spec.loader is not None:

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from importlib import import_module
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
 from torch import nn
 
+from ..after_import import after_import
 from ..config import Config
 from ..extras import needs
 from ..nn.linear import QLinear
@@ -41,10 +40,7 @@ def install(quantize: Quantize) -> None:
     """
     global _quantize
     _quantize = quantize
-    if hasattr(sys.modules.get(_REGISTRY), "register_quantizer"):
-        _register()
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
+    after_import(_REGISTRY, _register)
 
 
 def quantize_function() -> Quantize:
@@ -62,39 +58,12 @@ def config_type(user: str) -> Any:
         return import_module(_QUANTIZER).DynquantConfig
 
 
-def _register() -> None:
+def _register(registry: ModuleType) -> None:
     """Importing the quantizer registers it. Where that fails, transformers is none the worse."""
     try:
         import_module(_QUANTIZER)
     except Exception as error:
         warnings.warn(f"dynquant: transformers does not take its quantizer: {error}", stacklevel=2)
-
-
-class _AfterImport(MetaPathFinder):
-    """Registers the quantizer right after transformers' registry is imported, and then goes."""
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if name != _REGISTRY:
-            return None
-        finders = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
-        specs = (finder.find_spec(name, path, target) for finder in finders)
-        spec = next((spec for spec in specs if spec is not None), None)
-        if spec is not None and spec.loader is not None:
-            self._follow(spec.loader)
-        return spec
-
-    def _follow(self, loader: Any) -> None:
-        execute = loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            execute(module)
-            if self in sys.meta_path:
-                sys.meta_path.remove(self)
-            _register()
-
-        loader.exec_module = exec_module
 
 
 def describe(model: nn.Module) -> None:

@@ -394,9 +394,10 @@ class QLinear(nn.Module):
             warn_of_meta(prefix + "weight")
         if loaded is not None or qparams is not None:
             self._set_qparams(qparams)
+            self._set_weight(*(loaded or (self.weight, self.config)))
         unexpected: list[str] = []
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected, error_msgs
         )
         unexpected_keys.extend(key for key in unexpected if key.removeprefix(prefix) not in entries)
-        self._set_weight(*(loaded or (self.weight, self.config)))
+        self._set_weight(self.weight, self.config)

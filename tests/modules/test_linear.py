@@ -663,7 +663,7 @@ def _altered(**changes) -> dict[str, Tensor]:
         (_altered(format=None), "the state_dict has weight and weight_scale, but no format"),
         (_altered(format=None, weight=None), "the state_dict has weight_scale, but no weight and no format"),
         (_altered(bias=torch.full([6], float("nan"))), "expected bias without NaN, got nan at bias[0]"),
-        (_altered(bias=torch.zeros(5)), "size mismatch for 1.bias"),
+        (_altered(bias=torch.zeros(5)), "expected bias of shape [6], got [5]"),
         (
             {"weight": torch.full((6, 32), float("nan"))},
             "expected weight to be finite, got nan at weight[0, 0]",

@@ -3,7 +3,11 @@
 
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/gelu.h>
 #include <ATen/ops/gelu_backward.h>
+#include <ATen/ops/relu.h>
+#include <ATen/ops/sigmoid.h>
+#include <ATen/ops/silu.h>
 #include <ATen/ops/silu_backward.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -61,7 +65,11 @@ Tensor epilogue_backward(const Config& config, const Tensor& grad, const Tensor&
     case Epilogue::kRelu: return grad * (y > 0);
     case Epilogue::kGelu: return at::gelu_backward(grad, y, "none");
     case Epilogue::kGeluTanh: return at::gelu_backward(grad, y, "tanh");
-    case Epilogue::kSilu: return at::silu_backward(grad, y);
+    case Epilogue::kSilu: {
+      if (!at::GradMode::is_enabled()) return at::silu_backward(grad, y);
+      const Tensor sigmoid = at::sigmoid(y);  // silu_backward has no derivative
+      return grad * sigmoid * (1 + y * (1 - sigmoid));
+    }
     case Epilogue::kNone: break;
   }
   return grad;
@@ -89,7 +97,7 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
     const Config config = check_config(args.config);
     Tensor grad = grads[0].reshape({-1, args.weight_scale.size(0)}).to(at::kFloat);
     if (config.epilogue != Epilogue::kNone) {
-      const at::NoGradGuard no_grad;
+      // Where a second derivative is asked for, this call has one too.
       const Tensor y = args.call(plain_fp32(args.config));
       grad = epilogue_backward(config, grad, y.reshape(grad.sizes()));
     }
@@ -97,7 +105,9 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
     if (ctx->needs_input_grad(0)) {
       grad_x = grad.matmul(dequantized_weight(args, config)).to(args.x.scalar_type()).reshape(args.x.sizes());
     }
-    if (args.bias.has_value() && ctx->needs_input_grad(1)) grad_bias = grad.sum(0);
+    if (args.bias.has_value() && ctx->needs_input_grad(1)) {
+      grad_bias = grad.sum(0).to(args.bias->scalar_type());
+    }
     return {grad_x, grad_bias, Tensor()};
   }
 };
@@ -106,13 +116,51 @@ bool needs_grad(const Tensor& x, const OptionalTensor& bias) {
   return at::GradMode::is_enabled() && (x.requires_grad() || (bias.has_value() && bias->requires_grad()));
 }
 
+// A derivative that a torch::autograd::Function does not have: forward mode, torch.func's transforms.
+bool is_transformed(const Tensor& x, const OptionalTensor& bias) {
+  const auto has_tangent = [](const Tensor& t) { return t._fw_grad(0).defined(); };
+  if (has_tangent(x) || (bias.has_value() && has_tangent(*bias))) return true;
+  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode) &&
+         needs_grad(x, bias);
+}
+
+Tensor epilogue(const Config& config, const Tensor& y) {
+  switch (config.epilogue) {
+    case Epilogue::kRelu: return at::relu(y);
+    case Epilogue::kGelu: return at::gelu(y, "none");
+    case Epilogue::kGeluTanh: return at::gelu(y, "tanh");
+    case Epilogue::kSilu: return at::silu(y);
+    case Epilogue::kNone: break;
+  }
+  return y;
+}
+
+// The op on what has no derivative, plus terms that are 0 and have it: torch's own ops, which every transform
+// knows. The same stands in dynquant/ops/linear.py.
+Tensor linear_by_torch_ops(const Arguments& args) {
+  const Config config = check_config(args.config);
+  Arguments fixed = args;
+  fixed.x = args.x.detach();
+  if (args.bias.has_value()) fixed.bias = args.bias->detach();
+  const Tensor out = fixed.call(args.config);
+  Tensor change = (args.x - fixed.x).to(at::kFloat).matmul(dequantized_weight(fixed, config).t());
+  // An infinite bias rules an output out; inf - inf would make it NaN.
+  if (args.bias.has_value()) change = change + (*args.bias - *fixed.bias).to(at::kFloat).nan_to_num(0.0);
+  if (config.epilogue != Epilogue::kNone) {
+    const Tensor y = fixed.call(plain_fp32(args.config)) + change;
+    const Tensor activated = epilogue(config, y);
+    change = activated - activated.detach();
+  }
+  return out + change.to(out.scalar_type());
+}
+
 Tensor linear_dynamic_autograd(c10::DispatchKeySet keys, const Tensor& x, const Tensor& packed_weight,
                                const Tensor& weight_sum, const Tensor& weight_scale,
                                const OptionalTensor& bias, int64_t config) {
-  if (needs_grad(x, bias)) {
-    return LinearFunction::apply(
-        x, bias,
-        Arguments{x, packed_weight, weight_sum, weight_scale, bias, std::nullopt, std::nullopt, config});
+  if (is_transformed(x, bias) || needs_grad(x, bias)) {
+    const Arguments args{x,    packed_weight, weight_sum,   weight_scale,
+                         bias, std::nullopt,  std::nullopt, config};
+    return is_transformed(x, bias) ? linear_by_torch_ops(args) : LinearFunction::apply(x, bias, args);
   }
   const at::AutoDispatchBelowADInplaceOrView guard;
   return linear_dynamic_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, x, packed_weight,
@@ -123,9 +171,9 @@ Tensor linear_static_autograd(c10::DispatchKeySet keys, const Tensor& x, const T
                               const Tensor& weight_sum, const Tensor& weight_scale,
                               const OptionalTensor& bias, const Tensor& scale, const Tensor& zero_point,
                               int64_t config) {
-  if (needs_grad(x, bias)) {
-    return LinearFunction::apply(
-        x, bias, Arguments{x, packed_weight, weight_sum, weight_scale, bias, scale, zero_point, config});
+  if (is_transformed(x, bias) || needs_grad(x, bias)) {
+    const Arguments args{x, packed_weight, weight_sum, weight_scale, bias, scale, zero_point, config};
+    return is_transformed(x, bias) ? linear_by_torch_ops(args) : LinearFunction::apply(x, bias, args);
   }
   const at::AutoDispatchBelowADInplaceOrView guard;
   return linear_static_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, x, packed_weight, weight_sum,

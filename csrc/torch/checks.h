@@ -32,11 +32,23 @@ inline Config check_config(int64_t code) {
   return decode_config(code);
 }
 
+// Memory may be taken from a tensor (untyped_storage().resize_(0)): reading it would end the process.
+inline void check_memory(const char* op, const char* name, const at::Tensor& values) {
+  if (values.numel() == 0 || !values.has_storage()) return;
+  int64_t last = values.storage_offset();
+  for (int64_t d = 0; d < values.dim(); ++d) last += (values.size(d) - 1) * values.stride(d);
+  const auto bytes = static_cast<int64_t>(values.storage().nbytes());
+  TORCH_CHECK((last + 1) * static_cast<int64_t>(values.itemsize()) <= bytes, op, ": expected ", name,
+              " to have its memory, got a storage of ", bytes, " bytes for ", values.sizes(), " elements of ",
+              dtype_name(values.scalar_type()));
+}
+
 inline void check_float(const char* op, const char* name, const at::Tensor& x) {
   const auto type = x.scalar_type();
   TORCH_CHECK(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || type == at::kDouble, op,
               ": expected ", name, " of dtype float32, bfloat16, float16 or float64, got ", dtype_name(type));
   TORCH_CHECK(x.dim() >= 1, op, ": expected ", name, " with at least 1 dimension, got 0");
+  check_memory(op, name, x);
 }
 
 // A contiguous 1-D tensor with one element for each output channel.
@@ -46,6 +58,26 @@ inline void check_channels(const char* op, const char* name, const at::Tensor& v
       values.scalar_type() == type && values.dim() == 1 && values.size(0) == n && values.is_contiguous(), op,
       ": expected ", name, " to be contiguous ", dtype_name(type), " of shape [", n, "], got ",
       dtype_name(values.scalar_type()), " of shape ", values.sizes());
+  check_memory(op, name, values);
+}
+
+// A bias has any float dtype and any stride: in_fp32 makes what the kernels read.
+inline void check_bias(const char* op, const at::Tensor& bias, int64_t n) {
+  const auto type = bias.scalar_type();
+  const bool is_float =
+      type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || type == at::kDouble;
+  TORCH_CHECK(is_float && bias.dim() == 1 && bias.size(0) == n, op,
+              ": expected bias of dtype float32, bfloat16, float16 or float64 and shape [", n, "], got ",
+              dtype_name(type), " of shape ", bias.sizes());
+  check_memory(op, "bias", bias);
+}
+
+// Contiguous fp32 values of a bias, null without one; `owner` keeps the copy alive where one was needed.
+inline const float* in_fp32(const std::optional<at::Tensor>& bias, at::Tensor& owner) {
+  if (!bias.has_value()) return nullptr;
+  if (bias->scalar_type() == at::kFloat && bias->is_contiguous()) return bias->const_data_ptr<float>();
+  owner = bias->to(at::kFloat).contiguous();
+  return owner.const_data_ptr<float>();
 }
 
 // Contiguous int8 of the shape that an [n, k] weight packs to on this device.
@@ -54,6 +86,7 @@ inline void check_packed(const char* op, const at::Tensor& packed, at::IntArrayR
   TORCH_CHECK(packed.scalar_type() == at::kChar && packed.sizes() == shape && packed.is_contiguous(), op,
               ": expected packed_weight to be contiguous int8 of shape ", shape, " for N = ", n,
               " and K = ", k, ", got ", dtype_name(packed.scalar_type()), " of shape ", packed.sizes());
+  check_memory(op, "packed_weight", packed);
 }
 
 // x is as long as the layer's inputs as far as config tells; check_packed tells the rest.
@@ -71,6 +104,8 @@ inline void check_qparams(const char* op, int64_t m, const at::Tensor& scale, co
       scale.dim() == 1 && scale.sizes() == zero_point.sizes() && (scale.size(0) == 1 || scale.size(0) == m),
       op, ": expected scale and zero_point of shape [1] or [", m, "], got ", scale.sizes(), " and ",
       zero_point.sizes());
+  check_memory(op, "scale", scale);
+  check_memory(op, "zero_point", zero_point);
 }
 
 inline void check_device(const char* op, const at::Tensor& x, const char* name, const at::Tensor& other,
@@ -84,6 +119,8 @@ inline void check_ranges(const char* op, const at::Tensor& lo, const at::Tensor&
               op, ": expected lo and hi of dtype float32 and one shape, got ", dtype_name(lo.scalar_type()),
               " of shape ", lo.sizes(), " and ", dtype_name(hi.scalar_type()), " of shape ", hi.sizes());
   check_device(op, lo, "hi", hi, "lo");
+  check_memory(op, "lo", lo);
+  check_memory(op, "hi", hi);
 }
 
 inline void check_rotation(const char* op, int64_t k, int64_t block) {
@@ -103,6 +140,7 @@ inline void check_int8_mm(const at::Tensor& q, const at::Tensor& packed_weight,
               q.size(1));
   check_device("int8_mm", q, "packed_weight", packed_weight, "q");
   check_device("int8_mm", q, "weight_sum", weight_sum, "q");
+  check_memory("int8_mm", "q", q);
 }
 
 // Everything that a linear op asks of its tensors but the shape of the packed weight, which is the device's
@@ -114,7 +152,7 @@ inline void check_linear(const char* op, const at::Tensor& x, const at::Tensor& 
   const int64_t n = weight_scale.numel();
   check_channels(op, "weight_scale", weight_scale, at::kFloat, n);
   check_channels(op, "weight_sum", weight_sum, at::kInt, n);
-  if (bias.has_value()) check_channels(op, "bias", *bias, at::kFloat, n);
+  if (bias.has_value()) check_bias(op, *bias, n);
   check_device(op, x, "packed_weight", packed_weight);
   check_device(op, x, "weight_sum", weight_sum);
   check_device(op, x, "weight_scale", weight_scale);

@@ -54,15 +54,15 @@ Tensor linear_op(const char* op, const Tensor& x, const Tensor& packed_weight, c
   Tensor out = at::empty(out_shape, x.options().dtype(computed));
   if (m == 0 || n == 0) return wanted == computed ? out : out.to(wanted);
 
-  Tensor owner;
-  const Linear args{rows_of(x, config.rotation_block, owner),
-                    m,
-                    Weight{packed_weight.const_data_ptr<int8_t>(), n, k, shape[2],
-                           weight_sum.const_data_ptr<int32_t>(), weight_scale.const_data_ptr<float>(),
-                           bias.has_value() ? bias->const_data_ptr<float>() : nullptr},
-                    config.per_tensor,
-                    given,
-                    Output{out.mutable_data_ptr(), n, dtype_of(computed), config.epilogue}};
+  Tensor owner, bias_owner;
+  const Linear args{
+      rows_of(x, config.rotation_block, owner),
+      m,
+      Weight{packed_weight.const_data_ptr<int8_t>(), n, k, shape[2], weight_sum.const_data_ptr<int32_t>(),
+             weight_scale.const_data_ptr<float>(), in_fp32(bias, bias_owner)},
+      config.per_tensor,
+      given,
+      Output{out.mutable_data_ptr(), n, dtype_of(computed), config.epilogue}};
   const LinearPlan plan = plan_linear(args, torch_threads());
   Scratch scratch(plan.workspace_bytes);
   linear(args, plan, scratch.data(), torch_threads());
@@ -83,6 +83,7 @@ Tensor linear_static_op(const Tensor& x, const Tensor& packed_weight, const Tens
   const QParams given{*scale.const_data_ptr<float>(), *zero_point.const_data_ptr<int32_t>()};
   TORCH_CHECK(-128 <= given.zero_point && given.zero_point <= 127,
               "linear_static: expected zero_point in [-128, 127], got ", given.zero_point);
+  TORCH_CHECK(!(given.scale <= 0.0f), "linear_static: expected scale to be positive, got ", given.scale);
   return linear_op("linear_static", x, packed_weight, weight_sum, weight_scale, bias, &given, config);
 }
 

@@ -58,7 +58,7 @@ Tensor linear_op(const char* op, const Tensor& x, const Tensor& packed_weight, c
   if (config.rotation_block > 0) check_rotation(op, k, config.rotation_block);
 
   const OnDevice on(op, x);
-  Tensor owner, weight_owner;
+  Tensor owner, weight_owner, bias_owner;
   const Rows rows = rows_of(x, owner);
   // fp64 is computed through fp32.
   const at::ScalarType wanted = out_dtype(config, x);
@@ -72,7 +72,7 @@ Tensor linear_op(const char* op, const Tensor& x, const Tensor& packed_weight, c
                        aligned_rows(packed_weight, weight_owner),
                        weight_sum.const_data_ptr<int32_t>(),
                        weight_scale.const_data_ptr<float>(),
-                       bias.has_value() ? bias->const_data_ptr<float>() : nullptr,
+                       in_fp32(bias, bias_owner),
                        scale != nullptr ? scale->const_data_ptr<float>() : nullptr,
                        zero_point != nullptr ? zero_point->const_data_ptr<int32_t>() : nullptr,
                        config,

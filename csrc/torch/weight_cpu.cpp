@@ -52,6 +52,7 @@ std::tuple<Tensor, Tensor> pack_weight_op(const Tensor& weight) {
   TORCH_CHECK(weight.scalar_type() == at::kChar && weight.dim() == 2,
               "pack_weight: expected weight to be int8 with 2 dimensions [N, K], got ",
               dtype_name(weight.scalar_type()), " with ", weight.dim());
+  check_memory("pack_weight", "weight", weight);
   const int64_t n = weight.size(0), k = weight.size(1);
   const Tensor rows = weight.contiguous();
   const int8_t* data = rows.const_data_ptr<int8_t>();

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .._extension import extension
 from ..config import Config, recode
+from ..patterns.activations import apply_float
 from ..reference import FLOAT_DTYPES, rotate, unpack_weight
 from ..reference.checks import check_device, check_k
 from ..reference.layout import check_packed_k
@@ -84,46 +86,40 @@ def _with_autocast_dtype(name: str, key: str) -> Callable[..., Any]:
     return kernel
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, packed_weight, weight_sum, weight_scale, bias, *qparams, config = inputs
-    ctx.save_for_backward(x, packed_weight, weight_sum, weight_scale, bias, *qparams)
-    ctx.config = config
+def _with_derivatives(name: str) -> Callable[..., Any]:
+    """Straight-through: the op as x @ dequantized weight.T + bias, then the epilogue, for any derivative."""
 
-
-def _linear_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    """Straight-through: grad_x = grad_out @ dequantized weight, grad_bias = sum of grad_out over the rows."""
-    x, packed_weight, weight_sum, weight_scale, bias, *qparams = ctx.saved_tensors
-    config = Config.decode(ctx.config)
-    grad = grad_out.reshape(-1, weight_scale.shape[0]).to(torch.float32)
-    if config.epilogue != "none":
-        plain = recode(ctx.config, epilogue="none", out_dtype=torch.float32)
-        linear = torch.ops.dynquant.linear_static if qparams else torch.ops.dynquant.linear_dynamic
-        y = linear(x, packed_weight, weight_sum, weight_scale, bias, *qparams, plain)
-        grad = _epilogue_backward(config.epilogue, grad, y.reshape(grad.shape))
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        weight = unpack_weight(packed_weight, weight_scale.shape[0], x.shape[-1])
-        dequantized = weight * weight_scale[:, None]
+    def kernel(x: Tensor, *args: Any) -> Any:
+        packed_weight, weight_sum, weight_scale, bias, *qparams, code = args
+        op = getattr(torch.ops.dynquant, name).default
+        inputs = [x] if bias is None else [x, bias]
+        recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+        if not recorded and not any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in inputs):
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(x, *args)
+        config = Config.decode(code)
+        fixed_x, fixed_bias = x.detach(), None if bias is None else bias.detach()
+        fixed = fixed_x, packed_weight, weight_sum, weight_scale, fixed_bias, *qparams
+        out = op(*fixed, code)
+        weight = unpack_weight(packed_weight, weight_scale.shape[0], x.shape[-1]) * weight_scale[:, None]
         if config.rotation_block:
-            dequantized = rotate(dequantized, config.rotation_block)
-        grad_x = (grad @ dequantized).to(x.dtype).reshape(x.shape)
-    if bias is not None and ctx.needs_input_grad[4]:
-        grad_bias = grad.sum(0)
-    return grad_x, None, None, None, grad_bias, *(None for _ in qparams), None
+            weight = rotate(weight, config.rotation_block)
+        # Terms that are 0 and have the derivatives.
+        change = (x - fixed_x).to(torch.float32) @ weight.t()
+        if bias is not None:
+            # An infinite bias rules an output out; inf - inf would make it NaN.
+            change = change + (bias - fixed_bias).to(torch.float32).nan_to_num(0.0)
+        if config.epilogue != "none":
+            plain = recode(code, epilogue="none", out_dtype=torch.float32)
+            activated = apply_float(config.epilogue, op(*fixed, plain) + change)
+            change = activated - activated.detach()
+        return out + change.to(out.dtype)
 
-
-def _epilogue_backward(epilogue: str, grad: Tensor, y: Tensor) -> Tensor:
-    if epilogue == "relu":
-        return grad * (y > 0)
-    if epilogue == "silu":
-        return torch.ops.aten.silu_backward(grad, y)
-    return torch.ops.aten.gelu_backward(grad, y, approximate="tanh" if epilogue == "gelu_tanh" else "none")
+    return kernel
 
 
 if extension is None:
     for _name in DIFFERENTIABLE:
-        torch.library.register_autograd(
-            f"dynquant::{_name}", _linear_backward, setup_context=_save_for_backward, lib=library
-        )
+        library.impl(_name, _with_derivatives(_name), "Autograd")
         for _key in ("AutocastCPU", "AutocastCUDA"):
             library.impl(_name, _with_autocast_dtype(_name, _key), _key)

@@ -23,6 +23,23 @@ def check_float(op: str, name: str, x: Tensor) -> None:
         f"{op}: expected {name} of dtype float32, bfloat16, float16 or float64, got {x.dtype}",
     )
     check(x.dim() >= 1, f"{op}: expected {name} with at least 1 dimension, got 0")
+    check_memory(op, name, x)
+
+
+def check_memory(op: str, name: str, values: Tensor) -> None:
+    """A tensor has its memory, which ``untyped_storage().resize_(0)`` takes; a read would end the process."""
+    if type(values) not in (Tensor, torch.nn.Parameter) or values.device.type not in ("cpu", "cuda"):
+        return
+    if values.numel() == 0 or torch._C._functorch.is_functorch_wrapped_tensor(values):
+        return
+    last = values.storage_offset()
+    last += sum((size - 1) * stride for size, stride in zip(values.shape, values.stride(), strict=True))
+    size = values.untyped_storage().nbytes()
+    check(
+        (last + 1) * values.itemsize <= size,
+        f"{op}: expected {name} to have its memory, got a storage of {size} bytes for {list(values.shape)} "
+        f"elements of {values.dtype}",
+    )
 
 
 def check_device(op: str, x_name: str, x: Tensor, name: str, other: Tensor) -> None:
@@ -40,6 +57,17 @@ def check_channels(op: str, name: str, values: Tensor, dtype: torch.dtype, n: in
         f"{op}: expected {name} to be contiguous {dtype} of shape [{n}], got {values.dtype} of shape "
         f"{list(values.shape)}",
     )
+    check_memory(op, name, values)
+
+
+def check_bias(op: str, bias: Tensor, n: int) -> None:
+    """``bias`` is a 1-D float tensor with one element for each output channel, of any stride."""
+    check(
+        bias.dtype in FLOAT_DTYPES and list(bias.shape) == [n],
+        f"{op}: expected bias of dtype float32, bfloat16, float16 or float64 and shape [{n}], got "
+        f"{bias.dtype} of shape {list(bias.shape)}",
+    )
+    check_memory(op, "bias", bias)
 
 
 def check_finite(op: str, name: str, values: Tensor) -> None:
@@ -64,6 +92,8 @@ def check_qparams(op: str, m: int, scale: Tensor, zero_point: Tensor) -> None:
         f"{op}: expected scale and zero_point of shape [1] or [{m}], got {list(scale.shape)} and "
         f"{list(zero_point.shape)}",
     )
+    check_memory(op, "scale", scale)
+    check_memory(op, "zero_point", zero_point)
 
 
 def check_rotation(op: str, k: int, block: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check
+from .checks import check, check_memory
 
 PANELS = (64, 32, 16)
 ROW_ALIGNMENT = 16
@@ -45,6 +45,7 @@ def pack_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
         f"pack_weight: expected weight to be int8 with 2 dimensions [N, K], got "
         f"{weight.dtype} with {weight.dim()}",
     )
+    check_memory("pack_weight", "weight", weight)
     if weight.device.type != "meta" and weight.numel() and int(weight.min()) == -128:
         place = (weight == -128).nonzero()[0].tolist()
         raise RuntimeError(f"pack_weight: expected weight in [-127, 127], got -128 at weight{place}")
@@ -80,6 +81,7 @@ def check_packed(op: str, packed_weight: Tensor, n: int, k: int) -> None:
         f"{op}: expected packed_weight to be contiguous int8 of shape {shape} for N = {n} and K = {k}, got "
         f"{packed_weight.dtype} of shape {list(packed_weight.shape)}",
     )
+    check_memory(op, "packed_weight", packed_weight)
 
 
 def check_packed_k(op: str, name: str, x: Tensor, packed_weight: Tensor, n: int) -> None:

@@ -6,7 +6,17 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from .checks import check, check_channels, check_device, check_float, check_k, check_qparams, check_rotation
+from .checks import (
+    check,
+    check_bias,
+    check_channels,
+    check_device,
+    check_float,
+    check_k,
+    check_memory,
+    check_qparams,
+    check_rotation,
+)
 from .epilogue import apply_epilogue
 from .layout import check_packed, unpack_weight
 from .quantization import choose_qparams, constant, min_max, quantize, rotate, rows_of
@@ -33,6 +43,7 @@ def int8_mm(q: Tensor, packed_weight: Tensor, weight_sum: Tensor) -> Tensor:
     check(k <= MAX_K_INT8_MM, f"int8_mm: expected K <= {MAX_K_INT8_MM} so that int32 is exact, got {k}")
     check_device("int8_mm", "q", q, "packed_weight", packed_weight)
     check_device("int8_mm", "q", q, "weight_sum", weight_sum)
+    check_memory("int8_mm", "q", q)
     check_packed("int8_mm", packed_weight, weight_sum.shape[0], k)
     weight = unpack_weight(packed_weight, weight_sum.shape[0], k)
     return _exact_mm(q, weight).to(torch.int32)
@@ -60,7 +71,7 @@ def check_operands(
     check_channels(op, "weight_scale", weight_scale, torch.float32, n)
     check_channels(op, "weight_sum", weight_sum, torch.int32, n)
     if bias is not None:
-        check_channels(op, "bias", bias, torch.float32, n)
+        check_bias(op, bias, n)
     for name, tensor in (
         ("packed_weight", packed_weight),
         ("weight_sum", weight_sum),
@@ -84,7 +95,7 @@ def linear_dynamic(
     Args:
         x: [..., K], fp32, bf16, fp16 or fp64 (all computed in fp32), any strides.
         packed_weight, weight_sum: from :func:`pack_weight`.
-        weight_scale: fp32 [N]. bias: fp32 [N] or None.
+        weight_scale: fp32 [N]. bias: any float dtype [N], or None.
         config: see :mod:`dynquant.config`.
 
     Returns:
@@ -112,7 +123,7 @@ def linear_static(
     """As :func:`linear_dynamic`, with activation qparams from calibration.
 
     Args:
-        scale, zero_point: fp32 and int32 [1], zero_point in [-128, 127] (checked for CPU tensors).
+        scale, zero_point: fp32 and int32 [1], positive and in [-128, 127] (checked for CPU tensors).
 
     Returns:
         [..., N]; a row of x with a NaN or an infinity gives NaN.
@@ -124,6 +135,7 @@ def linear_static(
     if zero_point.device.type == "cpu":
         value = int(zero_point.item())
         check(-128 <= value <= 127, f"linear_static: expected zero_point in [-128, 127], got {value}")
+        check(not scale.item() <= 0, f"linear_static: expected scale to be positive, got {scale.item():g}")
     cfg = Config.decode(config)
     check_k("linear_static", x, config)
     rows = _rotated_rows("linear_static", x, cfg)
@@ -159,6 +171,6 @@ def _linear(
     acc = _exact_mm(q, weight) - zero_point[:, None].to(torch.float64) * weight_sum.to(torch.float64)
     out = (acc.to(torch.float32) * scale[:, None]) * weight_scale
     if bias is not None:
-        out = out + bias
+        out = out + bias.to(torch.float32)
     out = apply_epilogue(out, cfg.epilogue)
     return out.to(cfg.out_dtype or x.dtype).reshape(*x.shape[:-1], n)

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from .checks import check, check_device, check_finite, check_float, check_qparams, check_rotation
+from .checks import (
+    check,
+    check_device,
+    check_finite,
+    check_float,
+    check_memory,
+    check_qparams,
+    check_rotation,
+)
 
 FLT_MIN = torch.finfo(torch.float32).tiny
 
@@ -59,6 +67,8 @@ def choose_qparams(lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
         f"{list(lo.shape)} and {hi.dtype} of shape {list(hi.shape)}",
     )
     check_device("choose_qparams", "lo", lo, "hi", hi)
+    check_memory("choose_qparams", "lo", lo)
+    check_memory("choose_qparams", "hi", hi)
     steps = constant(255.0, lo)
     finite = lo.isfinite() & hi.isfinite()
     scale = torch.where(finite, (hi / steps - lo / steps).clamp(min=FLT_MIN), constant(float("nan"), lo))

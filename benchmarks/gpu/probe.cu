@@ -33,7 +33,7 @@ struct ProbeGemm {
   int64_t n;
   int64_t k;
   void* out;                  // [m, n]
-  int32_t out_dtype;          // of DType; int32 ignores the fields below
+  int32_t out_dtype;          // of Dtype; int32 ignores the fields below
   int32_t function;           // of Epilogue
   const float* scale;         // [m]
   const int32_t* zero_point;  // [m]
@@ -98,7 +98,7 @@ static Gemm gemm_of(const ProbeGemm& args) {
   gemm.n = args.n;
   gemm.k = args.k;
   gemm.output = Output{args.out,
-                       static_cast<DType>(args.out_dtype),
+                       static_cast<Dtype>(args.out_dtype),
                        args.m,
                        args.n,
                        args.scale,
@@ -148,7 +148,8 @@ PROBE_EXPORT int probe_gemm(const ProbeGemm* args, void* workspace, cudaStream_t
 
 static Linear linear_of(const ProbeLinear& args) {
   Linear linear = {};
-  linear.x = Rows{args.x, static_cast<DType>(args.x_dtype), args.m, args.k};
+  const Config config = decode_config(args.config);
+  linear.x = Rows{args.x, static_cast<Dtype>(args.x_dtype), args.m, args.k, args.k, config.rotation_block};
   linear.n = args.n;
   linear.weight = args.weight;
   linear.weight_sum = args.weight_sum;
@@ -156,9 +157,9 @@ static Linear linear_of(const ProbeLinear& args) {
   linear.bias = args.bias;
   linear.scale = args.scale;
   linear.zero_point = args.zero_point;
-  linear.config = decode_config(args.config);
+  linear.config = config;
   linear.out = args.out;
-  linear.out_dtype = static_cast<DType>(args.out_dtype);
+  linear.out_dtype = static_cast<Dtype>(args.out_dtype);
   return linear;
 }
 
@@ -204,8 +205,7 @@ PROBE_EXPORT int probe_quantize(const void* x, int32_t dtype, int64_t m, int64_t
     const cudaError_t error = current_device(&device);
     if (error != cudaSuccess) return error;
     QuantizeRows args = {};
-    args.x = Rows{x, static_cast<DType>(dtype), m, k};
-    args.rotation_block = rotation_block;
+    args.x = Rows{x, static_cast<Dtype>(dtype), m, k, k, rotation_block};
     args.from = QparamsFrom::kRow;
     args.q = q;
     args.row_bytes = (k + 15) / 16 * 16;

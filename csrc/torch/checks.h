@@ -11,6 +11,7 @@
 #include <string>
 
 #include "config.h"
+#include "types.h"
 
 namespace dynquant {
 
@@ -24,6 +25,10 @@ inline int64_t leading_size(const at::Tensor& x) {
   int64_t m = 1;
   for (int64_t d = 0; d + 1 < x.dim(); ++d) m *= x.size(d);
   return m;
+}
+
+inline Dtype dtype_of(at::ScalarType type) {
+  return type == at::kFloat ? Dtype::kFloat32 : type == at::kBFloat16 ? Dtype::kBFloat16 : Dtype::kFloat16;
 }
 
 inline Config check_config(int64_t code) {

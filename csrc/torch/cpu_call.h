@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "checks.h"
 #include "cpu/kernel_table.h"
 #include "cpu/parallel.h"
 
@@ -14,17 +15,17 @@ namespace dynquant::cpu {
 // torch's own threads; parallel.cpp.
 const Parallel& torch_threads();
 
-inline Dtype dtype_of(at::ScalarType type) {
-  return type == at::kFloat ? Dtype::kFloat32 : type == at::kBFloat16 ? Dtype::kBFloat16 : Dtype::kFloat16;
-}
-
 // x as rows that the kernels can read; `owner` keeps the copy alive where one was needed (fp64, odd strides).
 inline Rows rows_of(const at::Tensor& x, int rotation_block, at::Tensor& owner) {
   owner = x.scalar_type() == at::kDouble ? x.to(at::kFloat) : x;
   const int64_t k = owner.size(-1);
   const bool strided_rows = owner.dim() == 2 && owner.stride(1) == 1;
   if (!strided_rows && !owner.is_contiguous()) owner = owner.contiguous();
-  return Rows{owner.const_data_ptr(), strided_rows ? owner.stride(0) : k, k, dtype_of(owner.scalar_type()),
+  return Rows{owner.const_data_ptr(),
+              dtype_of(owner.scalar_type()),
+              leading_size(x),
+              k,
+              strided_rows ? owner.stride(0) : k,
               rotation_block};
 }
 

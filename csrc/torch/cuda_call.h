@@ -74,14 +74,11 @@ auto run_reference(const char* name, const Args&... args) {
   return op.redispatch(c10::DispatchKeySet(), args...);
 }
 
-inline DType dtype_of(at::ScalarType type) {
-  return type == at::kFloat ? DType::kFloat32 : type == at::kBFloat16 ? DType::kBFloat16 : DType::kFloat16;
-}
-
 // x as contiguous rows; `owner` keeps the copy alive where one was needed (fp64, strides).
-inline Rows rows_of(const at::Tensor& x, at::Tensor& owner) {
+inline Rows rows_of(const at::Tensor& x, int rotation_block, at::Tensor& owner) {
   owner = (x.scalar_type() == at::kDouble ? x.to(at::kFloat) : x).contiguous();
-  return Rows{owner.const_data_ptr(), dtype_of(owner.scalar_type()), leading_size(x), x.size(-1)};
+  const int64_t k = x.size(-1);
+  return Rows{owner.const_data_ptr(), dtype_of(owner.scalar_type()), leading_size(x), k, k, rotation_block};
 }
 
 // Scratch memory until the end of the call: the next user of the stream may have it afterwards. Undefined for 0 bytes.

@@ -59,7 +59,7 @@ Tensor linear_op(const char* op, const Tensor& x, const Tensor& packed_weight, c
 
   const OnDevice on(op, x);
   Tensor owner, weight_owner, bias_owner;
-  const Rows rows = rows_of(x, owner);
+  const Rows rows = rows_of(x, config.rotation_block, owner);
   // fp64 is computed through fp32.
   const at::ScalarType wanted = out_dtype(config, x);
   const at::ScalarType computed = wanted == at::kDouble ? at::kFloat : wanted;

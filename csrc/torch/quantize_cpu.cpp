@@ -18,17 +18,16 @@ std::tuple<Tensor, Tensor> min_max_op(const Tensor& x, bool per_token) {
   check_float("min_max", "x", x);
   Tensor owner;
   const Rows rows = rows_of(x, 0, owner);
-  const int64_t m = leading_size(x);
   const auto options = x.options().dtype(at::kFloat);
-  Tensor lo = at::empty({per_token ? m : 1}, options), hi = at::empty({per_token ? m : 1}, options);
+  Tensor lo = at::empty({per_token ? rows.m : 1}, options), hi = at::empty({per_token ? rows.m : 1}, options);
   float* lo_data = lo.mutable_data_ptr<float>();
   float* hi_data = hi.mutable_data_ptr<float>();
   if (per_token) {
-    min_max_rows(rows, m, lo_data, hi_data, torch_threads());
+    min_max_rows(rows, lo_data, hi_data, torch_threads());
   } else {
-    const RowsPlan plan = plan_min_max(rows, m, 1, torch_threads());
+    const RowsPlan plan = plan_min_max(rows, 1, torch_threads());
     Scratch scratch(plan.workspace_bytes);
-    const Range range = min_max(rows, m, plan, scratch.data(), torch_threads());
+    const Range range = min_max(rows, plan, scratch.data(), torch_threads());
     *lo_data = range.lo;
     *hi_data = range.hi;
   }
@@ -47,15 +46,14 @@ std::tuple<Tensor, Tensor> choose_qparams_op(const Tensor& lo, const Tensor& hi)
 
 Tensor quantize_op(const Tensor& x, const Tensor& scale, const Tensor& zero_point) {
   check_float("quantize", "x", x);
-  const int64_t m = leading_size(x);
-  check_qparams("quantize", m, scale, zero_point);
+  check_qparams("quantize", leading_size(x), scale, zero_point);
   check_device("quantize", x, "scale", scale);
   check_device("quantize", x, "zero_point", zero_point);
   Tensor owner;
   const Rows rows = rows_of(x, 0, owner);
   Tensor q = at::empty(x.sizes(), x.options().dtype(at::kChar));
   const Tensor scales = scale.contiguous(), zero_points = zero_point.contiguous();
-  quantize(rows, m, scales.const_data_ptr<float>(), zero_points.const_data_ptr<int32_t>(), scale.size(0) != 1,
+  quantize(rows, scales.const_data_ptr<float>(), zero_points.const_data_ptr<int32_t>(), scale.size(0) != 1,
            q.mutable_data_ptr<int8_t>(), torch_threads());
   return q;
 }
@@ -66,7 +64,7 @@ Tensor rotate_op(const Tensor& x, int64_t block) {
   Tensor owner;
   const Rows rows = rows_of(x, static_cast<int>(block), owner);
   Tensor out = at::empty(x.sizes(), x.options().dtype(at::kFloat));
-  rotate(rows, leading_size(x), out.mutable_data_ptr<float>(), torch_threads());
+  rotate(rows, out.mutable_data_ptr<float>(), torch_threads());
   return out;
 }
 

@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor> quantize_weight_op(const Tensor& weight, int64_t code
   const Rows rows = rows_of(weight, config.rotation_block, owner);
   Tensor q = at::empty({n, k}, weight.options().dtype(at::kChar));
   Tensor scale = at::empty({config.weight_per_tensor ? 1 : n}, weight.options().dtype(at::kFloat));
-  const QuantizeWeight args{rows, n, config.weight_per_tensor, scale.mutable_data_ptr<float>(),
+  const QuantizeWeight args{rows, config.weight_per_tensor, scale.mutable_data_ptr<float>(),
                             q.mutable_data_ptr<int8_t>()};
   const RowsPlan plan = plan_quantize_weight(args, torch_threads());
   Scratch scratch(plan.workspace_bytes);

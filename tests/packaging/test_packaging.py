@@ -314,8 +314,13 @@ def test_editable_install_and_rebuild_after_a_header_changed(
     assert Path(seen["file"]).is_relative_to(small_source)
     assert (seen["path"], seen["isa"]) == ("extension", "first")
     (small_source / "csrc" / "name.h").write_text('#define NAME "second"\n')
-    run(python, "setup.py", "--quiet", "build_ext", "--inplace", cwd=small_source)
+    build = (python, "setup.py", "--quiet", "build_ext", "--inplace")
+    assert run(*build, cwd=small_source) == "[1/1] csrc/module.cpp\n"
     assert report(python, tmp_path)["isa"] == "second"
+    (small_source / "csrc" / "name.h").write_text("#define NAME no_such_name\n")
+    output = run(*build, cwd=small_source, ok=False)
+    assert re.search(r"FAILED: .*module\.o.*\n.*-fPIC.* -c .*csrc/module\.cpp", output)
+    assert re.search(r"error: .*no_such_name", output)
 
 
 def test_missing_compiler_gives_one_line(small_source: Path, torch_folder: Path, tmp_path: Path) -> None:

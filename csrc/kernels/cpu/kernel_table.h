@@ -9,41 +9,13 @@
 #include <cstdint>
 
 #include "config.h"
+#include "types.h"
 
 namespace dynquant::cpu {
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
-
-enum class Dtype : int { kFloat32, kBFloat16, kFloat16 };
-
-constexpr int64_t element_size(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
 // Beyond this K an int32 accumulator could wrap (255 * 127 * K), so K is split and the parts are added in
 // int64.
 constexpr int64_t kMaxInt32K = 66311;
-
-struct Range {
-  float lo, hi;  // lo <= 0 <= hi; both NaN where a NaN was seen
-};
-
-struct QParams {
-  float scale;
-  int32_t zero_point;
-};
-
-// Rows of x: element (m, k) at data + (m * stride + k) elements of dtype.
-struct Rows {
-  const void* data;
-  int64_t stride;
-  int64_t k;
-  Dtype dtype;
-  int rotation_block;  // 0: none
-};
 
 // Tiles [begin, end) of the `count` that the m rows of an operand are cut into, in the same way whoever works on them: at
 // most KernelTable::max_rows rows each.

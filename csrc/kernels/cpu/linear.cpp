@@ -74,6 +74,7 @@ Workspace workspace_at(const KernelTable& kernels, const WorkspaceLayout& layout
 Rows from_row(const Rows& x, int64_t m) {
   Rows rest = x;
   rest.data = static_cast<const uint8_t*>(x.data) + m * x.stride * element_size(x.dtype);
+  rest.m -= m;
   return rest;
 }
 
@@ -98,13 +99,13 @@ void linear_by_rows(const Linear& args, const LinearPlan& plan, const QParams& s
                     const Parallel& parallel) {
   const KernelTable& kernels = *plan.kernels;
   const int64_t row_parts = plan.partition.row_parts, blocks = blocks_of(args.weight.n);
-  const int64_t rows_of_piece = divide_up(args.m, plan.pieces);
+  const int64_t rows_of_piece = divide_up(args.x.m, plan.pieces);
   parallel.run(row_parts, [&](int64_t t) {
     const Workspace work =
         workspace_at(kernels, plan.layout, memory + t * plan.layout.bytes(), rows_of_piece, args.x.k);
     const auto [p0, p1] = share(plan.pieces, row_parts, t);
     for (int64_t p = p0; p < p1; ++p) {
-      const auto [m0, m1] = share(args.m, plan.pieces, p);
+      const auto [m0, m1] = share(args.x.m, plan.pieces, p);
       const RowTiles tiles = row_tiles(kernels, m1 - m0, 1);
       quantize_rows(args, kernels, from_row(args.x, m0), tiles, shared, work);
       kernels.linear(work.a, work.qparams, args.weight, from_row(args.out, m0), work.gemm, tiles, 0, blocks);
@@ -117,7 +118,7 @@ void linear_by_channels(const Linear& args, const LinearPlan& plan, const QParam
                         const Parallel& parallel) {
   const KernelTable& kernels = *plan.kernels;
   const Partition& partition = plan.partition;
-  const Workspace work = workspace_at(kernels, plan.layout, memory, args.m, args.x.k);
+  const Workspace work = workspace_at(kernels, plan.layout, memory, args.x.m, args.x.k);
   const int64_t row = row_scratch(args.x), blocks = blocks_of(args.weight.n);
   parallel.run(plan.quantize_threads, [&](int64_t t) {
     Workspace of_thread = work;
@@ -163,7 +164,7 @@ void int8_mm(const Int8Mm& args, const Int8MmPlan& plan, void* workspace, const 
 }
 
 LinearPlan plan_linear(const Linear& args, const Parallel& parallel) {
-  const int64_t m = args.m, k = args.x.k, row = row_scratch(args.x);
+  const int64_t m = args.x.m, k = args.x.k, row = row_scratch(args.x);
   const KernelTable& kernels = kernels_of_rows(m);
   LinearPlan plan{};
   plan.kernels = &kernels;
@@ -177,7 +178,7 @@ LinearPlan plan_linear(const Linear& args, const Parallel& parallel) {
     plan.layout = layout_of(kernels, row_tiles(kernels, rows, 1), k, row, gemm);
     plan.workspace_bytes = row_parts * plan.layout.bytes();
   } else {
-    plan.quantize_threads = threads_over_rows(args.x, m, parallel);
+    plan.quantize_threads = threads_over_rows(args.x, parallel);
     plan.tiles = row_tiles(kernels, m, row_parts);
     plan.gemm_bytes = gemm_bytes_of_task(kernels, plan.partition, m, k);
     plan.layout = layout_of(kernels, plan.tiles, k, plan.quantize_threads * row,
@@ -186,7 +187,7 @@ LinearPlan plan_linear(const Linear& args, const Parallel& parallel) {
   }
   if (args.per_tensor && args.given == nullptr) {
     // Threads that will have rows of their own look at them before: these then lie in their caches.
-    plan.range = plan_min_max(args.x, m, row_parts, parallel);
+    plan.range = plan_min_max(args.x, row_parts, parallel);
     plan.workspace_bytes = std::max(plan.workspace_bytes, plan.range.workspace_bytes);
   }
   return plan;
@@ -198,7 +199,7 @@ void linear(const Linear& args, const LinearPlan& plan, void* workspace, const P
     shared = *args.given;
   } else if (args.per_tensor) {
     const FloatEnvironment environment;
-    shared = choose_qparams(min_max(args.x, args.m, plan.range, workspace, parallel));
+    shared = choose_qparams(min_max(args.x, plan.range, workspace, parallel));
   }
   uint8_t* memory = static_cast<uint8_t*>(workspace);
   if (plan.partition.channel_parts == 1) {

@@ -42,9 +42,8 @@ void int8_mm(const Int8Mm& args, const Int8MmPlan& plan, void* workspace, const 
 // ---- a whole forward: x is quantized, multiplied, dequantized ---------------------------------------------------------
 
 struct Linear {
-  Rows x;
-  int64_t m;  // rows of x, > 0, as is weight.n
-  Weight weight;
+  Rows x;                // m > 0
+  Weight weight;         // n > 0
   bool per_tensor;       // one range for all of x, if no qparams are given
   const QParams* given;  // fixed qparams; null: they are chosen from x
   Output out;

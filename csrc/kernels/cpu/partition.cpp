@@ -16,10 +16,10 @@ int64_t threads_for(double microseconds, const Parallel& parallel) {
   return std::min(parallel.threads(), static_cast<int64_t>(microseconds / kShare));
 }
 
-int64_t threads_over_rows(const Rows& x, int64_t m, const Parallel& parallel) {
+int64_t threads_over_rows(const Rows& x, const Parallel& parallel) {
   constexpr double kFloatsPerMicrosecond = 4e3;  // of one core
-  const double floats = static_cast<double>(m) * static_cast<double>(x.k);
-  return std::max<int64_t>(1, std::min(m, threads_for(floats / kFloatsPerMicrosecond, parallel)));
+  const double floats = static_cast<double>(x.m) * static_cast<double>(x.k);
+  return std::max<int64_t>(1, std::min(x.m, threads_for(floats / kFloatsPerMicrosecond, parallel)));
 }
 
 double microseconds_to_read(double bytes) {

@@ -22,8 +22,8 @@ inline Share share(int64_t total, int64_t parts, int64_t t) {
 // At least 1, at most those of `parallel`.
 int64_t threads_for(double microseconds, const Parallel& parallel);
 
-// For work that finds the range of m rows, or quantizes or rotates them: at most one thread a row, at least 1.
-int64_t threads_over_rows(const Rows& x, int64_t m, const Parallel& parallel);
+// For work that finds the range of x, or quantizes or rotates it: at most one thread a row, at least 1.
+int64_t threads_over_rows(const Rows& x, const Parallel& parallel);
 
 // What one core takes, about, to read a weight that an earlier call has read.
 double microseconds_to_read(double bytes);

@@ -9,12 +9,12 @@
 namespace dynquant::cpu {
 namespace {
 
-// Calls task(m) for each of m rows, on as many threads as they are worth.
+// Calls task(m) for each row m of x, on as many threads as they are worth.
 template <typename Task>
-void for_each_row(const Rows& x, int64_t m, const Parallel& parallel, const Task& task) {
-  const int64_t threads = threads_over_rows(x, m, parallel);
+void for_each_row(const Rows& x, const Parallel& parallel, const Task& task) {
+  const int64_t threads = threads_over_rows(x, parallel);
   parallel.run(threads, [&](int64_t t) {
-    const auto [m0, m1] = share(m, threads, t);
+    const auto [m0, m1] = share(x.m, threads, t);
     for (int64_t i = m0; i < m1; ++i) task(i);
   });
 }
@@ -23,28 +23,28 @@ void for_each_row(const Rows& x, int64_t m, const Parallel& parallel, const Task
 
 // ---- rows of x --------------------------------------------------------------------------------------------------------
 
-void min_max_rows(const Rows& x, int64_t m, float* lo, float* hi, const Parallel& parallel) {
+void min_max_rows(const Rows& x, float* lo, float* hi, const Parallel& parallel) {
   const KernelTable& table = kernels();
-  for_each_row(x, m, parallel, [&](int64_t i) {
+  for_each_row(x, parallel, [&](int64_t i) {
     const Range range = table.min_max(x, i, i + 1, nullptr);
     lo[i] = range.lo;
     hi[i] = range.hi;
   });
 }
 
-RowsPlan plan_min_max(const Rows& x, int64_t m, int64_t least_threads, const Parallel& parallel) {
-  const int64_t threads = std::max(least_threads, threads_over_rows(x, m, parallel));
+RowsPlan plan_min_max(const Rows& x, int64_t least_threads, const Parallel& parallel) {
+  const int64_t threads = std::max(least_threads, threads_over_rows(x, parallel));
   return {threads, piece_bytes<float>(threads * row_scratch(x)) + piece_bytes<Range>(threads)};
 }
 
-Range min_max(const Rows& x, int64_t m, const RowsPlan& plan, void* workspace, const Parallel& parallel) {
+Range min_max(const Rows& x, const RowsPlan& plan, void* workspace, const Parallel& parallel) {
   const KernelTable& table = kernels();
   const int64_t threads = plan.threads, row = row_scratch(x);
   float* rows = static_cast<float*>(workspace);
   Range* ranges =
       reinterpret_cast<Range*>(static_cast<uint8_t*>(workspace) + piece_bytes<float>(threads * row));
   parallel.run(threads, [&](int64_t t) {
-    const auto [m0, m1] = share(m, threads, t);
+    const auto [m0, m1] = share(x.m, threads, t);
     ranges[t] = table.min_max(x, m0, m1, rows + t * row);
   });
   Range all = ranges[0];
@@ -75,18 +75,18 @@ void choose_qparams(const float* lo, const float* hi, int64_t count, float* scal
   }
 }
 
-void quantize(const Rows& x, int64_t m, const float* scale, const int32_t* zero_point, bool per_row,
-              int8_t* q, const Parallel& parallel) {
+void quantize(const Rows& x, const float* scale, const int32_t* zero_point, bool per_row, int8_t* q,
+              const Parallel& parallel) {
   const KernelTable& table = kernels();
-  for_each_row(x, m, parallel, [&](int64_t i) {
+  for_each_row(x, parallel, [&](int64_t i) {
     const int64_t at = per_row ? i : 0;
     table.quantize(x, i, QParams{scale[at], zero_point[at]}, q + i * x.k, nullptr);
   });
 }
 
-void rotate(const Rows& x, int64_t m, float* out, const Parallel& parallel) {
+void rotate(const Rows& x, float* out, const Parallel& parallel) {
   const KernelTable& table = kernels();
-  for_each_row(x, m, parallel, [&](int64_t i) { table.rotate(x, i, out + i * x.k); });
+  for_each_row(x, parallel, [&](int64_t i) { table.rotate(x, i, out + i * x.k); });
 }
 
 void read_row(const Rows& x, int64_t m, float* out) {
@@ -98,15 +98,16 @@ void read_row(const Rows& x, int64_t m, float* out) {
 // ---- rows of a weight -------------------------------------------------------------------------------------------------
 
 RowsPlan plan_quantize_weight(const QuantizeWeight& args, const Parallel& parallel) {
-  const int64_t threads = threads_over_rows(args.weight, args.n, parallel);
-  return {threads, piece_bytes<float>(args.n) + piece_bytes<float>(threads * row_scratch(args.weight))};
+  const int64_t threads = threads_over_rows(args.weight, parallel);
+  return {threads,
+          piece_bytes<float>(args.weight.m) + piece_bytes<float>(threads * row_scratch(args.weight))};
 }
 
 int64_t quantize_weight(const QuantizeWeight& args, const RowsPlan& plan, void* workspace,
                         const Parallel& parallel) {
   const KernelTable& table = kernels();
   const Rows& weight = args.weight;
-  const int64_t n = args.n, threads = plan.threads, row = row_scratch(weight);
+  const int64_t n = weight.m, threads = plan.threads, row = row_scratch(weight);
   float* largest = static_cast<float*>(workspace);  // |w| of each row
   float* rows = reinterpret_cast<float*>(static_cast<uint8_t*>(workspace) + piece_bytes<float>(n));
   const auto scale_of = [](float magnitude) {

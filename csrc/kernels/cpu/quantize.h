@@ -18,22 +18,22 @@ struct RowsPlan {
 
 // ---- rows of x --------------------------------------------------------------------------------------------------------
 
-// The range of each of m rows, without rotation.
-void min_max_rows(const Rows& x, int64_t m, float* lo, float* hi, const Parallel& parallel);
+// The range of each row, without rotation.
+void min_max_rows(const Rows& x, float* lo, float* hi, const Parallel& parallel);
 
-// The range of m rows together, by at least `least_threads`.
-RowsPlan plan_min_max(const Rows& x, int64_t m, int64_t least_threads, const Parallel& parallel);
-Range min_max(const Rows& x, int64_t m, const RowsPlan& plan, void* workspace, const Parallel& parallel);
+// The range of all rows together, by at least `least_threads`.
+RowsPlan plan_min_max(const Rows& x, int64_t least_threads, const Parallel& parallel);
+Range min_max(const Rows& x, const RowsPlan& plan, void* workspace, const Parallel& parallel);
 
 // scale and zero_point of `count` ranges; NaN and 0 where one is not finite.
 void choose_qparams(const float* lo, const float* hi, int64_t count, float* scale, int32_t* zero_point);
 
 // q [m, k]; one pair of qparams, or one for each row.
-void quantize(const Rows& x, int64_t m, const float* scale, const int32_t* zero_point, bool per_row,
-              int8_t* q, const Parallel& parallel);
+void quantize(const Rows& x, const float* scale, const int32_t* zero_point, bool per_row, int8_t* q,
+              const Parallel& parallel);
 
 // out [m, k].
-void rotate(const Rows& x, int64_t m, float* out, const Parallel& parallel);
+void rotate(const Rows& x, float* out, const Parallel& parallel);
 
 // Row m as it is, in fp32.
 void read_row(const Rows& x, int64_t m, float* out);
@@ -42,7 +42,6 @@ void read_row(const Rows& x, int64_t m, float* out);
 
 struct QuantizeWeight {
   Rows weight;
-  int64_t n;        // its rows
   bool per_tensor;  // one scale instead of one for each row
   float* scale;     // [n], or [1]
   int8_t* q;        // [n, k]

@@ -59,7 +59,7 @@ struct GroupQparams {
 };
 
 __device__ __forceinline__ RowQparams load_row(const Output& out, int64_t m) {
-  if (out.dtype == DType::kInt32 || m >= out.m) return {0.0f, 0};
+  if (out.dtype == Dtype::kInt32 || m >= out.m) return {0.0f, 0};
   return {out.scale[m * out.row_stride], out.zero_point[m * out.row_stride]};
 }
 
@@ -68,7 +68,7 @@ __device__ __forceinline__ RowQparams load_row(const Output& out, int64_t m) {
 template <int kThreads, int kColumns>
 __device__ __forceinline__ void fetch_columns(const Output& out, int64_t n, int thread,
                                               ColumnQparams<kColumns>* shared) {
-  if (out.dtype == DType::kInt32) return;
+  if (out.dtype == Dtype::kInt32) return;
 #pragma unroll 1
   for (int i = thread; i < kColumns; i += kThreads) {
     const bool inside = n + i < out.n;
@@ -169,7 +169,7 @@ __device__ __forceinline__ void write_outputs(const Output& out, int64_t m, int6
   if (m >= out.m || n >= out.n) return;
   const int64_t first = m * out.n + n;
   uint32_t words[kGroup];
-  if (out.dtype == DType::kInt32) {
+  if (out.dtype == Dtype::kInt32) {
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
       words[i] = static_cast<uint32_t>(acc.exact[i]);
@@ -183,7 +183,7 @@ __device__ __forceinline__ void write_outputs(const Output& out, int64_t m, int6
     y[i] = (acc.compensated[i] * row.scale) * columns.scale[i] + columns.bias[i];
   }
   apply(out.function, y);
-  if (out.dtype == DType::kFloat32) {
+  if (out.dtype == Dtype::kFloat32) {
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
       words[i] = __float_as_uint(y[i]);
@@ -194,7 +194,7 @@ __device__ __forceinline__ void write_outputs(const Output& out, int64_t m, int6
   uint32_t pairs[kGroup / 2];
 #pragma unroll
   for (int i = 0; i < kGroup / 2; ++i) {
-    pairs[i] = out.dtype == DType::kBFloat16 ? ptx::bfloat16_pair(y[2 * i], y[2 * i + 1])
+    pairs[i] = out.dtype == Dtype::kBFloat16 ? ptx::bfloat16_pair(y[2 * i], y[2 * i + 1])
                                              : ptx::half_pair(y[2 * i], y[2 * i + 1]);
   }
   store_words(static_cast<uint16_t*>(out.data) + first, pairs, out.n - n);

@@ -8,7 +8,7 @@ namespace dynquant::cuda {
 // What becomes of the accumulators; epilogue.cuh is its formula.
 struct Output {
   void* data;   // [m, n]
-  DType dtype;  // kInt32: the accumulators as they are, and nothing below is read
+  Dtype dtype;  // kInt32: the accumulators as they are, and nothing below is read
   int64_t m;
   int64_t n;
   const float* scale;         // [m], or [1] with row_stride 0

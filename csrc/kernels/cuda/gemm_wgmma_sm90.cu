@@ -44,7 +44,7 @@ constexpr int kWarpRows = 16;
 // function; RowStore<dtype>, which has a third of the instructions, where rows of the output start at multiples of 16
 // bytes and the function is none or relu.
 struct AnyStore;
-template <DType kDType>
+template <Dtype kDType>
 struct RowStore;
 
 constexpr int kSliceColumns = 32;  // AnyStore's accumulators, so many columns at a time, padded
@@ -165,9 +165,9 @@ __device__ __forceinline__ float dequantized(int32_t sum, const RowQparams& row,
   return kRelu ? EpilogueMath<Scalar>::relu(y) : y;
 }
 
-template <DType kDType>
+template <Dtype kDType>
 struct RowStore {
-  static constexpr bool kHalf = kDType == DType::kBFloat16 || kDType == DType::kFloat16;
+  static constexpr bool kHalf = kDType == Dtype::kBFloat16 || kDType == Dtype::kFloat16;
   static constexpr int kElementBytes = kHalf ? 2 : 4;
 
   template <int kTileN>
@@ -231,7 +231,7 @@ struct RowStore {
   }
 
   static __device__ __forceinline__ uint32_t pair(float low, float high) {
-    return kDType == DType::kBFloat16 ? ptx::bfloat16_pair(low, high) : ptx::half_pair(low, high);
+    return kDType == Dtype::kBFloat16 ? ptx::bfloat16_pair(low, high) : ptx::half_pair(low, high);
   }
 
   // Two groups of 8 columns by one stmatrix: rows 0-7 and 8-15 of the first, then of the second.
@@ -268,7 +268,7 @@ struct RowStore {
       const int group = piece * 4 + j;
       const int32_t* const c = sums + 4 * group;
       TwoColumns columns = {};
-      if constexpr (kDType == DType::kFloat32) {
+      if constexpr (kDType == Dtype::kFloat32) {
         columns = two_columns(of_tile, 8 * group + tile.lane % 4 * 2);
       }
       const int chunk = 2 * j + tile.lane % 4 / 2;
@@ -276,7 +276,7 @@ struct RowStore {
       for (int below = 0; below < 2; ++below) {
         const int row = tile.lane / 4 + 8 * below;
         int2 words = make_int2(c[2 * below], c[2 * below + 1]);
-        if constexpr (kDType == DType::kFloat32) {
+        if constexpr (kDType == Dtype::kFloat32) {
           words.x = __float_as_int(dequantized<kRelu>(words.x, tile.rows[below], columns, 0));
           words.y = __float_as_int(dequantized<kRelu>(words.y, tile.rows[below], columns, 1));
         }
@@ -467,7 +467,8 @@ cudaError_t launch_wgmma(const Gemm& args, const GemmPlan& plan, const Device& d
 // Whether RowStore can write it.
 bool has_rows_of_16_bytes(const Output& output) {
   return (output.function == Epilogue::kNone || output.function == Epilogue::kRelu) &&
-         reinterpret_cast<uintptr_t>(output.data) % 16 == 0 && output.n * size_of(output.dtype) % 16 == 0;
+         reinterpret_cast<uintptr_t>(output.data) % 16 == 0 &&
+         output.n * element_size(output.dtype) % 16 == 0;
 }
 
 template <int kTileN>
@@ -477,13 +478,13 @@ cudaError_t with_store(const Gemm& args, const GemmPlan& plan, const Device& dev
     return launch_wgmma<kTileN, AnyStore>(args, plan, device, overlap, stream);
   }
   switch (args.output.dtype) {
-    case DType::kInt32:
-      return launch_wgmma<kTileN, RowStore<DType::kInt32>>(args, plan, device, overlap, stream);
-    case DType::kFloat32:
-      return launch_wgmma<kTileN, RowStore<DType::kFloat32>>(args, plan, device, overlap, stream);
-    case DType::kBFloat16:
-      return launch_wgmma<kTileN, RowStore<DType::kBFloat16>>(args, plan, device, overlap, stream);
-    default: return launch_wgmma<kTileN, RowStore<DType::kFloat16>>(args, plan, device, overlap, stream);
+    case Dtype::kInt32:
+      return launch_wgmma<kTileN, RowStore<Dtype::kInt32>>(args, plan, device, overlap, stream);
+    case Dtype::kFloat32:
+      return launch_wgmma<kTileN, RowStore<Dtype::kFloat32>>(args, plan, device, overlap, stream);
+    case Dtype::kBFloat16:
+      return launch_wgmma<kTileN, RowStore<Dtype::kBFloat16>>(args, plan, device, overlap, stream);
+    default: return launch_wgmma<kTileN, RowStore<Dtype::kFloat16>>(args, plan, device, overlap, stream);
   }
 }
 

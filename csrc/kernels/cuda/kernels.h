@@ -11,28 +11,15 @@
 
 #include "config.h"
 #include "gemm_plan.h"
+#include "types.h"
 
 namespace dynquant::cuda {
-
-enum class DType : int { kFloat32, kBFloat16, kFloat16, kInt32 };
-
-constexpr int64_t size_of(DType dtype) {
-  return dtype == DType::kBFloat16 || dtype == DType::kFloat16 ? 2 : 4;
-}
 
 // Whether a kernel can start before the one that it follows has ended. It must wait by an instruction of its own,
 // which only code for 9.0 and newer has; without it, it would read what is not there yet.
 constexpr bool kernels_overlap(const Device& device) { return device.code >= 90; }
 
 cudaError_t current_device(Device* device);
-
-// A floating-point matrix [m, k].
-struct Rows {
-  const void* data;
-  DType dtype;
-  int64_t m;
-  int64_t k;
-};
 
 // ---- single steps ----
 
@@ -52,8 +39,8 @@ cudaError_t choose_qparams(const float* lo, const float* hi, int64_t count, floa
 cudaError_t quantize(const Rows& x, const float* scale, const int32_t* zero_point, bool per_row, int8_t* q,
                      cudaStream_t stream);
 
-// Walsh-Hadamard transform of each `block` (1, 2, 4 ... 128, a divisor of k) elements of a row, [m, k].
-cudaError_t rotate(const Rows& x, int block, float* out, cudaStream_t stream);
+// Walsh-Hadamard transform of each x.rotation_block (1, 2, 4 ... 128, a divisor of k) elements of a row, [m, k].
+cudaError_t rotate(const Rows& x, float* out, cudaStream_t stream);
 
 // ---- products ----
 
@@ -88,9 +75,9 @@ struct Linear {
   const float* bias;          // [n], or null
   const float* scale;         // [1] for fixed qparams, null to choose them from x
   const int32_t* zero_point;  // [1], with scale
-  Config config;              // its out_dtype is not read
+  Config config;              // its rotation_block (x has it) and out_dtype are not read
   void* out;                  // [x.m, n]
-  DType out_dtype;
+  Dtype out_dtype;
 };
 
 // Launches: 1 where the GEMM's blocks quantize x themselves, else 2, 3 with config.per_tensor.

@@ -68,7 +68,6 @@ cudaError_t quantize_x(const Linear& args, const LinearPlan& plan, const LinearW
                        const Device& device, cudaStream_t stream) {
   QuantizeRows rows = {};
   rows.x = args.x;
-  rows.rotation_block = args.config.rotation_block;
   rows.from = args.scale != nullptr ? QparamsFrom::kStatic
               : finds_ranges(args)  ? QparamsFrom::kRanges
                                     : QparamsFrom::kRow;
@@ -81,8 +80,7 @@ cudaError_t quantize_x(const Linear& args, const LinearPlan& plan, const LinearW
   rows.counters = reinterpret_cast<int32_t*>(pieces.of_gemm);
   rows.counter_count = static_cast<int64_t>(counter_bytes(plan.gemm, shape_of(args)) / sizeof(int32_t));
   if (finds_ranges(args)) {
-    const cudaError_t error =
-        find_ranges(args.x, rows.rotation_block, device, pieces.ranges, &rows.range_count, stream);
+    const cudaError_t error = find_ranges(args.x, device, pieces.ranges, &rows.range_count, stream);
     if (error != cudaSuccess) return error;
     rows.ranges = pieces.ranges;
   }
@@ -160,7 +158,7 @@ cudaError_t int8_mm(const Int8Mm& args, const Int8MmPlan& plan, const Device& de
   const Int8MmWorkspace pieces = carve(args, plan.gemm, plan.copies_q, carver);
   Output output = {};
   output.data = args.out;
-  output.dtype = DType::kInt32;
+  output.dtype = Dtype::kInt32;
   output.m = args.m;
   output.n = args.n;
   Gemm product = {args.q, args.weight, padded_k(args.k), args.m, args.n, args.k, output};

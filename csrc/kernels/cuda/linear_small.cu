@@ -10,7 +10,6 @@ namespace {
 struct Args {
   Gemm product;  // its q, and its output's scale and zero_point, are found by each block
   Rows x;
-  int rotation_block;
   bool per_tensor;
   const float* given_scale;  // [1], or null
   const int32_t* given_zero_point;
@@ -56,7 +55,7 @@ __device__ __forceinline__ void quantize_x(const Args& a, Shared<kRows>& shared)
 
   Part part;
   Range range = {0.0f, 0.0f};
-  part.load(x, k, true, a.rotation_block);
+  part.load(x, k, true, a.x.rotation_block);
   part.widen_range(range);
   range = widen_across_lanes<kWarp>(range);
   if (lane == 0) shared.ranges[warp] = range;
@@ -65,8 +64,8 @@ __device__ __forceinline__ void quantize_x(const Args& a, Shared<kRows>& shared)
                        : widen_across_lanes<kWarps>(shared.ranges[row * kWarps + lane % kWarps]);
 
   const bool given = a.given_scale != nullptr;
-  Qparams qparams = choose(range);
-  if (given) qparams = is_finite(range) ? Qparams{*a.given_scale, *a.given_zero_point} : no_qparams();
+  QParams qparams = choose(range);
+  if (given) qparams = is_finite(range) ? QParams{*a.given_scale, *a.given_zero_point} : no_qparams();
   if (inside && threadIdx.x % kThreads == 0) {
     shared.scale[row] = qparams.scale;
     shared.zero_point[row] = qparams.zero_point;
@@ -105,7 +104,7 @@ cudaError_t launch_linear_small(const Args& args, bool overlap, cudaStream_t str
   how.overlap = overlap;
   return with_element_type(args.x.dtype, [&](auto element) {
     using T = decltype(element);
-    if (args.rotation_block > 1) return launch<linear_small_kernel<T, kRows, true>>(how, stream, args);
+    if (args.x.rotation_block > 1) return launch<linear_small_kernel<T, kRows, true>>(how, stream, args);
     return launch<linear_small_kernel<T, kRows, false>>(how, stream, args);
   });
 }
@@ -121,7 +120,6 @@ cudaError_t linear_small(const Linear& args, const Output& output, bool overlap,
   a.product.k = args.x.k;
   a.product.output = output;
   a.x = args.x;
-  a.rotation_block = args.config.rotation_block;
   a.per_tensor = args.config.per_tensor && args.scale == nullptr;
   a.given_scale = args.scale;
   a.given_zero_point = args.zero_point;

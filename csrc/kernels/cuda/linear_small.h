@@ -14,9 +14,10 @@ constexpr int64_t linear_small_k(int64_t m, bool rotated) { return m == 1 ? 4096
 // launches in 0 to 0.6 us less; eagerly a launch costs the host more than that.
 inline bool linear_small_can(const Linear& args, const GemmPlan& plan, const Device& device) {
   const Rows& x = args.x;
-  const bool x_aligned = reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.k * size_of(x.dtype) % 16 == 0;
+  const bool x_aligned =
+      reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.k * element_size(x.dtype) % 16 == 0;
   return plan.kernel == GemmKernel::kSmall && x.m <= 4 && plan.parts == 1 && x_aligned &&
-         x.k <= linear_small_k(x.m, args.config.rotation_block > 1) &&
+         x.k <= linear_small_k(x.m, x.rotation_block > 1) &&
          plan.tiles({x.m, args.n, x.k}) <= 2 * device.multiprocessors;
 }
 

@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kFlatThreads)
                           int32_t* zero_point) {
   for (int64_t i = blockIdx.x * int64_t{kFlatThreads} + threadIdx.x; i < count;
        i += gridDim.x * int64_t{kFlatThreads}) {
-    const Qparams qparams = choose(Range{lo[i], hi[i]});
+    const QParams qparams = choose(Range{lo[i], hi[i]});
     scale[i] = qparams.scale;
     zero_point[i] = qparams.zero_point;
   }
@@ -82,13 +82,13 @@ __device__ __forceinline__ void start_quantization(const QuantizeRows& a) {
   }
 }
 
-__device__ __forceinline__ Qparams qparams_of(const QuantizeRows& a, const Range& range, int64_t row) {
+__device__ __forceinline__ QParams qparams_of(const QuantizeRows& a, const Range& range, int64_t row) {
   if (a.from == QparamsFrom::kRow || a.from == QparamsFrom::kRanges) return choose(range);
   const int64_t i = a.given_per_row ? row : 0;
-  return is_finite(range) ? Qparams{a.given_scale[i], a.given_zero_point[i]} : no_qparams();
+  return is_finite(range) ? QParams{a.given_scale[i], a.given_zero_point[i]} : no_qparams();
 }
 
-__device__ __forceinline__ Quantizer quantizer_of(const QuantizeRows& a, const Qparams& qparams) {
+__device__ __forceinline__ Quantizer quantizer_for(const QuantizeRows& a, const QParams& qparams) {
   return quantizer_of(qparams, a.from == QparamsFrom::kRow || a.from == QparamsFrom::kRanges);
 }
 
@@ -116,13 +116,13 @@ __global__ void __launch_bounds__(kBlockSize<kThreads>, (sizeof(T) == 2 ? 1280 :
     range = widen_across_group<kThreads>(range);
   }
   if (!inside) return;
-  const Qparams qparams = qparams_of(a, range, row);
+  const QParams qparams = qparams_of(a, range, row);
   if (threadIdx.x % kThreads == 0 && (a.from != QparamsFrom::kRanges || row == 0)) {
     a.scale[row] = qparams.scale;
     a.zero_point[row] = qparams.zero_point;
   }
   const int bytes = static_cast<int>(a.row_bytes);
-  store_chunk(part, quantizer_of(a, qparams), a.q + row * bytes, k, bytes, true);
+  store_chunk(part, quantizer_for(a, qparams), a.q + row * bytes, k, bytes, true);
 }
 
 // Elements that a thread of the kernel below holds; it takes any rows.
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kBlockSize<kThreads>, kThreads == kWarp ? 5 : 
     Range range = of_tensor;
     if (scan) {
       for (int64_t start = 0; start < k; start += Part::kElements) {
-        part.load(x + start, within<Part>(k, start), x_aligned, a.rotation_block);
+        part.load(x + start, within<Part>(k, start), x_aligned, a.x.rotation_block);
         part.widen_range(range);
       }
       range = widen_across_group<kThreads>(range);
@@ -158,16 +158,16 @@ __global__ void __launch_bounds__(kBlockSize<kThreads>, kThreads == kWarp ? 5 : 
       if (leader) write_range(range, a.lo + row, a.hi + row);
       continue;
     }
-    const Qparams qparams = qparams_of(a, range, row);
+    const QParams qparams = qparams_of(a, range, row);
     if (leader && (scan || (a.from == QparamsFrom::kRanges && row == 0))) {
       a.scale[row] = qparams.scale;
       a.zero_point[row] = qparams.zero_point;
     }
-    const Quantizer by = quantizer_of(a, qparams);
+    const Quantizer by = quantizer_for(a, qparams);
     int8_t* const q = a.q + row * a.row_bytes;
     for (int64_t start = 0; start < a.row_bytes; start += Part::kElements) {
       const int count = within<Part>(k, start);
-      if (!in_registers) part.load(x + start, count, x_aligned, a.rotation_block);
+      if (!in_registers) part.load(x + start, count, x_aligned, a.x.rotation_block);
       store_chunk(part, by, q + start, count, within<Part>(a.row_bytes, start), q_aligned);
     }
   }
@@ -239,7 +239,7 @@ template <class T>
 cudaError_t launch_quantize(const QuantizeRows& args, const Device& device, bool overlap,
                             cudaStream_t stream) {
   const int64_t k = args.x.k;
-  const bool held = has_vectors(static_cast<const T*>(args.x.data), k) && args.rotation_block <= 1 &&
+  const bool held = has_vectors(static_cast<const T*>(args.x.data), k) && args.x.rotation_block <= 1 &&
                     args.lo == nullptr && args.from != QparamsFrom::kGiven && is_aligned(args.q) &&
                     args.row_bytes % 16 == 0 && args.x.m < int64_t{1} << 31;
   if (held) {
@@ -285,8 +285,7 @@ cudaError_t current_device(Device* device) {
   return error;
 }
 
-cudaError_t find_ranges(const Rows& x, int rotation_block, const Device& device, Range* ranges, int* count,
-                        cudaStream_t stream) {
+cudaError_t find_ranges(const Rows& x, const Device& device, Range* ranges, int* count, cudaStream_t stream) {
   const int64_t elements = x.m * x.k;
   *count = static_cast<int>(flat_blocks(elements, device));
   if (*count == 0) return cudaSuccess;
@@ -295,8 +294,8 @@ cudaError_t find_ranges(const Rows& x, int rotation_block, const Device& device,
     const Launch how{dim3(*count), kFlatThreads, kReductionBytes};
     const T* const first = static_cast<const T*>(x.data);
     const bool aligned = has_vectors(first, elements);
-    if (rotation_block > 1 || !aligned) {
-      return launch<range_kernel<T, true>>(how, stream, first, elements, aligned, rotation_block, ranges);
+    if (x.rotation_block > 1 || !aligned) {
+      return launch<range_kernel<T, true>>(how, stream, first, elements, aligned, x.rotation_block, ranges);
     }
     return launch<range_kernel<T, false>>(how, stream, first, elements, true, 0, ranges);
   });
@@ -327,7 +326,7 @@ cudaError_t min_max_tensor(const Rows& x, float* lo, float* hi, void* workspace,
   if (error != cudaSuccess) return error;
   Range* ranges = static_cast<Range*>(workspace);
   int count = 0;
-  error = find_ranges(x, 0, device, ranges, &count, stream);
+  error = find_ranges(x, device, ranges, &count, stream);
   if (error != cudaSuccess) return error;
   Launch how{dim3(1), kFlatThreads, kReductionBytes};
   how.overlap = kernels_overlap(device) && count > 0;
@@ -358,7 +357,7 @@ cudaError_t quantize(const Rows& x, const float* scale, const int32_t* zero_poin
   return quantize_rows(args, device, false, stream);
 }
 
-cudaError_t rotate(const Rows& x, int block, float* out, cudaStream_t stream) {
+cudaError_t rotate(const Rows& x, float* out, cudaStream_t stream) {
   Device device;
   const cudaError_t error = current_device(&device);
   if (error != cudaSuccess || x.m * x.k == 0) return error;
@@ -367,7 +366,8 @@ cudaError_t rotate(const Rows& x, int block, float* out, cudaStream_t stream) {
     using T = decltype(element);
     const Launch how{dim3(static_cast<unsigned>(flat_blocks(count, device))), kFlatThreads};
     const T* const first = static_cast<const T*>(x.data);
-    return launch<rotate_kernel<T>>(how, stream, first, count, has_vectors(first, count), block, out);
+    return launch<rotate_kernel<T>>(how, stream, first, count, has_vectors(first, count), x.rotation_block,
+                                    out);
   });
 }
 

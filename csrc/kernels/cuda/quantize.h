@@ -5,17 +5,10 @@
 
 namespace dynquant::cuda {
 
-// A range that holds 0, as the blocks of a reduction hand it on.
-struct Range {
-  float lo;
-  float hi;
-};
-
 constexpr int kMaxRanges = kRangeWorkspace / sizeof(Range);
 
-// Ranges of parts of x, at most kMaxRanges; together they are the range of x, after rotation by blocks (0: none).
-cudaError_t find_ranges(const Rows& x, int rotation_block, const Device& device, Range* ranges, int* count,
-                        cudaStream_t stream);
+// Ranges of parts of x, at most kMaxRanges; together they are the range of x, after its rotation.
+cudaError_t find_ranges(const Rows& x, const Device& device, Range* ranges, int* count, cudaStream_t stream);
 
 enum class QparamsFrom : int {
   kRow,     // chosen from each row's own range; written, [m]
@@ -26,7 +19,6 @@ enum class QparamsFrom : int {
 
 struct QuantizeRows {
   Rows x;
-  int rotation_block;  // 0: none
   QparamsFrom from;
   const Range* ranges;
   int range_count;

@@ -22,13 +22,6 @@ constexpr int kWarp = 32;
 
 // ---- elements ----
 
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
 __device__ __forceinline__ float to_float(BFloat16 x) {
   return __uint_as_float(static_cast<uint32_t>(x.bits) << 16);
 }
@@ -213,14 +206,9 @@ struct Chunk {
 
 // ---- qparams ----
 
-struct Qparams {
-  float scale;
-  int32_t zero_point;
-};
+__device__ __forceinline__ QParams no_qparams() { return {__int_as_float(0x7fc00000), 0}; }
 
-__device__ __forceinline__ Qparams no_qparams() { return {__int_as_float(0x7fc00000), 0}; }
-
-__device__ __forceinline__ Qparams choose(const Range& range) {
+__device__ __forceinline__ QParams choose(const Range& range) {
   if (!is_finite(range)) return no_qparams();
   const float scale = fmaxf(range.hi / 255.0f - range.lo / 255.0f, 1.175494351e-38f);
   const float inverse = 1.0f / scale;
@@ -238,7 +226,7 @@ struct Quantizer {
   bool chosen;
 };
 
-__device__ __forceinline__ Quantizer quantizer_of(const Qparams& qparams, bool chosen) {
+__device__ __forceinline__ Quantizer quantizer_of(const QParams& qparams, bool chosen) {
   return {1.0f / qparams.scale, qparams.zero_point, chosen && qparams.scale == qparams.scale};
 }
 
@@ -326,9 +314,9 @@ inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>
 
 // Calls body(T{}) with the C++ type of x's elements.
 template <class Body>
-cudaError_t with_element_type(DType dtype, const Body& body) {
-  if (dtype == DType::kFloat32) return body(float{});
-  if (dtype == DType::kBFloat16) return body(BFloat16{});
+cudaError_t with_element_type(Dtype dtype, const Body& body) {
+  if (dtype == Dtype::kFloat32) return body(float{});
+  if (dtype == Dtype::kBFloat16) return body(BFloat16{});
   return body(Float16{});
 }
 

@@ -28,7 +28,9 @@ Device device() {
   return {emulated_device::capability, emulated_device::multiprocessors, emulated_device::code};
 }
 
-Rows rows(const void* x, int dtype, int64_t m, int64_t k) { return {x, static_cast<DType>(dtype), m, k}; }
+Rows rows(const void* x, int dtype, int64_t m, int64_t k, int rotation_block = 0) {
+  return {x, static_cast<Dtype>(dtype), m, k, k, rotation_block};
+}
 
 }  // namespace
 
@@ -82,7 +84,7 @@ const char* host_quantize(uint64_t seed, const void* x, int dtype, int64_t m, in
 
 const char* host_rotate(uint64_t seed, const void* x, int dtype, int64_t m, int64_t k, int block,
                         float* out) {
-  return run(seed, [&] { return rotate(rows(x, dtype, m, k), block, out, nullptr); });
+  return run(seed, [&] { return rotate(rows(x, dtype, m, k, block), out, nullptr); });
 }
 
 size_t host_range_workspace() { return kRangeWorkspace; }
@@ -101,7 +103,7 @@ const char* host_linear(uint64_t seed, const void* x, int dtype, int64_t m, int6
                         const int8_t* weight, const int32_t* weight_sum, const float* weight_scale,
                         const float* bias, const float* scale, const int32_t* zero_point, int64_t config,
                         void* out, int out_dtype, void* workspace, size_t* workspace_bytes) {
-  const Linear args = {rows(x, dtype, m, k),
+  const Linear args = {rows(x, dtype, m, k, decode_config(config).rotation_block),
                        n,
                        weight,
                        weight_sum,
@@ -111,7 +113,7 @@ const char* host_linear(uint64_t seed, const void* x, int dtype, int64_t m, int6
                        zero_point,
                        decode_config(config),
                        out,
-                       static_cast<DType>(out_dtype)};
+                       static_cast<Dtype>(out_dtype)};
   const LinearPlan plan = plan_linear(args, device());
   *workspace_bytes = plan.workspace_bytes;
   if (workspace == nullptr) return "";
@@ -132,7 +134,7 @@ const char* host_gemm(uint64_t seed, int kernel, int tile_m, int tile_n, int par
   args.n = n;
   args.k = k;
   args.output =
-      Output{out,  static_cast<DType>(out_dtype),  m, n, scale, zero_point, 1, weight_scale, weight_sum,
+      Output{out,  static_cast<Dtype>(out_dtype),  m, n, scale, zero_point, 1, weight_scale, weight_sum,
              bias, static_cast<Epilogue>(function)};
   const GemmPlan plan = with_parts({static_cast<GemmKernel>(kernel), tile_m, tile_n, 1, 0}, k, parts);
   const GemmShape shape = {m, n, k};

@@ -144,7 +144,7 @@ void check(const KernelTable& kernel, int64_t m, int64_t k, int64_t n, int block
   std::vector<float> row(static_cast<size_t>(row_floats(k)) + 64), row2 = row;
 
   // Weights.
-  const Rows weight_rows{weights.data(), k, k, Dtype::kFloat32, block};
+  const Rows weight_rows{weights.data(), Dtype::kFloat32, n, k, k, block};
   std::vector<int8_t> q(size_t(n * k) + 64), q2 = q;
   std::vector<float> scales(size_t(n) + 64), scales2 = scales;
   for (int64_t i = 0; i < n; ++i) {
@@ -165,7 +165,7 @@ void check(const KernelTable& kernel, int64_t m, int64_t k, int64_t n, int block
 
   for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16}) {
     const std::vector<uint8_t> data = rows_bytes(x, dtype);
-    const Rows rows{data.data(), k, k, dtype, block};
+    const Rows rows{data.data(), dtype, m, k, k, block};
     for (int64_t i = 0; i < m; ++i) {
       const Range a = kScalar.min_max(rows, i, i + 1, row.data()),
                   b = kernel.min_max(rows, i, i + 1, row2.data());

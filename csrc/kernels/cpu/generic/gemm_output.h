@@ -158,7 +158,8 @@ struct LinearSink {
     switch (out.dtype) {
       case Dtype::kFloat32: return convert<kRows>(y, kWidth, n, direct);
       case Dtype::kBFloat16: return convert<kRows>(y, kWidth, n, static_cast<BFloat16*>(out.data) + at);
-      case Dtype::kFloat16: return convert<kRows>(y, kWidth, n, static_cast<Half*>(out.data) + at);
+      case Dtype::kFloat16: return convert<kRows>(y, kWidth, n, static_cast<Float16*>(out.data) + at);
+      case Dtype::kInt32: return;  // of Int8MmSink alone
     }
   }
 

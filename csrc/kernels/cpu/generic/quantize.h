@@ -73,7 +73,8 @@ void with_row(const Rows& x, int64_t m, float* row, Body body) {
   switch (x.dtype) {
     case Dtype::kFloat32: return typed(static_cast<const float*>(x.data));
     case Dtype::kBFloat16: return typed(static_cast<const BFloat16*>(x.data));
-    case Dtype::kFloat16: return typed(static_cast<const Half*>(x.data));
+    case Dtype::kFloat16: return typed(static_cast<const Float16*>(x.data));
+    case Dtype::kInt32: return;  // no rows of x
   }
 }
 

@@ -24,7 +24,7 @@ struct V {
     for (int i = 0; i < kLanes; ++i) bits[i] = static_cast<int32_t>(static_cast<uint32_t>(p[i].bits) << 16);
     return as_float(bits);
   }
-  static F load(const Half* p) {
+  static F load(const Float16* p) {
     F x;
     for (int i = 0; i < kLanes; ++i) x[i] = from_half(p[i].bits);
     return x;
@@ -38,7 +38,7 @@ struct V {
     const I bits = bfloat16_bits<V>(x);
     for (int i = 0; i < kLanes; ++i) p[i].bits = static_cast<uint16_t>(bits[i]);
   }
-  static void store(Half* p, F x) {
+  static void store(Float16* p, F x) {
     for (int i = 0; i < kLanes; ++i) p[i].bits = to_half(x[i]);
   }
 

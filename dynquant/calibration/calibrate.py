@@ -126,7 +126,7 @@ def quantized_layers(caller: str, model: nn.Module) -> dict[str, QLinear]:
 
 def _watch(name: str, observer: Observer) -> Callable[[nn.Module, Any, Any], None]:
     def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs.get("x")
+        x = args[0] if args else kwargs.get("input")
         if isinstance(x, Tensor) and x.is_floating_point() and x.numel():
             with torch.no_grad():
                 if not observer.observe(x.detach()):

@@ -52,7 +52,7 @@ def config_type(user: str) -> Any:
     """``DynquantConfig``, for which transformers is imported.
 
     Args:
-        user: what needs it, for the error where transformers is not installed.
+        user: the caller, for the error if transformers is not installed.
     """
     with needs(user, extra="demo"):
         return import_module(_QUANTIZER).DynquantConfig

@@ -36,7 +36,7 @@ class DynquantConfig(QuantizationConfigMixin):
 
     Args:
         activations, weights, rotation, fuse: as of :func:`dynquant.quantize_dynamic`.
-        modules_to_not_convert: what is to stay float, by dotted names or their last parts: ``"lm_head"``,
+        modules_to_not_convert: modules that stay float, by dotted names or their last parts: ``"lm_head"``,
             ``"layers.0"``.
         modules: by the name of each quantized layer where its scheme differs from ``dynquant.Config()``;
             ``"static": True`` besides for one that is. None: nothing is quantized yet.
@@ -82,7 +82,7 @@ class DynquantConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Of what a ``config.json`` says; a ValueError where a newer version wrote it."""
+        """From the entry of a ``config.json``; a ValueError if a newer version wrote it."""
         unknown = sorted(config_dict.keys() - {"quant_method", "format", *_SCHEME, *_LAYOUT})
         if unknown:
             raise ValueError(
@@ -98,7 +98,7 @@ class DynquantConfig(QuantizationConfigMixin):
 
 
 class DynquantHfQuantizer(HfQuantizer):
-    """Loads what was saved of a converted model, or converts a float model once it is loaded."""
+    """Loads a saved converted model, or converts a float model once it is loaded."""
 
     quantization_config: DynquantConfig
 
@@ -150,7 +150,7 @@ class DynquantHfQuantizer(HfQuantizer):
         quantize_function()(model, spec, inplace=True, fuse=config.fuse)
 
     def _build(self, model: Any) -> None:
-        """QLinear layers of the states that were loaded, and what fusing made of the model around them."""
+        """Make QLinear layers of the loaded states, and fuse the model around them as the saved one was."""
         config = self.quantization_config
         layers: dict[nn.Module, QLinear] = {}
         for name, module in list(model.named_modules(remove_duplicate=False)):
@@ -183,7 +183,7 @@ class DynquantHfQuantizer(HfQuantizer):
 
 
 class _State(nn.Module):
-    """Room for the state_dict of a quantized layer: what transformers fills before there is a QLinear."""
+    """Holds the state_dict of a quantized layer, which transformers fills before there is a QLinear."""
 
     def __init__(
         self, n: int, k: int, bias: bool, dtype: torch.dtype, config: Config, static: bool = False
@@ -207,7 +207,7 @@ class _State(nn.Module):
 
     @classmethod
     def of(cls, name: str, module: Any, scheme: Mapping[str, Any]) -> _State:
-        """Of a layer of a model without weights, and what ``config.json`` says of it."""
+        """For a layer of a model without weights, by its entry in ``config.json``."""
         if type_name(module) == CONV1D:
             k, n = module.weight.shape
         elif isinstance(module, nn.Linear):

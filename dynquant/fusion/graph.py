@@ -18,7 +18,7 @@ from ..nn.linear import QLinear
 from .epilogues import fold_activations
 from .merge import merge_calls, merge_tensors, parts_of
 from .modules import has_hooks
-from .nodes import LINEAR_OPS, Call
+from .nodes import LINEAR_OPS, Call, input_of
 
 
 def fuse_graph(module: fx.GraphModule) -> fx.GraphModule:
@@ -112,7 +112,7 @@ def _modules_to_ops(module: fx.GraphModule) -> None:
         }
         holders[node.target] = _holder(tensors)
         with graph.inserting_before(node):
-            x = node.args[0] if node.args else node.kwargs["x"]
+            x = input_of(node)
             nodes = {
                 name: None if tensor is None else graph.create_node("get_attr", f"{node.target}.{name}")
                 for name, tensor in tensors.items()

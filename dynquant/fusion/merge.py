@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from ..reference import packed_shape
-from .nodes import Call, kind_of, value_at, views_to_reshape, with_value
+from .nodes import Call, input_of, kind_of, value_at, views_to_reshape, with_value
 
 _aten = torch.ops.aten
 _SLICE = _aten.slice.Tensor
@@ -105,7 +105,7 @@ def _replace(
 ) -> None:
     first = calls[0]
     # x of the node, not of the Call: calls that computed x may have been merged since.
-    x = first.node.args[0] if first.node.args else first.node.kwargs["x"]
+    x = input_of(first.node)
     arguments = (x, *weight, bias, *first.arguments[5:])
     wide = graph.call_function(first.node.target, arguments)  # type: ignore[arg-type]
     channels = [0 if (scale := value_of(call.weight[2])) is None else scale.shape[0] for call in calls]

@@ -154,3 +154,10 @@ def with_value(node: fx.Node, value: Tensor | None) -> dict[str, Any]:
     keys = ("val", "example_value", "tensor_meta")
     meta = {key: item for key, item in node.meta.items() if key not in keys}
     return meta if value is None else meta | {key: value for key in keys[:2] if key in node.meta}
+
+
+def input_of(node: fx.Node) -> Any:
+    """The first argument of a call of a linear op (``x``) or of a QLinear (``input``)."""
+    if node.args:
+        return node.args[0]
+    return node.kwargs["x" if "x" in node.kwargs else "input"]

@@ -1,4 +1,4 @@
-"""fuse with a sample: what changes the output of the model is undone."""
+"""fuse with a sample: undoes the fusions that change the output of the model."""
 
 from __future__ import annotations
 

@@ -66,8 +66,8 @@ class QLinear(nn.Module):
             does not hold.
 
     Shape:
-        x [..., K] of float32, bfloat16, float16 or float64 -> [..., N] of the same dtype (under autocast: of
-        the autocast dtype).
+        input [..., K] of float32, bfloat16, float16 or float64 -> [..., N] of the same dtype (under autocast:
+        of the autocast dtype).
 
     Raises:
         ValueError: for scheme words that do not exist.
@@ -235,17 +235,19 @@ class QLinear(nn.Module):
         else:
             raise TypeError(f"QLinear: expected a tensor for .weight, got {type(value).__name__}")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         packed_weight, weight_sum, weight_scale, qparams, config = self._packed
         try:
             # Parameters and buffers are looked up where torch.func.functional_call and the like replace them.
             bias = self._parameters["bias"]
             if qparams is None:
-                return _linear_dynamic(x, packed_weight, weight_sum, weight_scale, bias, config)
+                return _linear_dynamic(input, packed_weight, weight_sum, weight_scale, bias, config)
             scale, zero_point = self._buffers["activation_scale"], self._buffers["activation_zero_point"]
-            return _linear_static(x, packed_weight, weight_sum, weight_scale, bias, scale, zero_point, config)
+            return _linear_static(
+                input, packed_weight, weight_sum, weight_scale, bias, scale, zero_point, config
+            )
         except (AttributeError, RuntimeError) as error:  # the reference reads attributes before it checks
-            raise self._explain(x, error) from None
+            raise self._explain(input, error) from None
 
     def _explain(self, x: Tensor, error: Exception) -> Exception:
         """The op's error; in terms of the layer if x is at fault."""

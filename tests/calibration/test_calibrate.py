@@ -242,7 +242,7 @@ def test_layers_that_saw_nothing_stay_dynamic() -> None:
 def test_a_layer_by_itself() -> None:
     layer = QLinear(8, 3)
     with dynquant.calibrate(layer) as ranges:
-        layer(x=torch.ones(2, 8))
+        layer(input=torch.ones(2, 8))
     assert ranges == {"": (0.0, 1.0)}
     dynquant.freeze(layer)
 

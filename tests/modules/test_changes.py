@@ -207,3 +207,26 @@ def test_memory_formats_leave_merged_and_static_layers_alone() -> None:
     dynquant.freeze(quantized)
     out = quantized(x)
     assert_same_bits(quantized.to(memory_format=torch.channels_last)(x), out)
+
+
+class ByName(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(input=x)
+
+
+@pytest.mark.parametrize("tool", ["eager", "fuse", "trace", "compile"])
+def test_the_argument_is_named_as_that_of_nn_linear(tool) -> None:
+    model = quantize_dynamic(ByName(), fuse=tool == "fuse")
+    expected = model(X)
+    if tool == "trace":
+        model = dynquant.fuse_graph(torch.fx.symbolic_trace(model))
+    if tool == "compile":
+        torch._dynamo.reset()
+        model = torch.compile(model, backend="dynquant", fullgraph=True)
+    with torch.no_grad():
+        assert_same_bits(model(X), expected.detach())

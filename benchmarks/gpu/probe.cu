@@ -206,7 +206,7 @@ PROBE_EXPORT int probe_quantize(const void* x, int32_t dtype, int64_t m, int64_t
     if (error != cudaSuccess) return error;
     QuantizeRows args = {};
     args.x = Rows{x, static_cast<Dtype>(dtype), m, k, k, rotation_block};
-    args.from = QparamsFrom::kRow;
+    args.from = QParamsFrom::kRow;
     args.q = q;
     args.row_bytes = (k + 15) / 16 * 16;
     args.scale = scale;

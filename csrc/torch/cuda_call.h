@@ -1,6 +1,6 @@
-// What the CUDA bindings share: the device and stream of a call, the reference for cards that are too old, tensors as the
-// kernels read them. Stream and device are reached through libc10's virtual guard, so that the bindings compile and
-// link under a torch without CUDA too.
+// Shared by the CUDA bindings: the device and stream of a call, the reference for cards that are too old,
+// tensors in the form that the kernels read. libc10's virtual guard gives stream and device, so that the
+// bindings compile and link under a torch without CUDA too.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -15,7 +15,7 @@
 
 namespace dynquant::cuda {
 
-// The current device of this module's own copy of the CUDA runtime. Asking costs less than setting.
+// Sets the current device of this module's own copy of the CUDA runtime, after a query, which costs less.
 inline cudaError_t use_device(int index) {
   int current = -1;
   const cudaError_t error = cudaGetDevice(&current);
@@ -37,12 +37,14 @@ class OnDevice {
 
   void check(cudaError_t error) const {
     if (error == cudaSuccess) return;
-    cudaGetLastError();  // so that it is not reported again by whoever asks next
+    cudaGetLastError();  // clears the error: later calls of the process must not report it again
     const int capability = properties_.capability;
-    const std::string of = capability == 0 ? ""
-                                           : " (compute capability " + std::to_string(capability / 10) + "." +
-                                                 std::to_string(capability % 10) + ")";
-    TORCH_CHECK(false, op_, ": CUDA kernels on ", device_, of, " failed: ", cudaGetErrorString(error),
+    const std::string capability_text = capability == 0
+                                            ? ""
+                                            : " (compute capability " + std::to_string(capability / 10) +
+                                                  "." + std::to_string(capability % 10) + ")";
+    TORCH_CHECK(false, op_, ": CUDA kernels on ", device_, capability_text,
+                " failed: ", cudaGetErrorString(error),
                 "; `python -m dynquant info` says which devices they were built for");
   }
 
@@ -54,34 +56,34 @@ class OnDevice {
   Device properties_ = {};
 };
 
-// Cards of a lower compute capability than the kernels are built for. Asked at every call, so the answer is kept.
+// Whether the card's compute capability is too low for the kernels. Called for every op, so it is cached.
 inline bool is_too_old(const at::Tensor& x) {
-  if (!x.is_cuda()) return false;  // the checks refuse it
+  if (!x.is_cuda()) return false;  // the checks reject it
   thread_local int known_index = -1, major = 0;
   const int index = x.device().index();
   if (index != known_index) {
-    // Where CUDA does not answer, the kernels' own calls say why.
+    // If CUDA fails here, the kernels' own calls report why.
     if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index) != cudaSuccess) return false;
     known_index = index;
   }
   return major < 8;
 }
 
-// The reference, on the device of its arguments: the kernel that the dispatcher has for no device in particular.
+// Runs the reference on the device of its arguments: it is the dispatcher's kernel without a dispatch key.
 template <typename Op, typename... Args>
 auto run_reference(const char* name, const Args&... args) {
   const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Op>();
   return op.redispatch(c10::DispatchKeySet(), args...);
 }
 
-// x as contiguous rows; `owner` keeps the copy alive where one was needed (fp64, strides).
+// x as contiguous rows; `owner` keeps x, or its copy (of fp64 or strided x), alive.
 inline Rows rows_of(const at::Tensor& x, int rotation_block, at::Tensor& owner) {
   owner = (x.scalar_type() == at::kDouble ? x.to(at::kFloat) : x).contiguous();
   const int64_t k = x.size(-1);
   return Rows{owner.const_data_ptr(), dtype_of(owner.scalar_type()), leading_size(x), k, k, rotation_block};
 }
 
-// Scratch memory until the end of the call: the next user of the stream may have it afterwards. Undefined for 0 bytes.
+// Scratch memory for the call; later work on the stream may reuse it. An undefined tensor for 0 bytes.
 inline at::Tensor workspace_of(const at::Tensor& x, size_t bytes) {
   if (bytes == 0) return {};
   return at::empty({static_cast<int64_t>(bytes)}, x.options().dtype(at::kByte));

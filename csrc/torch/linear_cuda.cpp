@@ -19,8 +19,8 @@ void check_packed_rows(const char* op, const Tensor& packed_weight, int64_t n, i
   check_packed(op, packed_weight, {n, (k + 15) / 16 * 16}, n, k);
 }
 
-// Where the kernels read a packed weight: rows at multiples of 16 bytes. Memory of torch's allocator starts at
-// such a multiple; a view into another storage may not, and is copied. `owner` keeps the copy alive.
+// A packed weight in the alignment that the kernels require, multiples of 16 bytes. Memory of torch's
+// allocator has it; a view into another storage may not, and is copied. `owner` keeps the copy alive.
 const int8_t* aligned_rows(const Tensor& packed_weight, Tensor& owner) {
   const auto* rows = packed_weight.const_data_ptr<int8_t>();
   if (reinterpret_cast<uintptr_t>(rows) % 16 == 0) return rows;
@@ -46,7 +46,7 @@ Tensor int8_mm_op(const Tensor& q, const Tensor& packed_weight, const Tensor& we
   return out;
 }
 
-// scale, zero_point: of linear_static, null for linear_dynamic.
+// scale, zero_point: arguments of linear_static, null for linear_dynamic.
 Tensor linear_op(const char* op, const Tensor& x, const Tensor& packed_weight, const Tensor& weight_sum,
                  const Tensor& weight_scale, const std::optional<Tensor>& bias, const Tensor* scale,
                  const Tensor* zero_point, int64_t code) {
@@ -60,7 +60,7 @@ Tensor linear_op(const char* op, const Tensor& x, const Tensor& packed_weight, c
   const OnDevice on(op, x);
   Tensor owner, weight_owner, bias_owner;
   const Rows rows = rows_of(x, config.rotation_block, owner);
-  // fp64 is computed through fp32.
+  // fp64 outputs are computed in fp32.
   const at::ScalarType wanted = out_dtype(config, x);
   const at::ScalarType computed = wanted == at::kDouble ? at::kFloat : wanted;
   c10::SmallVector<int64_t, 5> out_shape(x.sizes().begin(), x.sizes().end());

@@ -1,5 +1,5 @@
-// The CUDA ops on rows of x: check, allocate, launch. Those on weights, which are quantized and packed once, run the
-// reference on the device.
+// The CUDA ops on rows of x: check, allocate, launch. Ops on weights, which are quantized and packed once,
+// run the reference on the device.
 
 #include <ATen/ops/empty.h>
 #include <torch/library.h>

@@ -438,8 +438,8 @@ PLANTED = {
     ),
     "the range of a row is reduced over old values": (
         "row_chunk.cuh",
-        "__syncthreads();  // what the last call left",
-        "// what the last call left",
+        "__syncthreads();  // the ranges of the previous call",
+        "// the ranges of the previous call",
     ),
 }
 

@@ -15,7 +15,7 @@ namespace dynquant::cuda {
 #include "epilogue_math.h"
 #undef DYNQUANT_INLINE
 
-// One number at a time, as epilogue_math.h asks for it.
+// The vector type of epilogue_math.h for a single number.
 struct Scalar {
   using F = float;
   using I = int32_t;
@@ -39,35 +39,30 @@ struct Scalar {
 
 constexpr int kGroup = 8;
 
-struct RowQparams {
-  float scale;
-  int32_t zero_point;
-};
-
-// Of the columns of a tile, in shared memory: they come while the products run. kColumns is a multiple of 8.
+// Qparams of a tile's columns in shared memory, copied during the main loop. kColumns is a multiple of 8.
 template <int kColumns>
-struct alignas(16) ColumnQparams {
+struct alignas(16) ColumnQParams {
   float scale[kColumns];
   int32_t sum[kColumns];
-  float bias[kColumns];  // -0 where there is none: y + -0 is y, also where y is a zero
+  float bias[kColumns];  // -0 without bias: y + -0 is y, for zeros of either sign too
 };
 
-struct GroupQparams {
+struct GroupQParams {
   float scale[kGroup];
   int32_t sum[kGroup];
   float bias[kGroup];
 };
 
-__device__ __forceinline__ RowQparams load_row(const Output& out, int64_t m) {
+__device__ __forceinline__ QParams load_row(const Output& out, int64_t m) {
   if (out.dtype == Dtype::kInt32 || m >= out.m) return {0.0f, 0};
   return {out.scale[m * out.row_stride], out.zero_point[m * out.row_stride]};
 }
 
-// Starts to copy what belongs to the columns from n on; `thread` of kThreads does its share. It has arrived for all
-// after copy_async_wait<0> and a barrier. Columns beyond the last one get zeros; for int32 outputs nothing is copied.
+// Starts to copy the qparams of the columns from n on; each `thread` of kThreads copies its share. All have
+// arrived after copy_async_wait<0> and a barrier. Columns beyond the last one get zeros; int32 needs no copy.
 template <int kThreads, int kColumns>
 __device__ __forceinline__ void fetch_columns(const Output& out, int64_t n, int thread,
-                                              ColumnQparams<kColumns>* shared) {
+                                              ColumnQParams<kColumns>* shared) {
   if (out.dtype == Dtype::kInt32) return;
 #pragma unroll 1
   for (int i = thread; i < kColumns; i += kThreads) {
@@ -93,10 +88,10 @@ __device__ __forceinline__ void load_group(const T* source, T (&values)[kGroup])
   }
 }
 
-// Of 8 columns from `column` of the tile on.
+// The qparams of 8 columns from `column` of the tile on.
 template <int kColumns>
-__device__ __forceinline__ GroupQparams load_group(const ColumnQparams<kColumns>& columns, int column) {
-  GroupQparams group;
+__device__ __forceinline__ GroupQParams load_group(const ColumnQParams<kColumns>& columns, int column) {
+  GroupQParams group;
   load_group(columns.scale + column, group.scale);
   load_group(columns.sum + column, group.sum);
   load_group(columns.bias + column, group.bias);
@@ -105,10 +100,10 @@ __device__ __forceinline__ GroupQparams load_group(const ColumnQparams<kColumns>
 
 __device__ __forceinline__ void apply(Epilogue function, float (&y)[kGroup]) {
   using Math = EpilogueMath<Scalar>;
-  const auto each = [&](const auto& of_one) {
+  const auto each = [&](const auto& scalar_function) {
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
-      y[i] = of_one(y[i]);
+      y[i] = scalar_function(y[i]);
     }
   };
   switch (function) {
@@ -120,7 +115,8 @@ __device__ __forceinline__ void apply(Epilogue function, float (&y)[kGroup]) {
   }
 }
 
-// 4-byte words to where only `element_bytes` is a sure alignment; `count` of the row's elements are left.
+// Stores up to 8 elements, packed in words, to memory that may be aligned to its elements only; `count`
+// elements remain in the row.
 template <int kWords>
 __device__ __forceinline__ void store_words(void* target, const uint32_t (&words)[kWords], int64_t count) {
   if (count >= kGroup && reinterpret_cast<uintptr_t>(target) % 16 == 0) {
@@ -143,16 +139,16 @@ __device__ __forceinline__ void store_words(void* target, const uint32_t (&words
   }
 }
 
-// Eight sums over k of one row: as they are, and without the zero point's share, rounded once.
+// Eight sums over k of one row: exact, and with the zero point compensated, rounded once.
 struct Accumulators {
   int32_t exact[kGroup];
   float compensated[kGroup];
 };
 
-// Sum is int32_t, or int64_t where parts of k were added.
+// Sum is int32_t, or int64_t for sums of several parts of k.
 template <class Sum>
-__device__ __forceinline__ Accumulators compensate(const Sum (&sums)[kGroup], const RowQparams& row,
-                                                   const GroupQparams& columns) {
+__device__ __forceinline__ Accumulators compensate(const Sum (&sums)[kGroup], const QParams& row,
+                                                   const GroupQParams& columns) {
   Accumulators acc;
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) {
@@ -162,10 +158,10 @@ __device__ __forceinline__ Accumulators compensate(const Sum (&sums)[kGroup], co
   return acc;
 }
 
-// Outputs n ... n + 7 of row m, as far as they are inside.
+// Writes outputs n ... n + 7 of row m, except those outside the matrix.
 __device__ __forceinline__ void write_outputs(const Output& out, int64_t m, int64_t n,
-                                              const Accumulators& acc, const RowQparams& row,
-                                              const GroupQparams& columns) {
+                                              const Accumulators& acc, const QParams& row,
+                                              const GroupQParams& columns) {
   if (m >= out.m || n >= out.n) return;
   const int64_t first = m * out.n + n;
   uint32_t words[kGroup];
@@ -212,8 +208,8 @@ __device__ __forceinline__ void store_part(const Output& out, int32_t* sums, int
   }
 }
 
-// For all threads of a block that have stored their part of a tile: whether every other part is stored too. True
-// for one block of each tile.
+// Called by all threads of a block after storing its part of a tile: whether all other parts are stored. True
+// for exactly one block of each tile.
 __device__ __forceinline__ bool is_last_part(int32_t* counter, int parts) {
   __threadfence();
   __syncthreads();
@@ -239,13 +235,14 @@ __device__ __forceinline__ void add_parts(const Output& out, const int32_t* sums
   }
 }
 
-// The end of every tile kernel. The block's sums of a tile_m x tile_n tile at (m, n) are complete: sums_at(row,
-// group, values) yields 8 of them, for each row of the tile and group of columns; its columns have arrived. Every
-// thread of the block calls this; each takes every kThreads-th group.
+// The end of every GEMM kernel but wgmma's. The block's sums of a kTileM x kTileN tile at (m, n) are
+// complete: sums_at(row, group, values) returns the 8 sums of a row and a group of columns. The qparams of
+// the columns have arrived. Every thread of the block calls this; each processes every kThreads-th group.
 template <int kThreads, int kTileM, int kTileN, class SumsAt>
 __device__ __forceinline__ void finish_tile(const Output& out, int64_t m, int64_t n, int parts, int part,
                                             int64_t tile, int32_t* counters, int32_t* partial_sums,
-                                            const ColumnQparams<kTileN>& of_tile, const SumsAt& sums_at) {
+                                            const ColumnQParams<kTileN>& tile_columns,
+                                            const SumsAt& sums_at) {
   constexpr int kGroups = kTileN / kGroup;
   static_assert(kThreads % kGroups == 0, "a thread keeps to its columns");
   const int group = threadIdx.x % kGroups;
@@ -259,10 +256,10 @@ __device__ __forceinline__ void finish_tile(const Output& out, int64_t m, int64_
     }
     if (!is_last_part(counters + tile, parts)) return;
   }
-  const GroupQparams columns = load_group(of_tile, group * kGroup);
+  const GroupQParams columns = load_group(tile_columns, group * kGroup);
 #pragma unroll 1
   for (int row = threadIdx.x / kGroups; row < kTileM; row += kThreads / kGroups) {
-    const RowQparams qparams = load_row(out, m + row);
+    const QParams qparams = load_row(out, m + row);
     Accumulators acc;
     if (parts > 1) {
       int64_t total[kGroup];

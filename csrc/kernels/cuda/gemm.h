@@ -1,14 +1,14 @@
-// The GEMM kernels as linear.cu starts them.
+// Interface of the GEMM kernels to linear.cu.
 #pragma once
 
 #include "kernels.h"
 
 namespace dynquant::cuda {
 
-// What becomes of the accumulators; epilogue.cuh is its formula.
+// The output matrix and its dequantization; the formula is in epilogue.cuh.
 struct Output {
   void* data;   // [m, n]
-  Dtype dtype;  // kInt32: the accumulators as they are, and nothing below is read
+  Dtype dtype;  // kInt32: bare accumulators; only m and n of the fields below are read
   int64_t m;
   int64_t n;
   const float* scale;         // [m], or [1] with row_stride 0
@@ -30,9 +30,9 @@ struct Gemm {
   Output output;
 };
 
-// Where the parts of k meet; null with a single part.
+// Workspace for the parts of k; null with a single part.
 struct PartialSums {
-  int32_t* counters;  // one for each tile, 0 before
+  int32_t* counters;  // one per tile, 0 at the start
   int32_t* sums;      // [parts, m, n]
 };
 
@@ -43,8 +43,8 @@ cudaError_t gemm_mma(const Gemm& args, const GemmPlan& plan, const PartialSums& 
 cudaError_t gemm_wgmma(const Gemm& args, const GemmPlan& plan, const Device& device, bool overlap,
                        cudaStream_t stream);
 
-// Runs the plan's kernel. `workspace`: workspace_bytes(), its counters 0. `overlap`: the kernel before it lets it
-// start early.
+// Runs the plan's kernel. `workspace`: workspace_bytes(), with counters of 0. `overlap`: the previous kernel
+// lets this one start early.
 cudaError_t gemm(const Gemm& args, const GemmPlan& plan, const Device& device, void* workspace, bool overlap,
                  cudaStream_t stream);
 

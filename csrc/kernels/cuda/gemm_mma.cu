@@ -1,6 +1,6 @@
-// GEMM by mma.sync: tiles of q and of the weight wait in shared memory, several stages deep, filled by cp.async.
+// GEMM by mma.sync. cp.async fills several stages of shared memory with tiles of q and of the weight.
 //
-// A block of 4 warps computes kTile x kTile outputs; a warp a quarter of them, from 16-row by 8-column pieces:
+// A block of 4 warps computes kTile x kTile outputs; each warp a quarter of them, in pieces of 16 x 8:
 //
 //                 columns = rows of the weight                    one piece of a warp (mma.m16n8k32)
 //              +-----------+-----------+                             column 2t, 2t+1 (t = lane%4)
@@ -15,8 +15,8 @@
 //
 //   stage 0: q [kTile][64], weight [kTile][64] | stage 1 | ... | qparams of the columns
 //
-// and when k is done, in the place of the stages, the sums [kTile][kTile + 8], from which every thread takes 8
-// neighbouring ones (the padding keeps the warp's 8-byte stores in different banks).
+// At the end of k the sums [kTile][kTile + 8] replace the stages; a thread reads 8 neighbouring sums at once
+// (the padding keeps the warp's 8-byte stores in different banks).
 #include "epilogue.cuh"
 #include "launch.h"
 #include "shared_layout.h"
@@ -32,11 +32,11 @@ template <int kTile>
 struct Shared {
   static constexpr int kOperand = kTile * kStepK;
   static constexpr int kStage = 2 * kOperand;
-  static constexpr int kStages =
-      64 * 1024 / kStage;  // a small tile needs as many bytes on their way as a large one
-  static constexpr int kSumsOfRow = kTile + 8;
-  static constexpr int kColumns = std::max<int>(kStages * kStage, kTile* kSumsOfRow * sizeof(int32_t));
-  static constexpr int kBytes = kColumns + sizeof(ColumnQparams<kTile>);
+  // A small tile needs as many bytes in flight as a large one.
+  static constexpr int kStages = 64 * 1024 / kStage;
+  static constexpr int kSumsPerRow = kTile + 8;
+  static constexpr int kColumns = std::max<int>(kStages * kStage, kTile* kSumsPerRow * sizeof(int32_t));
+  static constexpr int kBytes = kColumns + sizeof(ColumnQParams<kTile>);
 };
 
 template <int kTile>
@@ -58,9 +58,9 @@ __global__ void __launch_bounds__(kThreads, kTile == 64 ? 3 : 2)
   const int64_t begin = part * k_of_part;
   const int64_t end = min(a.k, begin + k_of_part);
   const int steps = end > begin ? static_cast<int>((end - begin + kStepK - 1) / kStepK) : 0;
-  auto& columns = *reinterpret_cast<ColumnQparams<kTile>*>(shared + Layout::kColumns);
+  auto& columns = *reinterpret_cast<ColumnQParams<kTile>*>(shared + Layout::kColumns);
 
-  // Thread i takes chunk i%4 of the rows i/4, i/4 + 32 ...
+  // Thread i copies chunk i%4 of the rows i/4, i/4 + 32 ...
   const int chunk = threadIdx.x % 4;
   const auto fetch = [&](const int8_t* rows, int64_t first, int64_t count, int step, int place) {
     int8_t* const target = shared + step % kStages * Layout::kStage + place;
@@ -84,17 +84,17 @@ __global__ void __launch_bounds__(kThreads, kTile == 64 ? 3 : 2)
     const int8_t* const weight = q + Layout::kOperand;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // 32 of the 64 k: chunks 2*half and 2*half + 1
-      uint32_t of_q[kPiecesM][4];
-      uint32_t of_weight[kPiecesN / 2][4];
+      uint32_t q_fragments[kPiecesM][4];
+      uint32_t weight_fragments[kPiecesN / 2][4];
+      // Matrices: rows 0-7 and 8-15 of the first chunk, then of the second.
 #pragma unroll
-      for (int i = 0; i < kPiecesM;
-           ++i) {  // matrices: rows 0-7 and 8-15 of the first chunk, then of the second
-        ptx::load_matrices(of_q[i],
+      for (int i = 0; i < kPiecesM; ++i) {
+        ptx::load_matrices(q_fragments[i],
                            q + offset_in_rows_of_64(warp_m + 16 * i + lane % 16, 2 * half + lane / 16));
       }
 #pragma unroll
       for (int i = 0; i < kPiecesN / 2; ++i) {  // matrices: rows 0-7 of both chunks, then rows 8-15
-        ptx::load_matrices(of_weight[i],
+        ptx::load_matrices(weight_fragments[i],
                            weight + offset_in_rows_of_64(warp_n + 16 * i + lane / 16 * 8 + lane % 8,
                                                          2 * half + lane / 8 % 2));
       }
@@ -102,13 +102,14 @@ __global__ void __launch_bounds__(kThreads, kTile == 64 ? 3 : 2)
       for (int i = 0; i < kPiecesM; ++i) {
 #pragma unroll
         for (int j = 0; j < kPiecesN; ++j) {
-          ptx::mma_16x8x32(sums[i][j], of_q[i], of_weight[j / 2][j % 2 * 2], of_weight[j / 2][j % 2 * 2 + 1]);
+          ptx::mma_16x8x32(sums[i][j], q_fragments[i], weight_fragments[j / 2][j % 2 * 2],
+                           weight_fragments[j / 2][j % 2 * 2 + 1]);
         }
       }
     }
   };
 
-  // What belongs to the weight never comes from the kernel before.
+  // The previous kernel never writes the weight or its qparams.
   fetch_columns<kThreads>(a.output, n, threadIdx.x, &columns);
   for (int step = 0; step < kStages - 1; ++step) {
     if (step < steps) fetch_weight(step);
@@ -120,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, kTile == 64 ? 3 : 2)
   }
   for (int step = 0; step < steps; ++step) {
     ptx::copy_async_wait<kStages - 2>();
-    __syncthreads();  // the stage has arrived for all, and nobody still reads the one that is filled next
+    __syncthreads();  // the stage has arrived, and no thread still reads the one that is filled next
     const int ahead = step + kStages - 1;
     if (ahead < steps) {
       fetch_weight(ahead);
@@ -138,14 +139,14 @@ __global__ void __launch_bounds__(kThreads, kTile == 64 ? 3 : 2)
 #pragma unroll
     for (int j = 0; j < kPiecesN; ++j) {
       int32_t* const place =
-          tile_sums + (warp_m + 16 * i + lane / 4) * Layout::kSumsOfRow + warp_n + 8 * j + lane % 4 * 2;
+          tile_sums + (warp_m + 16 * i + lane / 4) * Layout::kSumsPerRow + warp_n + 8 * j + lane % 4 * 2;
       *reinterpret_cast<int2*>(place) = make_int2(sums[i][j][0], sums[i][j][1]);
-      *reinterpret_cast<int2*>(place + 8 * Layout::kSumsOfRow) = make_int2(sums[i][j][2], sums[i][j][3]);
+      *reinterpret_cast<int2*>(place + 8 * Layout::kSumsPerRow) = make_int2(sums[i][j][2], sums[i][j][3]);
     }
   }
   __syncthreads();
   const auto sums_at = [&](int row, int group, int32_t (&values)[kGroup]) {
-    load_group(tile_sums + row * Layout::kSumsOfRow + group * kGroup, values);
+    load_group(tile_sums + row * Layout::kSumsPerRow + group * kGroup, values);
   };
   finish_tile<kThreads, kTile, kTile>(a.output, m, n, parts, part, int64_t{tile.n} * tiles_m + tile.m,
                                       partial.counters, partial.sums, columns, sums_at);
@@ -155,10 +156,10 @@ template <int kTile>
 cudaError_t launch_mma(const Gemm& args, const GemmPlan& plan, const PartialSums& partial, bool overlap,
                        cudaStream_t stream) {
   const GemmShape shape = {args.m, args.n, args.k};
-  Launch how{dim3(static_cast<unsigned>(plan.tiles(shape)), static_cast<unsigned>(plan.parts)), kThreads,
-             Shared<kTile>::kBytes};
-  how.overlap = overlap;
-  return launch<gemm_mma_kernel<kTile>>(how, stream, args, static_cast<uint32_t>(plan.tiles_m(shape)),
+  Launch spec{dim3(static_cast<unsigned>(plan.tiles(shape)), static_cast<unsigned>(plan.parts)), kThreads,
+              Shared<kTile>::kBytes};
+  spec.overlap = overlap;
+  return launch<gemm_mma_kernel<kTile>>(spec, stream, args, static_cast<uint32_t>(plan.tiles_m(shape)),
                                         static_cast<uint32_t>(plan.tiles_n(shape)), plan.k_of_part,
                                         plan.parts, partial);
 }

@@ -1,4 +1,4 @@
-// Which GEMM kernel runs, with which tile and how many parts of k: pure functions of shape and device.
+// The choice of GEMM kernel, tile and number of parts of k (split-K): pure functions of shape and device.
 #pragma once
 
 #include <algorithm>
@@ -7,17 +7,17 @@
 
 namespace dynquant::cuda {
 
-// What the choice of a kernel depends on.
+// The properties of a device that the choice of a kernel depends on.
 struct Device {
   int capability;  // 90 for 9.0
   int multiprocessors;
-  int code;  // what the kernels that run here were compiled for: 80 for PTX of 8.0, whatever the device
+  int code;  // the architecture of the kernels' code that runs here: 80 for PTX of 8.0, on any device
 };
 
-// Rows of q and of weights are padded with zeros to a multiple of 16 bytes, which is what every kernel loads at once.
+// Rows of q and of weights are padded with zeros to a multiple of 16 bytes, the size of every kernel's loads.
 constexpr int64_t padded_k(int64_t k) { return (k + 15) / 16 * 16; }
 
-// No int32 accumulator sums up more of k than this; |q - zero_point| * |weight| <= 255 * 127 allows 66,311.
+// The longest part of k for one int32 accumulator; |q - zero_point| * |weight| <= 255 * 127 allows 66,311.
 constexpr int64_t kMaxPartOfK = 65536;
 
 struct GemmShape {
@@ -27,13 +27,13 @@ struct GemmShape {
 };
 
 enum class GemmKernel : int {
-  kSmall,  // few rows of q, the weight straight into registers, products by mma.sync
+  kSmall,  // few rows of q: weights from global memory straight to registers, products by mma.sync
   kMma,    // tiles by mma.sync, cp.async pipeline
   kWgmma,  // tiles by wgmma, TMA pipeline: 9.0 exactly, k in one part
 };
 
-// Tiles of tile_m x tile_n outputs; of each, `parts` blocks sum up k_of_part of k, and the last one to finish adds
-// up the parts.
+// Tiles of tile_m x tile_n outputs. `parts` blocks work on a tile, each on k_of_part of k; the last one to
+// finish adds up their sums.
 struct GemmPlan {
   GemmKernel kernel;
   int tile_m;
@@ -46,7 +46,7 @@ struct GemmPlan {
   constexpr int64_t tiles(const GemmShape& shape) const { return tiles_m(shape) * tiles_n(shape); }
 };
 
-// `plan` with k in `parts` or as many as exactness takes; each part starts at a multiple of 256.
+// `plan` with k in `parts` parts, or more where exactness requires it; each part starts at a multiple of 256.
 constexpr GemmPlan with_parts(GemmPlan plan, int64_t k, int64_t parts) {
   parts = std::max<int64_t>({parts, (k + kMaxPartOfK - 1) / kMaxPartOfK, 1});
   plan.k_of_part = std::max<int64_t>((k + parts * 256 - 1) / (parts * 256) * 256, 256);
@@ -56,7 +56,7 @@ constexpr GemmPlan with_parts(GemmPlan plan, int64_t k, int64_t parts) {
 
 constexpr GemmPlan plan_small(const GemmShape& shape, const Device& device) {
   GemmPlan plan = {GemmKernel::kSmall, shape.m <= 8 ? 8 : shape.m <= 16 ? 16 : 32, 16, 1, 0};
-  // A few blocks alone cannot keep the memory busy, if each has much to read.
+  // A few blocks with long rows cannot saturate memory bandwidth.
   const int64_t tiles = plan.tiles(shape);
   const bool few = 2 * tiles < device.multiprocessors;
   return with_parts(plan, shape.k,
@@ -73,12 +73,12 @@ constexpr GemmPlan plan_mma(const GemmShape& shape, const Device& device) {
 constexpr int kWgmmaTileM = 128;
 constexpr int kWgmmaCluster = 2;
 
-constexpr bool wgmma_can(const GemmShape& shape, const Device& device) {
+constexpr bool wgmma_supports(const GemmShape& shape, const Device& device) {
   return device.capability == 90 && shape.k > 0 && shape.k <= kMaxPartOfK;
 }
 
-// The two tiles of a cluster of wgmma lie along m and share the weight, or, where that would leave the last of an odd
-// number of them empty, along n and share q.
+// The two tiles of a wgmma cluster lie along m and share the weight; with one tile along m, or an odd number
+// along m and an even one along n, they lie along n and share q, which leaves fewer clusters half empty.
 constexpr bool wgmma_pairs_along_m(const GemmPlan& plan, const GemmShape& shape) {
   const int64_t m = plan.tiles_m(shape), n = plan.tiles_n(shape);
   return m > 1 && (m % kWgmmaCluster == 0 || n % kWgmmaCluster != 0);
@@ -90,8 +90,8 @@ constexpr int64_t wgmma_pairs(const GemmPlan& plan, const GemmShape& shape) {
   return wgmma_pairs_along_m(plan, shape) ? (m + more) / kWgmmaCluster * n : m * ((n + more) / kWgmmaCluster);
 }
 
-// What a product takes, in units of 2.7 ns: fitted to whole forwards at K = 4096 on an H200. A wave of wgmma's tiles
-// takes as long as 37 columns and its own; one of tiles by mma.sync as long as 245 columns.
+// Estimated time of a product in units of 2.7 ns, fitted to whole forward passes at K = 4096 on an H200. A
+// wave of wgmma tiles costs 37 columns plus its own; a wave of mma.sync tiles costs 245 columns.
 constexpr int64_t cost(const GemmPlan& plan, const GemmShape& shape, const Device& device) {
   const int64_t steps = (plan.k_of_part + 127) / 128;
   if (plan.kernel == GemmKernel::kWgmma) {
@@ -113,9 +113,9 @@ constexpr GemmPlan plan_wgmma(const GemmShape& shape, const Device& device) {
 }
 
 constexpr GemmPlan plan_gemm(const GemmShape& shape, const Device& device) {
-  const bool can = wgmma_can(shape, device);
+  const bool can = wgmma_supports(shape, device);
   if (shape.m <= 32) {
-    // From 9 rows on wgmma is ahead where the blocks of the small kernel take turns.
+    // From 9 rows on, wgmma is faster if the blocks of the small kernel need a second wave.
     const GemmPlan small = plan_small(shape, device);
     if (shape.m <= 8 || !can || small.tiles(shape) <= 2 * device.multiprocessors) return small;
   }
@@ -125,7 +125,7 @@ constexpr GemmPlan plan_gemm(const GemmShape& shape, const Device& device) {
   return cost(wgmma, shape, device) <= cost(mma, shape, device) ? wgmma : mma;
 }
 
-// Counters (one for each tile), then the parts' int32 sums [parts, m, n]; nothing for a single part.
+// Counters (one per tile), then the parts' int32 sums [parts, m, n]; empty for a single part.
 constexpr size_t counter_bytes(const GemmPlan& plan, const GemmShape& shape) {
   return plan.parts > 1 ? (plan.tiles(shape) * 4 + 15) / 16 * 16 : 0;
 }
@@ -139,23 +139,23 @@ struct TileIndex {
   uint32_t n;
 };
 
-// Tiles in the order in which blocks take them: bands of `band` tiles along m, so that tiles that are computed at
-// the same time share rows and columns that are still in L2.
+// Tiles in the order in which blocks process them: bands of `band` tiles along m, so that concurrent tiles
+// share rows and columns in L2.
 //
 //        n ->
 //   m  0 2 4 6      (band = 2)
 //   |  1 3 5 7
 //   v  8 ...
 //
-// 32 bits: each role of a block divides for every tile, and a division of 64 bits is some 70 instructions.
+// 32 bits: each role of a block divides for every tile, and a 64-bit division takes some 70 instructions.
 #if defined(__CUDACC__)
 __host__ __device__
 #endif
     constexpr TileIndex
     tile_at(uint32_t index, uint32_t tiles_m, uint32_t tiles_n, uint32_t band) {
-  const uint32_t of_band = band * tiles_n;
-  const uint32_t first_m = index / of_band * band;
-  const uint32_t in_band = index % of_band;
+  const uint32_t tiles_of_band = band * tiles_n;
+  const uint32_t first_m = index / tiles_of_band * band;
+  const uint32_t in_band = index % tiles_of_band;
   const uint32_t height = tiles_m - first_m < band ? tiles_m - first_m : band;
   return {first_m + in_band % height, in_band / height};
 }

@@ -1,4 +1,4 @@
-// Few rows of q, quantized by the kernel before.
+// GEMM with few rows of q, which the previous kernel has quantized.
 #include "gemm_small.cuh"
 
 namespace dynquant::cuda {

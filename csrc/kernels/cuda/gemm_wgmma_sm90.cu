@@ -1,8 +1,8 @@
-// GEMM by wgmma, for compute capability 9.0: TMA fills a ring of stages in shared memory, one warp of a block does
-// nothing but start these copies, two warpgroups multiply. Blocks stay and take one tile after the other.
+// GEMM by wgmma, for compute capability 9.0: TMA fills a ring of stages in shared memory; one warp of a block
+// only starts these copies, two warpgroups multiply. Blocks are persistent: each processes tile after tile.
 //
-// Two blocks (a cluster) compute neighbouring tiles. Along m they share the weight, along n q: each copies half of what
-// they share, to both.
+// Two blocks (a cluster) compute neighbouring tiles. Pairs along m share the weight, pairs along n share q:
+// each block copies half of the shared operand to both.
 //
 //                     kTileN rows of the weight                   warpgroup's 64 x kTileN accumulators
 //              +-----------------------------+                      columns 8j + 2t, + 1  (t = lane%4)
@@ -15,11 +15,11 @@
 //
 // Shared memory of a block; a row is 128 bytes of k, swizzled (shared_layout.h):
 //
-//   stage 0: q [128][128], weight [kTileN][128] | stage 1 | ...
-//   | a slice for each of the 8 warps | qparams of the columns, twice for each warpgroup | filled, emptied [kStages]
+//   stage 0: q [128][128], weight [kTileN][128] | stage 1 | ... | a slice for each of the 8 warps
+//   | qparams of the columns, twice for each warpgroup | filled, emptied [kStages]
 //
 // filled[s] ends a phase when this block's producer has announced the stage's bytes and all have arrived;
-// emptied[s] when each of the 16 consumer warps of both blocks has read the stage: both producers write into it.
+// emptied[s] when the 16 consumer warps of both blocks have read the stage: both producers write into it.
 #include <algorithm>
 
 #include "epilogue.cuh"
@@ -40,17 +40,16 @@ constexpr int kConsumerWarps = kConsumers / 32;
 constexpr int kBand = 8;  // pairs of tiles along m
 constexpr int kWarpRows = 16;
 
-// What a warp does with its 16 x kTileN sums, through its slice of shared memory: AnyStore for every output and
-// function; RowStore<dtype>, which has a third of the instructions, where rows of the output start at multiples of 16
-// bytes and the function is none or relu.
+// Two ways to write a warp's 16 x kTileN sums through its slice of shared memory: AnyStore for all outputs,
+// RowStore<dtype>, a third of the instructions, for function none or relu and rows at multiples of 16 bytes.
 struct AnyStore;
-template <Dtype kDType>
+template <Dtype kDtype>
 struct RowStore;
 
-constexpr int kSliceColumns = 32;  // AnyStore's accumulators, so many columns at a time, padded
+constexpr int kSliceColumns = 32;  // columns of accumulators that AnyStore writes at a time; rows are padded
 constexpr int kSliceRow = kSliceColumns + 8;
 constexpr int kSliceBytes = kWarpRows * kSliceRow * sizeof(int32_t);
-constexpr int kMaxRowBytes = 128;  // RowStore's outputs of a row at a time
+constexpr int kMaxRowBytes = 128;  // bytes of a row that RowStore writes at a time
 static_assert(kWarpRows * kMaxRowBytes <= kSliceBytes && kSliceBytes % 128 == 0);
 
 template <int kTileN>
@@ -61,14 +60,14 @@ struct Shared {
   static constexpr int kStages = 192 * 1024 / kStage;
   static constexpr int kSlices = kStages * kStage;
   static constexpr int kColumns = kSlices + kConsumerWarps * kSliceBytes;
-  static constexpr int kBarriers = kColumns + 4 * sizeof(ColumnQparams<kTileN>);
+  static constexpr int kBarriers = kColumns + 4 * sizeof(ColumnQParams<kTileN>);
   static constexpr int kBytes = kBarriers + 2 * kStages * sizeof(uint64_t);
   static_assert(kQ / kCluster % 1024 == 0 && kWeight / kCluster % 1024 == 0,
                 "the swizzle repeats every 1024 bytes");
   static_assert(kBytes <= 227 * 1024, "shared memory of a block");
 };
 
-// Which stage of the ring is next, and the parity of its phase.
+// The next stage of the ring, and the parity of its phase.
 template <int kStages>
 struct Ring {
   int stage = 0;
@@ -83,19 +82,19 @@ struct Ring {
 };
 
 struct Tiles {
-  uint32_t rows;  // of tiles, or pairs of them
+  uint32_t rows;  // rows of tiles, or of pairs of tiles
   uint32_t columns;
   bool pairs_along_m;
-  int steps;      // of kStepK
-  int q_rows;     // that a block copies: all of its tile's, or half of them where the pair shares them
-  int box_bytes;  // that arrive for a stage
+  int steps;      // steps of kStepK
+  int q_rows;     // rows of q that a block copies: its tile's, or half of them if the pair shares them
+  int box_bytes;  // bytes that arrive for a stage
 };
 
-// Where a warp's sums go.
+// The place of a warp's sums in the output.
 struct WarpTile {
-  int64_t m;  // its first row
+  int64_t m;  // the first row
   int64_t n;
-  RowQparams rows[2];  // of row lane/4, and of the one 8 further down
+  QParams rows[2];  // of rows lane/4 and lane/4 + 8
   int lane;
   int8_t* slice;
 };
@@ -103,10 +102,10 @@ struct WarpTile {
 // ---- from sums to outputs ----
 
 struct AnyStore {
-  // 32 columns to shared memory, back as 8 neighbouring ones of a row for each lane.
+  // Writes 32 columns to shared memory, reads them back as 8 neighbouring columns of a row per lane.
   template <int kTileN>
   static __device__ __forceinline__ void write(const Output& output, const WarpTile& tile,
-                                               const ColumnQparams<kTileN>& of_tile,
+                                               const ColumnQParams<kTileN>& tile_columns,
                                                const int32_t (&sums)[kTileN / 2]) {
     int32_t* const slice = reinterpret_cast<int32_t*>(tile.slice);
     const int lane = tile.lane;
@@ -115,7 +114,7 @@ struct AnyStore {
     for (int number = 0; number < kTileN / kSliceColumns; ++number) {
 #pragma unroll
       for (int same = 0; same < kTileN / kSliceColumns; ++same) {
-        if (same == number) {  // registers have no run-time index
+        if (same == number) {  // registers cannot be indexed at run time
 #pragma unroll
           for (int j = 0; j < kSliceColumns / 8; ++j) {
             const int32_t* const piece = sums + (same * (kSliceColumns / 8) + j) * 4;
@@ -127,7 +126,7 @@ struct AnyStore {
       }
       __syncwarp();
       const int column = number * kSliceColumns + group;
-      const GroupQparams columns = load_group(of_tile, column);
+      const GroupQParams columns = load_group(tile_columns, column);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = lane / 4 + 8 * i;
@@ -149,49 +148,48 @@ struct TwoColumns {
 };
 
 template <int kTileN>
-__device__ __forceinline__ TwoColumns two_columns(const ColumnQparams<kTileN>& of_tile, int column) {
+__device__ __forceinline__ TwoColumns two_columns(const ColumnQParams<kTileN>& tile_columns, int column) {
   TwoColumns two;
-  memcpy(two.scale, __builtin_assume_aligned(of_tile.scale + column, 8), 8);
-  memcpy(two.sum, __builtin_assume_aligned(of_tile.sum + column, 8), 8);
-  memcpy(two.bias, __builtin_assume_aligned(of_tile.bias + column, 8), 8);
+  memcpy(two.scale, __builtin_assume_aligned(tile_columns.scale + column, 8), 8);
+  memcpy(two.sum, __builtin_assume_aligned(tile_columns.sum + column, 8), 8);
+  memcpy(two.bias, __builtin_assume_aligned(tile_columns.bias + column, 8), 8);
   return two;
 }
 
 template <bool kRelu>
-__device__ __forceinline__ float dequantized(int32_t sum, const RowQparams& row, const TwoColumns& columns,
+__device__ __forceinline__ float dequantized(int32_t sum, const QParams& row, const TwoColumns& columns,
                                              int i) {
   const float acc = static_cast<float>(sum - row.zero_point * columns.sum[i]);
   const float y = (acc * row.scale) * columns.scale[i] + columns.bias[i];
   return kRelu ? EpilogueMath<Scalar>::relu(y) : y;
 }
 
-template <Dtype kDType>
+template <Dtype kDtype>
 struct RowStore {
-  static constexpr bool kHalf = kDType == Dtype::kBFloat16 || kDType == Dtype::kFloat16;
+  static constexpr bool kHalf = kDtype == Dtype::kBFloat16 || kDtype == Dtype::kFloat16;
   static constexpr int kElementBytes = kHalf ? 2 : 4;
 
   template <int kTileN>
   static __device__ __forceinline__ void write(const Output& output, const WarpTile& tile,
-                                               const ColumnQparams<kTileN>& of_tile,
+                                               const ColumnQParams<kTileN>& tile_columns,
                                                const int32_t (&sums)[kTileN / 2]) {
     if (output.function == Epilogue::kRelu) {
-      write_pieces<true>(output, tile, of_tile, sums);
+      write_pieces<true>(output, tile, tile_columns, sums);
     } else {
-      write_pieces<false>(output, tile, of_tile, sums);
+      write_pieces<false>(output, tile, tile_columns, sums);
     }
   }
 
  private:
-  // Pieces of kRowBytes a row, all 16 rows at once: to shared memory in the layout of the sums, from there as rows. In
-  // shared memory the 16-byte chunk c of row r stands in the place c ^ swizzle(r), so that neither side meets a bank
-  // twice.
+  // A piece is kRowBytes of all 16 rows: written to shared memory in the sums' layout, read back as rows.
+  // The 16-byte chunk c of row r is stored in the place c ^ swizzle(r): no bank conflicts on either side.
   template <int kTileN>
   struct Piece {
     static constexpr int kRowBytes = std::min(kMaxRowBytes, kTileN* kElementBytes);
     static constexpr int kColumns = kRowBytes / kElementBytes;
     static constexpr int kCount = kTileN / kColumns;
     static constexpr int kChunks = kRowBytes / 16;
-    static constexpr int kRowsAtOnce = 32 / kChunks;  // that one store of the warp writes
+    static constexpr int kRowsAtOnce = 32 / kChunks;  // rows that one store of the warp writes
 
     static __device__ __forceinline__ int place(int row, int chunk) {
       const int swizzle = !kHalf ? row % 4 * 2 : kChunks == 8 ? row % 8 : row / 2 % 4;
@@ -201,7 +199,7 @@ struct RowStore {
 
   template <bool kRelu, int kTileN>
   static __device__ __forceinline__ void write_pieces(const Output& output, const WarpTile& tile,
-                                                      const ColumnQparams<kTileN>& of_tile,
+                                                      const ColumnQParams<kTileN>& tile_columns,
                                                       const int32_t (&sums)[kTileN / 2]) {
     using Piece = Piece<kTileN>;
     const int chunk = tile.lane % Piece::kChunks;
@@ -212,9 +210,9 @@ struct RowStore {
 #pragma unroll
     for (int piece = 0; piece < Piece::kCount; ++piece) {
       if constexpr (kHalf) {
-        halves_to_slice<kRelu>(tile, of_tile, sums, piece);
+        halves_to_slice<kRelu>(tile, tile_columns, sums, piece);
       } else {
-        words_to_slice<kRelu>(tile, of_tile, sums, piece);
+        words_to_slice<kRelu>(tile, tile_columns, sums, piece);
       }
       __syncwarp();
       const bool inside = tile.n + piece * Piece::kColumns + chunk * (16 / kElementBytes) < output.n;
@@ -231,13 +229,13 @@ struct RowStore {
   }
 
   static __device__ __forceinline__ uint32_t pair(float low, float high) {
-    return kDType == Dtype::kBFloat16 ? ptx::bfloat16_pair(low, high) : ptx::half_pair(low, high);
+    return kDtype == Dtype::kBFloat16 ? ptx::bfloat16_pair(low, high) : ptx::half_pair(low, high);
   }
 
   // Two groups of 8 columns by one stmatrix: rows 0-7 and 8-15 of the first, then of the second.
   template <bool kRelu, int kTileN>
   static __device__ __forceinline__ void halves_to_slice(const WarpTile& tile,
-                                                         const ColumnQparams<kTileN>& of_tile,
+                                                         const ColumnQParams<kTileN>& tile_columns,
                                                          const int32_t (&sums)[kTileN / 2], int piece) {
     constexpr int kGroups = Piece<kTileN>::kColumns / 8;
 #pragma unroll
@@ -247,7 +245,7 @@ struct RowStore {
       for (int i = 0; i < 2; ++i) {
         const int group = piece * kGroups + j + i;
         const int32_t* const c = sums + 4 * group;
-        const TwoColumns columns = two_columns(of_tile, 8 * group + tile.lane % 4 * 2);
+        const TwoColumns columns = two_columns(tile_columns, 8 * group + tile.lane % 4 * 2);
 #pragma unroll
         for (int below = 0; below < 2; ++below) {
           words[2 * i + below] = pair(dequantized<kRelu>(c[2 * below], tile.rows[below], columns, 0),
@@ -261,22 +259,22 @@ struct RowStore {
 
   template <bool kRelu, int kTileN>
   static __device__ __forceinline__ void words_to_slice(const WarpTile& tile,
-                                                        const ColumnQparams<kTileN>& of_tile,
+                                                        const ColumnQParams<kTileN>& tile_columns,
                                                         const int32_t (&sums)[kTileN / 2], int piece) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int group = piece * 4 + j;
       const int32_t* const c = sums + 4 * group;
       TwoColumns columns = {};
-      if constexpr (kDType == Dtype::kFloat32) {
-        columns = two_columns(of_tile, 8 * group + tile.lane % 4 * 2);
+      if constexpr (kDtype == Dtype::kFloat32) {
+        columns = two_columns(tile_columns, 8 * group + tile.lane % 4 * 2);
       }
       const int chunk = 2 * j + tile.lane % 4 / 2;
 #pragma unroll
       for (int below = 0; below < 2; ++below) {
         const int row = tile.lane / 4 + 8 * below;
         int2 words = make_int2(c[2 * below], c[2 * below + 1]);
-        if constexpr (kDType == Dtype::kFloat32) {
+        if constexpr (kDtype == Dtype::kFloat32) {
           words.x = __float_as_int(dequantized<kRelu>(words.x, tile.rows[below], columns, 0));
           words.y = __float_as_int(dequantized<kRelu>(words.y, tile.rows[below], columns, 1));
         }
@@ -350,7 +348,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           ptx::copy_box_to_cluster(q, &q_map, step * kStepK, m, filled + stage, kBoth);
         }
       };
-      // The weight never comes from the kernel before.
+      // The previous kernel never writes the weight.
       int early = tiles.steps < kStages ? tiles.steps : kStages;
       for (int step = 0; step < early; ++step) copy_weight(step, tile_of(cluster), step);
       ptx::wait_for_previous_kernel();
@@ -373,31 +371,31 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::take_registers<232>();
     ptx::wait_for_previous_kernel();
     const int warpgroup = warp / 4;
-    auto* const columns = reinterpret_cast<ColumnQparams<kTileN>*>(shared + Layout::kColumns) + 2 * warpgroup;
+    auto* const columns = reinterpret_cast<ColumnQParams<kTileN>*>(shared + Layout::kColumns) + 2 * warpgroup;
     const auto release = [&](int stage) {
       if (lane < kCluster) ptx::barrier_arrive_remote(emptied + stage, lane);
     };
     Ring<kStages> ring;
-    int turn = 0;  // of the two places for columns: slower warps may still read the other
+    int turn = 0;  // alternates between two places for columns: slower warps may still read the other
     for (uint32_t index = cluster; index < total; index += clusters) {
       const TileIndex tile = tile_of(index);
-      if (int64_t{tile.m} * kTileM + warpgroup * 64 >= output.m) {  // nothing but to let the stages go
+      if (int64_t{tile.m} * kTileM + warpgroup * 64 >= output.m) {  // no rows: only releases the stages
         for (int step = 0; step < tiles.steps; ++step) {
           ptx::barrier_wait(filled + ring.stage, ring.parity);
-          __syncwarp();  // no lane may still wait for a stage that the first lanes give away
+          __syncwarp();  // no lane may still wait for a stage that the first lanes release
           release(ring.stage);
           ring.advance();
         }
         continue;
       }
-      WarpTile mine = {};
-      mine.m = int64_t{tile.m} * kTileM + warp * kWarpRows;
-      mine.n = int64_t{tile.n} * kTileN;
-      mine.rows[0] = load_row(output, mine.m + lane / 4);
-      mine.rows[1] = load_row(output, mine.m + lane / 4 + 8);
-      mine.lane = lane;
-      mine.slice = shared + Layout::kSlices + warp * kSliceBytes;
-      fetch_columns<kWarpgroup>(output, mine.n, threadIdx.x % kWarpgroup, columns + turn);
+      WarpTile warp_tile = {};
+      warp_tile.m = int64_t{tile.m} * kTileM + warp * kWarpRows;
+      warp_tile.n = int64_t{tile.n} * kTileN;
+      warp_tile.rows[0] = load_row(output, warp_tile.m + lane / 4);
+      warp_tile.rows[1] = load_row(output, warp_tile.m + lane / 4 + 8);
+      warp_tile.lane = lane;
+      warp_tile.slice = shared + Layout::kSlices + warp * kSliceBytes;
+      fetch_columns<kWarpgroup>(output, warp_tile.n, threadIdx.x % kWarpgroup, columns + turn);
       ptx::copy_async_commit();
 
       int32_t sums[kTileN / 2];
@@ -405,18 +403,19 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int step = 0; step < tiles.steps; ++step) {
         ptx::barrier_wait(filled + ring.stage, ring.parity);
         const uint32_t q = ptx::shared_address(shared + ring.stage * Layout::kStage);
-        const uint64_t of_q = descriptor_of_rows_of_128(q + warpgroup * 64 * kStepK);
-        const uint64_t of_weight = descriptor_of_rows_of_128(q + Layout::kQ);
+        const uint64_t q_descriptor = descriptor_of_rows_of_128(q + warpgroup * 64 * kStepK);
+        const uint64_t weight_descriptor = descriptor_of_rows_of_128(q + Layout::kQ);
         ptx::keep_registers(sums);
         ptx::wgmma_fence();
 #pragma unroll
-        for (int part = 0; part < kStepK / 32; ++part) {  // 32 bytes further along k: 2 in units of 16
-          ptx::wgmma_64xNx32<kTileN>(sums, of_q + 2 * part, of_weight + 2 * part, step > 0 || part > 0);
+        for (int part = 0; part < kStepK / 32; ++part) {  // the next 32 bytes of k: 2 units of 16
+          ptx::wgmma_64xNx32<kTileN>(sums, q_descriptor + 2 * part, weight_descriptor + 2 * part,
+                                     step > 0 || part > 0);
         }
         ptx::wgmma_commit();
         ptx::keep_registers(sums);
         ptx::wgmma_wait<1>();
-        if (step > 0) release(last);  // only this step's products are under way
+        if (step > 0) release(last);  // only this step's products are in flight
         last = ring.stage;
         ring.advance();
       }
@@ -426,7 +425,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
       ptx::copy_async_wait<0>();
       ptx::barrier_of_threads(1 + warpgroup, kWarpgroup);  // the columns have arrived for the whole warpgroup
-      Store::template write<kTileN>(output, mine, columns[turn], sums);
+      Store::template write<kTileN>(output, warp_tile, columns[turn], sums);
       turn ^= 1;
     }
   }
@@ -444,8 +443,8 @@ cudaError_t launch_wgmma(const Gemm& args, const GemmPlan& plan, const Device& d
   tiles.columns = static_cast<uint32_t>(ceil_div(plan.tiles_n(shape), along_m ? 1 : kCluster));
   tiles.pairs_along_m = along_m;
   tiles.steps = static_cast<int>(ceil_div(args.k, kStepK));
-  // Of few rows no more than there are, by the 8 rows in which the swizzle repeats: rows outside the matrix are slow to
-  // copy. What a stage then holds below them goes into sums that are not written.
+  // At most m rows, rounded up to the 8 of a swizzle period: rows outside the matrix are slow to copy. Stale
+  // data below them in a stage enters only sums that are not written.
   const int64_t rows_of_tile = std::min<int64_t>(args.m, kTileM);
   tiles.q_rows = static_cast<int>(round_up(ceil_div(rows_of_tile, along_m ? 1 : kCluster), 8));
   tiles.box_bytes = (tiles.q_rows * (along_m ? 1 : kCluster) + kTileN) * kStepK;
@@ -458,13 +457,13 @@ cudaError_t launch_wgmma(const Gemm& args, const GemmPlan& plan, const Device& d
   if (error != cudaSuccess) return error;
   const int64_t clusters =
       std::min<int64_t>(int64_t{tiles.rows} * tiles.columns, device.multiprocessors / kCluster);
-  Launch how{dim3(static_cast<unsigned>(clusters * kCluster)), kThreads, Shared<kTileN>::kBytes};
-  how.cluster = kCluster;
-  how.overlap = overlap;
-  return launch<gemm_wgmma_kernel<kTileN, Store>>(how, stream, q_map, weight_map, args.output, tiles);
+  Launch spec{dim3(static_cast<unsigned>(clusters * kCluster)), kThreads, Shared<kTileN>::kBytes};
+  spec.cluster = kCluster;
+  spec.overlap = overlap;
+  return launch<gemm_wgmma_kernel<kTileN, Store>>(spec, stream, q_map, weight_map, args.output, tiles);
 }
 
-// Whether RowStore can write it.
+// Whether RowStore supports the output.
 bool has_rows_of_16_bytes(const Output& output) {
   return (output.function == Epilogue::kNone || output.function == Epilogue::kRelu) &&
          reinterpret_cast<uintptr_t>(output.data) % 16 == 0 &&

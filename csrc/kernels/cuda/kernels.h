@@ -1,7 +1,8 @@
-// What the CUDA part computes: raw pointers of the current device, a stream to launch on, cudaError_t back. No torch
-// header is needed to compile or to call it. Everything is asynchronous, allocates nothing and can be captured in a
-// CUDA graph. The arithmetic is dynquant/reference/'s, bit for bit. Any m, n, k >= 0; tensors are contiguous and
-// aligned to their element size only, weights and workspaces to 16 bytes.
+// The interface of the CUDA kernels: raw pointers of the current device, a stream to launch on, cudaError_t
+// back. Neither compiling nor calling them takes a torch header. Each function is asynchronous, allocates
+// nothing and can be captured in a CUDA graph. The arithmetic is that of dynquant/reference/, bit for bit.
+// Any m, n, k >= 0; tensors are contiguous and aligned to their element size only, weights and workspaces to
+// 16 bytes.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -15,8 +16,8 @@
 
 namespace dynquant::cuda {
 
-// Whether a kernel can start before the one that it follows has ended. It must wait by an instruction of its own,
-// which only code for 9.0 and newer has; without it, it would read what is not there yet.
+// Whether a kernel can start before its predecessor on the stream has ended. It then waits by an instruction
+// that only code for 9.0 and newer has; older code would read results before they are written.
 constexpr bool kernels_overlap(const Device& device) { return device.code >= 90; }
 
 cudaError_t current_device(Device* device);
@@ -26,20 +27,20 @@ cudaError_t current_device(Device* device);
 // lo = min(min(x), 0) and hi = max(max(x), 0) of each row, [m] each; both NaN where the row holds a NaN.
 cudaError_t min_max_rows(const Rows& x, float* lo, float* hi, cudaStream_t stream);
 
-// The same of all of x, [1] each. The result does not depend on the order in which blocks run.
+// The same for all of x, [1] each. The result does not depend on the order in which blocks run.
 constexpr size_t kRangeWorkspace = 1024 * 2 * sizeof(float);
 cudaError_t min_max_tensor(const Rows& x, float* lo, float* hi, void* workspace, cudaStream_t stream);
 
-// scale and zero_point of `count` ranges; NaN and 0 where one is not finite.
+// scale and zero_point of `count` ranges; NaN and 0 for a range that is not finite.
 cudaError_t choose_qparams(const float* lo, const float* hi, int64_t count, float* scale, int32_t* zero_point,
                            cudaStream_t stream);
 
-// q = clamp(round(x / scale) + zero_point, -128, 127), [m, k]; 0 where that is NaN. One pair of qparams, or one for
-// each row.
+// q = clamp(round(x / scale) + zero_point, -128, 127), [m, k]; 0 where that is NaN. One pair of qparams, or
+// one for each row.
 cudaError_t quantize(const Rows& x, const float* scale, const int32_t* zero_point, bool per_row, int8_t* q,
                      cudaStream_t stream);
 
-// Walsh-Hadamard transform of each x.rotation_block (1, 2, 4 ... 128, a divisor of k) elements of a row, [m, k].
+// Walsh-Hadamard transform of each x.rotation_block elements (1, 2, 4 ... 128, a divisor of k), [m, k].
 cudaError_t rotate(const Rows& x, float* out, cudaStream_t stream);
 
 // ---- products ----
@@ -54,10 +55,10 @@ struct Int8Mm {
   int32_t* out;
 };
 
-// Which kernel runs, and the workspace that it needs: made once a call, then handed to it.
+// The kernel of a call and the size of its workspace: planned once, then passed to int8_mm.
 struct Int8MmPlan {
   GemmPlan gemm;
-  bool copies_q;  // its rows do not start at multiples of 16 bytes
+  bool copies_q;  // rows of q do not start at multiples of 16 bytes
   size_t workspace_bytes;
 };
 
@@ -65,7 +66,7 @@ Int8MmPlan plan_int8_mm(const Int8Mm& args, const Device& device);
 cudaError_t int8_mm(const Int8Mm& args, const Int8MmPlan& plan, const Device& device, void* workspace,
                     cudaStream_t stream);
 
-// A whole forward: quantize x, multiply, dequantize.
+// A whole forward pass: quantize x, multiply, dequantize.
 struct Linear {
   Rows x;
   int64_t n;
@@ -73,14 +74,14 @@ struct Linear {
   const int32_t* weight_sum;  // [n]
   const float* weight_scale;  // [n]
   const float* bias;          // [n], or null
-  const float* scale;         // [1] for fixed qparams, null to choose them from x
+  const float* scale;         // [1] for static qparams, null to choose them from x
   const int32_t* zero_point;  // [1], with scale
   Config config;              // its rotation_block (x has it) and out_dtype are not read
   void* out;                  // [x.m, n]
   Dtype out_dtype;
 };
 
-// Launches: 1 where the GEMM's blocks quantize x themselves, else 2, 3 with config.per_tensor.
+// Launches: 1 if the GEMM's blocks quantize x themselves (fused), else 2, or 3 with config.per_tensor.
 struct LinearPlan {
   GemmPlan gemm;
   bool fused;

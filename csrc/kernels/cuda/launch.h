@@ -17,10 +17,10 @@ struct Launch {
   unsigned threads;
   size_t shared_bytes = 0;
   unsigned cluster = 1;
-  bool overlap = false;  // the kernel waits for the one before it by itself (ptx::wait_for_previous_kernel)
+  bool overlap = false;  // the kernel calls ptx::wait_for_previous_kernel and may start before that one ends
 };
 
-// Lets kKernel have `bytes` of shared memory on the current device; asked of CUDA once a kernel and device.
+// Allows kKernel `bytes` of shared memory on the current device; one CUDA call per kernel and device.
 template <auto kKernel>
 cudaError_t allow_shared_bytes(size_t bytes) {
   constexpr size_t kWithoutAsking = 48 * 1024;
@@ -37,24 +37,24 @@ cudaError_t allow_shared_bytes(size_t bytes) {
 }
 
 template <class... Parameters, class... Arguments>
-cudaError_t launch_as(void (*kernel)(Parameters...), const Launch& how, cudaStream_t stream,
+cudaError_t launch_as(void (*kernel)(Parameters...), const Launch& spec, cudaStream_t stream,
                       const Arguments&... arguments) {
   cudaLaunchAttribute attributes[2] = {};
   unsigned count = 0;
-  if (how.cluster > 1) {
+  if (spec.cluster > 1) {
     attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count].val.clusterDim = {how.cluster, 1, 1};
+    attributes[count].val.clusterDim = {spec.cluster, 1, 1};
     ++count;
   }
-  if (how.overlap) {
+  if (spec.overlap) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count].val.programmaticStreamSerializationAllowed = 1;
     ++count;
   }
   cudaLaunchConfig_t config = {};
-  config.gridDim = how.grid;
-  config.blockDim = dim3(how.threads);
-  config.dynamicSmemBytes = how.shared_bytes;
+  config.gridDim = spec.grid;
+  config.blockDim = dim3(spec.threads);
+  config.dynamicSmemBytes = spec.shared_bytes;
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = count;
@@ -62,9 +62,9 @@ cudaError_t launch_as(void (*kernel)(Parameters...), const Launch& how, cudaStre
 }
 
 template <auto kKernel, class... Arguments>
-cudaError_t launch(const Launch& how, cudaStream_t stream, const Arguments&... arguments) {
-  const cudaError_t error = allow_shared_bytes<kKernel>(how.shared_bytes);
-  return error != cudaSuccess ? error : launch_as(kKernel, how, stream, arguments...);
+cudaError_t launch(const Launch& spec, cudaStream_t stream, const Arguments&... arguments) {
+  const cudaError_t error = allow_shared_bytes<kKernel>(spec.shared_bytes);
+  return error != cudaSuccess ? error : launch_as(kKernel, spec, stream, arguments...);
 }
 
 }  // namespace dynquant::cuda

@@ -1,4 +1,4 @@
-// Whole products: which kernels run, in which order, and where their intermediate results stand in the workspace.
+// Whole products: the sequence of kernels, and the places of their intermediate results in the workspace.
 #include "gemm.h"
 #include "launch.h"
 #include "linear_small.h"
@@ -7,7 +7,7 @@
 namespace dynquant::cuda {
 namespace {
 
-// Hands out pieces of a workspace; with a null workspace it only counts.
+// Divides a workspace into pieces; with a null workspace it only adds up their sizes.
 class Carver {
  public:
   explicit Carver(void* workspace) : base_(static_cast<char*>(workspace)) {}
@@ -31,7 +31,7 @@ struct LinearWorkspace {
   float* scale;
   int32_t* zero_point;
   Range* ranges;
-  char* of_gemm;
+  char* gemm_workspace;
 };
 
 GemmShape shape_of(const Linear& args) { return {args.x.m, args.n, args.x.k}; }
@@ -45,13 +45,13 @@ LinearWorkspace carve(const Linear& args, const GemmPlan& plan, Carver& carver) 
   pieces.scale = carver.take<float>(rows);
   pieces.zero_point = carver.take<int32_t>(rows);
   pieces.ranges = carver.take<Range>(finds_ranges(args) ? kMaxRanges : 0);
-  pieces.of_gemm = carver.take<char>(static_cast<int64_t>(workspace_bytes(plan, shape_of(args))));
+  pieces.gemm_workspace = carver.take<char>(static_cast<int64_t>(workspace_bytes(plan, shape_of(args))));
   return pieces;
 }
 
 struct Int8MmWorkspace {
-  int8_t* q;  // null: q is read where it is
-  char* of_gemm;
+  int8_t* q;  // null: the caller's q is read in place
+  char* gemm_workspace;
 };
 
 GemmShape shape_of(const Int8Mm& args) { return {args.m, args.n, args.k}; }
@@ -59,25 +59,25 @@ GemmShape shape_of(const Int8Mm& args) { return {args.m, args.n, args.k}; }
 Int8MmWorkspace carve(const Int8Mm& args, const GemmPlan& plan, bool copies_q, Carver& carver) {
   Int8MmWorkspace pieces = {};
   if (copies_q) pieces.q = carver.take<int8_t>(args.m * padded_k(args.k));
-  pieces.of_gemm = carver.take<char>(static_cast<int64_t>(workspace_bytes(plan, shape_of(args))));
+  pieces.gemm_workspace = carver.take<char>(static_cast<int64_t>(workspace_bytes(plan, shape_of(args))));
   return pieces;
 }
 
-// x to int8, and the counters of the GEMM's parts to 0.
+// Quantizes x, and sets the counters of the GEMM's parts of k to 0.
 cudaError_t quantize_x(const Linear& args, const LinearPlan& plan, const LinearWorkspace& pieces,
                        const Device& device, cudaStream_t stream) {
   QuantizeRows rows = {};
   rows.x = args.x;
-  rows.from = args.scale != nullptr ? QparamsFrom::kStatic
-              : finds_ranges(args)  ? QparamsFrom::kRanges
-                                    : QparamsFrom::kRow;
+  rows.from = args.scale != nullptr ? QParamsFrom::kStatic
+              : finds_ranges(args)  ? QParamsFrom::kRanges
+                                    : QParamsFrom::kRow;
   rows.given_scale = args.scale;
   rows.given_zero_point = args.zero_point;
   rows.q = pieces.q;
   rows.row_bytes = padded_k(args.x.k);
   rows.scale = pieces.scale;
   rows.zero_point = pieces.zero_point;
-  rows.counters = reinterpret_cast<int32_t*>(pieces.of_gemm);
+  rows.counters = reinterpret_cast<int32_t*>(pieces.gemm_workspace);
   rows.counter_count = static_cast<int64_t>(counter_bytes(plan.gemm, shape_of(args)) / sizeof(int32_t));
   if (finds_ranges(args)) {
     const cudaError_t error = find_ranges(args.x, device, pieces.ranges, &rows.range_count, stream);
@@ -107,7 +107,7 @@ cudaError_t gemm(const Gemm& args, const GemmPlan& plan, const Device& device, v
 LinearPlan plan_linear(const Linear& args, const Device& device) {
   LinearPlan plan = {};
   plan.gemm = plan_gemm(shape_of(args), device);
-  plan.fused = linear_small_can(args, plan.gemm, device);
+  plan.fused = linear_small_supports(args, plan.gemm, device);
   if (!plan.fused) {
     Carver carver(nullptr);
     carve(args, plan.gemm, carver);
@@ -138,7 +138,7 @@ cudaError_t linear(const Linear& args, const LinearPlan& plan, const Device& dev
   output.scale = pieces.scale;
   output.zero_point = pieces.zero_point;
   const Gemm product = {pieces.q, args.weight, padded_k(args.x.k), args.x.m, args.n, args.x.k, output};
-  return gemm(product, plan.gemm, device, pieces.of_gemm, kernels_overlap(device), stream);
+  return gemm(product, plan.gemm, device, pieces.gemm_workspace, kernels_overlap(device), stream);
 }
 
 Int8MmPlan plan_int8_mm(const Int8Mm& args, const Device& device) {
@@ -172,10 +172,10 @@ cudaError_t int8_mm(const Int8Mm& args, const Int8MmPlan& plan, const Device& de
     if (error == cudaSuccess && row > k) error = cudaMemset2DAsync(pieces.q + k, row, 0, row - k, m, stream);
   }
   if (error == cudaSuccess && plan.gemm.parts > 1) {
-    error = cudaMemsetAsync(pieces.of_gemm, 0, counter_bytes(plan.gemm, shape_of(args)), stream);
+    error = cudaMemsetAsync(pieces.gemm_workspace, 0, counter_bytes(plan.gemm, shape_of(args)), stream);
   }
   if (error != cudaSuccess) return error;
-  return gemm(product, plan.gemm, device, pieces.of_gemm, false, stream);
+  return gemm(product, plan.gemm, device, pieces.gemm_workspace, false, stream);
 }
 
 }  // namespace dynquant::cuda

@@ -1,5 +1,5 @@
-// A whole forward of up to 4 rows in one kernel. Every block quantizes x into its own shared memory, while its first
-// weights are on their way: x is a few kilobytes that L2 holds.
+// A whole forward pass of up to 4 rows in one kernel. Every block quantizes x, a few kilobytes in L2, into
+// its own shared memory while its first weights are in flight.
 #include "gemm_small.cuh"
 #include "linear_small.h"
 #include "row_chunk.cuh"
@@ -8,7 +8,7 @@ namespace dynquant::cuda {
 namespace {
 
 struct Args {
-  Gemm product;  // its q, and its output's scale and zero_point, are found by each block
+  Gemm product;  // each block computes q and the output's scale and zero_point
   Rows x;
   bool per_tensor;
   const float* given_scale;  // [1], or null
@@ -26,25 +26,25 @@ struct Shared {
   Range ranges[kSmallWarps];
   float scale[kRows];
   int32_t zero_point[kRows];
-  alignas(16) int8_t q[16];  // [x.m, q_stride]; the launch gives the rest
+  alignas(16) int8_t q[16];  // [x.m, q_stride]; the size is given at launch
 
   static size_t bytes(int64_t m, int64_t row_bytes) {
     return sizeof(Shared) + static_cast<size_t>(m * q_stride(row_bytes));
   }
 
-  // 64 bytes more than a multiple of 128, so that neighbouring rows lie in different banks.
+  // 64 bytes more than a multiple of 128: neighbouring rows lie in different banks.
   static __host__ __device__ int64_t q_stride(int64_t row_bytes) {
     return (row_bytes + 127) / 128 * 128 + 64;
   }
 };
 
-// kRows groups of threads hold a row each, so that all rows wait for memory at once.
+// kRows groups of threads hold a row each, so that the loads of all rows are in flight together.
 template <class T, int kRows, bool kRotated>
 __device__ __forceinline__ void quantize_x(const Args& a, Shared<kRows>& shared) {
   constexpr int kThreads = kSmallThreads / kRows;
   constexpr int kWarps = kThreads / kWarp;
-  constexpr int kOfThread = kRows == 1 || kRotated ? 16 : 32;
-  using Part = Chunk<T, kThreads, kOfThread, kRotated>;
+  constexpr int kElementsPerThread = kRows == 1 || kRotated ? 16 : 32;
+  using Part = Chunk<T, kThreads, kElementsPerThread, kRotated>;
   static_assert(Part::kElements == kLongestRow<kRows, kRotated>);
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
@@ -59,7 +59,7 @@ __device__ __forceinline__ void quantize_x(const Args& a, Shared<kRows>& shared)
   part.widen_range(range);
   range = widen_across_lanes<kWarp>(range);
   if (lane == 0) shared.ranges[warp] = range;
-  __syncthreads();  // the ranges of all warps are there
+  __syncthreads();  // the ranges of all warps are written
   range = a.per_tensor ? widen_across_lanes<kSmallWarps>(shared.ranges[lane % kSmallWarps])
                        : widen_across_lanes<kWarps>(shared.ranges[row * kWarps + lane % kWarps]);
 
@@ -70,15 +70,15 @@ __device__ __forceinline__ void quantize_x(const Args& a, Shared<kRows>& shared)
     shared.scale[row] = qparams.scale;
     shared.zero_point[row] = qparams.zero_point;
   }
-  const Quantizer by = quantizer_of(qparams, !given);
+  const Quantizer quantizer = quantizer_of(qparams, !given);
   int8_t* const q = shared.q + row * shared.q_stride(a.product.row_bytes);
-  if (inside) store_chunk(part, by, q, k, static_cast<int>(a.product.row_bytes), true);
+  if (inside) store_chunk(part, quantizer, q, k, static_cast<int>(a.product.row_bytes), true);
   __syncthreads();  // q is there
 }
 
 template <class T, int kRows, bool kRotated>
 __global__ void __launch_bounds__(kSmallThreads, 2) linear_small_kernel(const __grid_constant__ Args a) {
-  // Before anything is read: weights may come from the kernel before this one.
+  // Before any read: the previous kernel may write the weights.
   ptx::wait_for_previous_kernel();
   auto& shared = *ptx::dynamic_shared<Shared<kRows>>();
   const int64_t n = blockIdx.x * int64_t{Dot::kTileN};
@@ -99,13 +99,13 @@ __global__ void __launch_bounds__(kSmallThreads, 2) linear_small_kernel(const __
 
 template <int kRows>
 cudaError_t launch_linear_small(const Args& args, bool overlap, cudaStream_t stream) {
-  Launch how{dim3(static_cast<unsigned>(ceil_div(args.product.n, Dot::kTileN))), kSmallThreads,
-             Shared<kRows>::bytes(args.x.m, args.product.row_bytes)};
-  how.overlap = overlap;
+  Launch spec{dim3(static_cast<unsigned>(ceil_div(args.product.n, Dot::kTileN))), kSmallThreads,
+              Shared<kRows>::bytes(args.x.m, args.product.row_bytes)};
+  spec.overlap = overlap;
   return with_element_type(args.x.dtype, [&](auto element) {
     using T = decltype(element);
-    if (args.x.rotation_block > 1) return launch<linear_small_kernel<T, kRows, true>>(how, stream, args);
-    return launch<linear_small_kernel<T, kRows, false>>(how, stream, args);
+    if (args.x.rotation_block > 1) return launch<linear_small_kernel<T, kRows, true>>(spec, stream, args);
+    return launch<linear_small_kernel<T, kRows, false>>(spec, stream, args);
   });
 }
 

@@ -1,5 +1,5 @@
-// Every instruction that C++ has no word for, and the one declaration of shared memory. The kernels hold no inline
-// assembly of their own, so that a host that defines the same functions (and this guard) can run them.
+// All inline assembly, and the one declaration of shared memory. The kernels contain no other inline
+// assembly, so that a host that defines the same functions (and this include guard) can run them.
 #ifndef DYNQUANT_CUDA_PTX_CUH_
 #define DYNQUANT_CUDA_PTX_CUH_
 
@@ -22,7 +22,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// 16 bytes that this kernel reads once: they shall not push anything else out of L1.
+// Loads 16 bytes that this kernel reads once, without evicting other lines from L1.
 __device__ __forceinline__ uint4 load_once(const void* pointer) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -31,13 +31,13 @@ __device__ __forceinline__ uint4 load_once(const void* pointer) {
   return v;
 }
 
-// The number of a thread's warp, so that the compiler knows that all 32 lanes have the same: what follows from it
-// then stays in uniform registers, the descriptors of wgmma among it.
+// The index of a thread's warp, in a form that the compiler knows to be equal in all 32 lanes: values
+// computed from it, such as wgmma's descriptors, stay in uniform registers.
 __device__ __forceinline__ int warp_number() {
   return __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
 }
 
-// 16 bytes in one store. The compiler splits a uint4 whose words it computes one by one.
+// Stores 16 bytes at once. The compiler splits the store of a uint4 whose words it computes one by one.
 __device__ __forceinline__ void store_16_bytes(void* target, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(target), "r"(a), "r"(b), "r"(c), "r"(d)
                : "memory");
@@ -48,17 +48,17 @@ __device__ __forceinline__ void barrier_of_threads(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
-// ---- order of kernels (code for 9.0 and newer; other code must not be launched with `overlap`) ----
+// ---- order of kernels (code for 9.0 and newer; older code must not be launched with `overlap`) ----
 
-// The kernel that is launched next on this stream, with `overlap`, may start now; it sees this kernel's results
-// after wait_for_previous_kernel.
+// Lets the next kernel on this stream start now if it was launched with `overlap`; it sees this kernel's
+// results after wait_for_previous_kernel.
 __device__ __forceinline__ void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
-// The results of the kernels launched before this one can be read from here on.
+// Returns when the previous kernels' results are visible.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -67,7 +67,7 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 
 // ---- numbers ----
 
-// Minimum and maximum that are NaN where an operand is.
+// Minimum and maximum that are NaN if an operand is.
 __device__ __forceinline__ float min_nan(float a, float b) {
   float r;
   asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
@@ -80,7 +80,7 @@ __device__ __forceinline__ float max_nan(float a, float b) {
   return r;
 }
 
-// The same of two numbers at once, bfloat16 or half.
+// The same for two numbers at once, bfloat16 or half.
 __device__ __forceinline__ uint32_t min_nan_bfloat16_pair(uint32_t a, uint32_t b) {
   uint32_t r;
   asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
@@ -105,7 +105,7 @@ __device__ __forceinline__ uint32_t max_nan_half_pair(uint32_t a, uint32_t b) {
   return r;
 }
 
-// Four integers to int8, each the nearest that int8 has, the first in the lowest byte.
+// Four integers saturated to int8, the first in the lowest byte.
 __device__ __forceinline__ uint32_t saturated_bytes(int32_t a, int32_t b, int32_t c, int32_t d) {
   uint32_t r;
   asm("{\n"
@@ -137,16 +137,16 @@ __device__ __forceinline__ uint32_t bfloat16_pair(float low, float high) {
   return r;
 }
 
-// ---- cp.async: 16 bytes from global to shared memory behind the thread's back (sm_80) ----
+// ---- cp.async: asynchronous copies from global to shared memory (sm_80) ----
 
-// Writes zeros where `valid` is false; `source` must be a readable address all the same.
+// Copies 16 bytes, or writes zeros if not `valid`; `source` must be a readable address in either case.
 __device__ __forceinline__ void copy_async(void* shared, const void* source, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(source),
                "r"(valid ? 16 : 0)
                : "memory");
 }
 
-// 4 bytes, so that nothing but their own alignment is asked of them.
+// Copies 4 bytes, which need only be aligned to 4.
 __device__ __forceinline__ void copy_word_async(void* shared, const void* source, bool valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(source),
                "r"(valid ? 4 : 0)
@@ -155,7 +155,7 @@ __device__ __forceinline__ void copy_word_async(void* shared, const void* source
 
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Returns when at most kPending of this thread's committed groups are under way.
+// Returns when at most kPending of this thread's committed groups are in flight.
 template <int kPending>
 __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
@@ -163,8 +163,8 @@ __device__ __forceinline__ void copy_async_wait() {
 
 // ---- mma.sync on int8 (sm_80) ----
 
-// Four 8x16-byte matrices: lane i of each group of 8 names the row i of matrix lane/8; of each matrix the lane
-// receives the four bytes 4*(lane%4) of row lane/4.
+// Four matrices of 8 rows x 16 bytes: the lane gives the address of row lane%8 of matrix lane/8; from each
+// matrix it receives the four bytes from 4*(lane%4) on of row lane/4.
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* shared_row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -172,8 +172,9 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* shar
                : "memory");
 }
 
-// Four 8x8 matrices of 16-bit elements: of matrix i the lane gives, in r[i], the elements 2*(lane%4) and + 1 of row
-// lane/4; lane l of each group of 8 names the row l%8 of matrix l/8, aligned to 16 bytes (sm_90).
+// Four 8x8 matrices of 16-bit elements: the lane's words a ... d hold elements 2*(lane%4) and + 1 of row
+// lane/4 of one matrix each; the lane gives the address of row lane%8 of matrix lane/8, aligned to 16 bytes
+// (sm_90).
 __device__ __forceinline__ void store_matrices(void* shared_row, uint32_t a, uint32_t b, uint32_t c,
                                                uint32_t d) {
   asm volatile(
@@ -212,21 +213,21 @@ __device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t arrival
                : "memory");
 }
 
-// Makes initialised barriers known to the copy engine and to the other blocks of the cluster.
+// Makes initialised barriers visible to TMA and to the other blocks of the cluster.
 __device__ __forceinline__ void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// One arrival, and `bytes` more that the copy engine has to deliver before the phase ends.
+// One arrival; the phase also waits for `bytes` more bytes from TMA.
 __device__ __forceinline__ void barrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
                "r"(bytes)
                : "memory");
 }
 
-// One arrival at the barrier in the same place of another block of the cluster. Without .release.cluster, which would
-// fence all of the GPU's memory and empty L1 at each step of a main loop: it tells the copy engine that a stage has
-// been read, and no write of this thread has to be seen by the other block.
+// One arrival at the barrier at the same address of another block of the cluster, to tell its producer that a
+// stage has been read. No write of this thread has to be visible to the other block, so there is no
+// .release.cluster, which would fence the GPU's whole memory and empty L1 at each step of a main loop.
 __device__ __forceinline__ void barrier_arrive_remote(uint64_t* barrier, uint32_t block_rank) {
   asm volatile(
       "{\n"
@@ -238,7 +239,7 @@ __device__ __forceinline__ void barrier_arrive_remote(uint64_t* barrier, uint32_
       : "memory");
 }
 
-// Whether the phase of this parity has ended, after a while at the latest.
+// Whether the phase of this parity has ended; waits for it up to a time limit.
 __device__ __forceinline__ bool barrier_try_wait(uint64_t* barrier, uint32_t parity) {
   uint32_t done;
   asm volatile(
@@ -253,8 +254,8 @@ __device__ __forceinline__ bool barrier_try_wait(uint64_t* barrier, uint32_t par
   return done != 0;
 }
 
-// Returns when the phase of this parity has ended. DYNQUANT_TRAP_ON_DEADLOCK is for trying a kernel that may be
-// wrong: it ends with an error instead of never.
+// Returns when the phase of this parity has ended. With DYNQUANT_TRAP_ON_DEADLOCK, meant for development, a
+// deadlock ends in an error.
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
 #if defined(DYNQUANT_TRAP_ON_DEADLOCK)
   for (uint32_t tries = 0; !barrier_try_wait(barrier, parity); ++tries) {
@@ -270,8 +271,8 @@ __device__ __forceinline__ void prefetch_tensor_map(const void* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// The box at (column, row) of the tensor into shared memory; elements outside the tensor become zero. All bytes
-// of the box count at `barrier`.
+// Copies the box at (column, row) of the tensor to shared memory, with zeros for elements outside the tensor.
+// All bytes of the box, zeros included, count at `barrier`.
 __device__ __forceinline__ void copy_box(void* shared, const void* map, int32_t column, int32_t row,
                                          uint64_t* barrier) {
   asm volatile(
@@ -281,7 +282,7 @@ __device__ __forceinline__ void copy_box(void* shared, const void* map, int32_t 
       : "memory");
 }
 
-// As copy_box, into the same place of every block of the cluster in `blocks` (a bit mask), and counted there.
+// As copy_box, to the same address of every block of the cluster in `blocks` (a bit mask), and counted there.
 __device__ __forceinline__ void copy_box_to_cluster(void* shared, const void* map, int32_t column,
                                                     int32_t row, uint64_t* barrier, uint16_t blocks) {
   asm volatile(
@@ -301,7 +302,7 @@ __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// Before the first wgmma, and wherever its registers were touched by other code.
+// Required before the first wgmma, and after other code has accessed its registers.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 __device__ __forceinline__ void wgmma_commit() {
@@ -328,8 +329,8 @@ __device__ __forceinline__ void keep_registers(int32_t (&r)[kCount]) {
       "+r"(c[i + 6]), "+r"(c[i + 7]), "+r"(c[i + 8]), "+r"(c[i + 9]), "+r"(c[i + 10]), "+r"(c[i + 11]), \
       "+r"(c[i + 12]), "+r"(c[i + 13]), "+r"(c[i + 14]), "+r"(c[i + 15])
 
-// c[64, kN] (+)= a[64, 32] * b[32, kN] for a warpgroup, a and b by descriptors of shared memory; with w = warp%4:
-//   c: 4*j + 0, 1 = row 16*w + lane/4, columns 8*j + 2*(lane%4), + 1      4*j + 2, 3 = the row 8 further down
+// c[64, kN] (+)= a[64, 32] * b[32, kN] for a warpgroup; a, b: descriptors of shared memory; w = warp%4:
+//   c: 4*j + 0, 1 = row 16*w + lane/4, columns 8*j + 2*(lane%4), + 1      4*j + 2, 3 = the same, 8 rows below
 template <int kN>
 __device__ void wgmma_64xNx32(int32_t (&c)[kN / 2], uint64_t a, uint64_t b, bool accumulate);
 

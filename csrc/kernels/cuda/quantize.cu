@@ -1,4 +1,4 @@
-// Ranges, qparams, quantization, rotation: what is bound by memory, reads 16 bytes at a time, and each row once.
+// Ranges, qparams, quantization, rotation: memory-bound kernels that load 16 bytes at a time, each row once.
 #include "quantize.h"
 
 #include <algorithm>
@@ -9,19 +9,19 @@
 namespace dynquant::cuda {
 namespace {
 
-// A warp shares its block with others; a larger group is a block.
+// Groups of fewer than 128 threads share a block; a larger group is a block.
 template <int kThreads>
 constexpr int kBlockSize = kThreads < 128 ? 128 : kThreads;
 
 constexpr int kFlatThreads = 256;
-constexpr int kOfFlatThread = 16;
+constexpr int kElementsPerFlatThread = 16;
 
-// x as one long row; a rotation's blocks do not care, since they divide k.
+// Treats x as one long row; rotation blocks do not cross rows, since they divide k.
 template <class T, bool kAny>
 __global__ void __launch_bounds__(kFlatThreads, kAny ? 4 : 6)
     range_kernel(const T* x, int64_t count, bool aligned, int block, Range* ranges) {
   ptx::let_next_kernel_start();
-  using Part = Chunk<T, kFlatThreads, kOfFlatThread, kAny>;
+  using Part = Chunk<T, kFlatThreads, kElementsPerFlatThread, kAny>;
   Range range = {0.0f, 0.0f};
   for (int64_t start = int64_t{blockIdx.x} * Part::kElements; start < count;
        start += int64_t{gridDim.x} * Part::kElements) {
@@ -42,14 +42,14 @@ __device__ __forceinline__ Range widen_all(const Range* ranges, int count) {
   return widen_across_group<kThreads>(range);
 }
 
-// A minimum of +0 and -0 may be either; the result is always +0.
+// The sign of a minimum of +0 and -0 depends on the order; adding +0 makes it +0.
 __device__ __forceinline__ void write_range(const Range& range, float* lo, float* hi) {
   *lo = range.lo + 0.0f;
   *hi = range.hi + 0.0f;
 }
 
 __global__ void __launch_bounds__(kFlatThreads)
-    join_ranges_kernel(const Range* ranges, int count, float* lo, float* hi) {
+    merge_ranges_kernel(const Range* ranges, int count, float* lo, float* hi) {
   ptx::wait_for_previous_kernel();
   const Range range = widen_all<kFlatThreads>(ranges, count);
   if (threadIdx.x == 0) write_range(range, lo, hi);
@@ -70,8 +70,8 @@ __global__ void __launch_bounds__(kFlatThreads)
 
 // ---- quantization ----
 
-// Both kernels below begin so. In this order: the kernel after this one reads weights before it waits, and only what
-// came before this one may have written them.
+// The start of both kernels below. The wait comes first: the next kernel reads weights before its own wait,
+// so every kernel that may have written them must have ended before the next one starts.
 __device__ __forceinline__ void start_quantization(const QuantizeRows& a) {
   ptx::wait_for_previous_kernel();
   ptx::let_next_kernel_start();
@@ -83,33 +83,33 @@ __device__ __forceinline__ void start_quantization(const QuantizeRows& a) {
 }
 
 __device__ __forceinline__ QParams qparams_of(const QuantizeRows& a, const Range& range, int64_t row) {
-  if (a.from == QparamsFrom::kRow || a.from == QparamsFrom::kRanges) return choose(range);
+  if (a.from == QParamsFrom::kRow || a.from == QParamsFrom::kRanges) return choose(range);
   const int64_t i = a.given_per_row ? row : 0;
   return is_finite(range) ? QParams{a.given_scale[i], a.given_zero_point[i]} : no_qparams();
 }
 
 __device__ __forceinline__ Quantizer quantizer_for(const QuantizeRows& a, const QParams& qparams) {
-  return quantizer_of(qparams, a.from == QparamsFrom::kRow || a.from == QparamsFrom::kRanges);
+  return quantizer_of(qparams, a.from == QParamsFrom::kRow || a.from == QParamsFrom::kRanges);
 }
 
-// Threads that hold a row, 32 elements each.
-constexpr int kOfHoldingThread = 32;
+// Elements of a row that a thread of quantize_held_kernel holds in registers.
+constexpr int kHeldPerThread = 32;
 
-// Rows that their threads hold, a row for each group of kThreads: x and q aligned, no rotation, k <= 32 * kThreads.
-// Written for few instructions: with 25 an element it took 1.4 times as long as a copy of as many bytes.
+// A group of kThreads threads holds a row in registers: x and q aligned, no rotation, k <= 32 * kThreads. Its
+// limit is the number of instructions: with 25 per element it took 1.4 times as long as a copy of equal size.
 template <class T, int kThreads>
 __global__ void __launch_bounds__(kBlockSize<kThreads>, (sizeof(T) == 2 ? 1280 : 1024) / kBlockSize<kThreads>)
     quantize_held_kernel(const __grid_constant__ QuantizeRows a) {
-  using Part = Chunk<T, kThreads, kOfHoldingThread, false>;
+  using Part = Chunk<T, kThreads, kHeldPerThread, false>;
   constexpr int kRows = kBlockSize<kThreads> / kThreads;
   start_quantization(a);
   const int64_t row = int64_t{blockIdx.x} * kRows + threadIdx.x / kThreads;
-  const bool inside = row < a.x.m;  // a group without a row goes on to the block's barriers all the same
+  const bool inside = row < a.x.m;  // a group without a row still takes part in the block's barriers
   const int k = inside ? static_cast<int>(a.x.k) : 0;
   Part part;
   part.load(static_cast<const T*>(a.x.data) + (inside ? row : 0) * a.x.k, k, true, 0);
   Range range = {0.0f, 0.0f};
-  if (a.from == QparamsFrom::kRanges) {
+  if (a.from == QParamsFrom::kRanges) {
     range = widen_all<kThreads>(a.ranges, a.range_count);
   } else {
     part.widen_range(range);
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kBlockSize<kThreads>, (sizeof(T) == 2 ? 1280 :
   }
   if (!inside) return;
   const QParams qparams = qparams_of(a, range, row);
-  if (threadIdx.x % kThreads == 0 && (a.from != QparamsFrom::kRanges || row == 0)) {
+  if (threadIdx.x % kThreads == 0 && (a.from != QParamsFrom::kRanges || row == 0)) {
     a.scale[row] = qparams.scale;
     a.zero_point[row] = qparams.zero_point;
   }
@@ -125,19 +125,19 @@ __global__ void __launch_bounds__(kBlockSize<kThreads>, (sizeof(T) == 2 ? 1280 :
   store_chunk(part, quantizer_for(a, qparams), a.q + row * bytes, k, bytes, true);
 }
 
-// Elements that a thread of the kernel below holds; it takes any rows.
+// Elements that a thread of quantize_any_kernel holds; that kernel accepts any rows.
 template <int kThreads>
-constexpr int kOfThread = kThreads == kWarp ? 32 : 16;
+constexpr int kElementsPerThread = kThreads == kWarp ? 32 : 16;
 
 template <class T, int kThreads>
 __global__ void __launch_bounds__(kBlockSize<kThreads>, kThreads == kWarp ? 5 : 1024 / kThreads)
     quantize_any_kernel(const __grid_constant__ QuantizeRows a, bool x_aligned, bool q_aligned) {
-  using Part = Chunk<T, kThreads, kOfThread<kThreads>, true>;
+  using Part = Chunk<T, kThreads, kElementsPerThread<kThreads>, true>;
   constexpr int kRows = kBlockSize<kThreads> / kThreads;
   start_quantization(a);
-  const bool scan = a.from == QparamsFrom::kRow || a.from == QparamsFrom::kStatic;
-  Range of_tensor = {0.0f, 0.0f};
-  if (a.from == QparamsFrom::kRanges) of_tensor = widen_all<kThreads>(a.ranges, a.range_count);
+  const bool scan = a.from == QParamsFrom::kRow || a.from == QParamsFrom::kStatic;
+  Range tensor_range = {0.0f, 0.0f};
+  if (a.from == QParamsFrom::kRanges) tensor_range = widen_all<kThreads>(a.ranges, a.range_count);
 
   const int64_t k = a.x.k;
   const bool in_registers = scan && k <= Part::kElements;
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kBlockSize<kThreads>, kThreads == kWarp ? 5 : 
        row += int64_t{gridDim.x} * kRows) {
     const T* x = static_cast<const T*>(a.x.data) + row * k;
     Part part;
-    Range range = of_tensor;
+    Range range = tensor_range;
     if (scan) {
       for (int64_t start = 0; start < k; start += Part::kElements) {
         part.load(x + start, within<Part>(k, start), x_aligned, a.x.rotation_block);
@@ -159,16 +159,16 @@ __global__ void __launch_bounds__(kBlockSize<kThreads>, kThreads == kWarp ? 5 : 
       continue;
     }
     const QParams qparams = qparams_of(a, range, row);
-    if (leader && (scan || (a.from == QparamsFrom::kRanges && row == 0))) {
+    if (leader && (scan || (a.from == QParamsFrom::kRanges && row == 0))) {
       a.scale[row] = qparams.scale;
       a.zero_point[row] = qparams.zero_point;
     }
-    const Quantizer by = quantizer_for(a, qparams);
+    const Quantizer quantizer = quantizer_for(a, qparams);
     int8_t* const q = a.q + row * a.row_bytes;
     for (int64_t start = 0; start < a.row_bytes; start += Part::kElements) {
       const int count = within<Part>(k, start);
       if (!in_registers) part.load(x + start, count, x_aligned, a.x.rotation_block);
-      store_chunk(part, by, q + start, count, within<Part>(a.row_bytes, start), q_aligned);
+      store_chunk(part, quantizer, q + start, count, within<Part>(a.row_bytes, start), q_aligned);
     }
   }
 }
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kBlockSize<kThreads>, kThreads == kWarp ? 5 : 
 template <class T>
 __global__ void __launch_bounds__(kFlatThreads, 4)
     rotate_kernel(const T* x, int64_t count, bool aligned, int block, float* out) {
-  using Part = Chunk<T, kFlatThreads, kOfFlatThread, true>;
+  using Part = Chunk<T, kFlatThreads, kElementsPerFlatThread, true>;
   for (int64_t start = int64_t{blockIdx.x} * Part::kElements; start < count;
        start += int64_t{gridDim.x} * Part::kElements) {
     Part part;
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(kFlatThreads, 4)
 constexpr size_t kReductionBytes = kWarp * sizeof(Range);
 
 int64_t flat_blocks(int64_t count, const Device& device) {
-  const int64_t chunks = ceil_div(count, kFlatThreads * kOfFlatThread);
+  const int64_t chunks = ceil_div(count, kFlatThreads * kElementsPerFlatThread);
   return std::min<int64_t>({chunks, device.multiprocessors * int64_t{6}, kMaxRanges});
 }
 
@@ -218,9 +218,9 @@ bool has_vectors(const T* x, int64_t count) {
 template <class T, int kThreads>
 cudaError_t launch_held(const QuantizeRows& args, bool overlap, cudaStream_t stream) {
   constexpr int kBlock = kBlockSize<kThreads>;
-  Launch how{dim3(static_cast<unsigned>(ceil_div(args.x.m, kBlock / kThreads))), kBlock, kReductionBytes};
-  how.overlap = overlap;
-  return launch<quantize_held_kernel<T, kThreads>>(how, stream, args);
+  Launch spec{dim3(static_cast<unsigned>(ceil_div(args.x.m, kBlock / kThreads))), kBlock, kReductionBytes};
+  spec.overlap = overlap;
+  return launch<quantize_held_kernel<T, kThreads>>(spec, stream, args);
 }
 
 template <class T, int kThreads>
@@ -229,10 +229,10 @@ cudaError_t launch_any(const QuantizeRows& args, const Device& device, bool over
   const int64_t wanted = ceil_div(args.x.m, kBlock / kThreads);
   const int64_t resident = device.multiprocessors * int64_t{2048 / kBlock};
   const bool q_aligned = is_aligned(args.q) && args.row_bytes % 16 == 0;
-  Launch how{dim3(static_cast<unsigned>(std::min(wanted, resident))), kBlock, kReductionBytes};
-  how.overlap = overlap;
+  Launch spec{dim3(static_cast<unsigned>(std::min(wanted, resident))), kBlock, kReductionBytes};
+  spec.overlap = overlap;
   return launch<quantize_any_kernel<T, kThreads>>(
-      how, stream, args, has_vectors(static_cast<const T*>(args.x.data), args.x.k), q_aligned);
+      spec, stream, args, has_vectors(static_cast<const T*>(args.x.data), args.x.k), q_aligned);
 }
 
 template <class T>
@@ -240,26 +240,26 @@ cudaError_t launch_quantize(const QuantizeRows& args, const Device& device, bool
                             cudaStream_t stream) {
   const int64_t k = args.x.k;
   const bool held = has_vectors(static_cast<const T*>(args.x.data), k) && args.x.rotation_block <= 1 &&
-                    args.lo == nullptr && args.from != QparamsFrom::kGiven && is_aligned(args.q) &&
+                    args.lo == nullptr && args.from != QParamsFrom::kGiven && is_aligned(args.q) &&
                     args.row_bytes % 16 == 0 && args.x.m < int64_t{1} << 31;
   if (held) {
-    if (k <= 32 * kOfHoldingThread) return launch_held<T, 32>(args, overlap, stream);
-    if (k <= 64 * kOfHoldingThread) return launch_held<T, 64>(args, overlap, stream);
-    if (k <= 128 * kOfHoldingThread) return launch_held<T, 128>(args, overlap, stream);
-    if (k <= 256 * kOfHoldingThread) return launch_held<T, 256>(args, overlap, stream);
-    if (k <= 512 * kOfHoldingThread) return launch_held<T, 512>(args, overlap, stream);
+    if (k <= 32 * kHeldPerThread) return launch_held<T, 32>(args, overlap, stream);
+    if (k <= 64 * kHeldPerThread) return launch_held<T, 64>(args, overlap, stream);
+    if (k <= 128 * kHeldPerThread) return launch_held<T, 128>(args, overlap, stream);
+    if (k <= 256 * kHeldPerThread) return launch_held<T, 256>(args, overlap, stream);
+    if (k <= 512 * kHeldPerThread) return launch_held<T, 512>(args, overlap, stream);
   }
-  if (k <= 32 * kOfThread<32>) return launch_any<T, 32>(args, device, overlap, stream);
-  if (k <= 128 * kOfThread<128>) return launch_any<T, 128>(args, device, overlap, stream);
-  if (k <= 256 * kOfThread<256>) return launch_any<T, 256>(args, device, overlap, stream);
-  if (k <= 512 * kOfThread<512>) return launch_any<T, 512>(args, device, overlap, stream);
+  if (k <= 32 * kElementsPerThread<32>) return launch_any<T, 32>(args, device, overlap, stream);
+  if (k <= 128 * kElementsPerThread<128>) return launch_any<T, 128>(args, device, overlap, stream);
+  if (k <= 256 * kElementsPerThread<256>) return launch_any<T, 256>(args, device, overlap, stream);
+  if (k <= 512 * kElementsPerThread<512>) return launch_any<T, 512>(args, device, overlap, stream);
   return launch_any<T, 1024>(args, device, overlap, stream);
 }
 
 }  // namespace
 
 cudaError_t current_device(Device* device) {
-  // Asked at every call: the last answer of each thread is kept.
+  // Called for every op: each thread caches its last answer.
   thread_local int known_index = -1;
   thread_local Device known = {};
   int index = 0, major = 0, minor = 0;
@@ -274,7 +274,7 @@ cudaError_t current_device(Device* device) {
     error = cudaDeviceGetAttribute(&device->multiprocessors, cudaDevAttrMultiProcessorCount, index);
   }
   device->capability = 10 * major + minor;
-  // All files but the one for wgmma are compiled for the same architectures, so one kernel speaks for all.
+  // All files except gemm_wgmma_sm90.cu are compiled for the same architectures, so any kernel will do.
   cudaFuncAttributes attributes = {};
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, choose_qparams_kernel);
   device->code = attributes.ptxVersion;
@@ -291,13 +291,13 @@ cudaError_t find_ranges(const Rows& x, const Device& device, Range* ranges, int*
   if (*count == 0) return cudaSuccess;
   return with_element_type(x.dtype, [&](auto element) {
     using T = decltype(element);
-    const Launch how{dim3(*count), kFlatThreads, kReductionBytes};
+    const Launch spec{dim3(*count), kFlatThreads, kReductionBytes};
     const T* const first = static_cast<const T*>(x.data);
     const bool aligned = has_vectors(first, elements);
     if (x.rotation_block > 1 || !aligned) {
-      return launch<range_kernel<T, true>>(how, stream, first, elements, aligned, x.rotation_block, ranges);
+      return launch<range_kernel<T, true>>(spec, stream, first, elements, aligned, x.rotation_block, ranges);
     }
-    return launch<range_kernel<T, false>>(how, stream, first, elements, true, 0, ranges);
+    return launch<range_kernel<T, false>>(spec, stream, first, elements, true, 0, ranges);
   });
 }
 
@@ -314,7 +314,7 @@ cudaError_t min_max_rows(const Rows& x, float* lo, float* hi, cudaStream_t strea
   if (error != cudaSuccess) return error;
   QuantizeRows args = {};
   args.x = x;
-  args.from = QparamsFrom::kRow;
+  args.from = QParamsFrom::kRow;
   args.lo = lo;
   args.hi = hi;
   return quantize_rows(args, device, false, stream);
@@ -328,17 +328,17 @@ cudaError_t min_max_tensor(const Rows& x, float* lo, float* hi, void* workspace,
   int count = 0;
   error = find_ranges(x, device, ranges, &count, stream);
   if (error != cudaSuccess) return error;
-  Launch how{dim3(1), kFlatThreads, kReductionBytes};
-  how.overlap = kernels_overlap(device) && count > 0;
-  return launch<join_ranges_kernel>(how, stream, ranges, count, lo, hi);
+  Launch spec{dim3(1), kFlatThreads, kReductionBytes};
+  spec.overlap = kernels_overlap(device) && count > 0;
+  return launch<merge_ranges_kernel>(spec, stream, ranges, count, lo, hi);
 }
 
 cudaError_t choose_qparams(const float* lo, const float* hi, int64_t count, float* scale, int32_t* zero_point,
                            cudaStream_t stream) {
   if (count == 0) return cudaSuccess;
   const int64_t blocks = std::min<int64_t>(ceil_div(count, kFlatThreads), 1024);
-  const Launch how{dim3(static_cast<unsigned>(blocks)), kFlatThreads};
-  return launch<choose_qparams_kernel>(how, stream, lo, hi, count, scale, zero_point);
+  const Launch spec{dim3(static_cast<unsigned>(blocks)), kFlatThreads};
+  return launch<choose_qparams_kernel>(spec, stream, lo, hi, count, scale, zero_point);
 }
 
 cudaError_t quantize(const Rows& x, const float* scale, const int32_t* zero_point, bool per_row, int8_t* q,
@@ -348,7 +348,7 @@ cudaError_t quantize(const Rows& x, const float* scale, const int32_t* zero_poin
   if (error != cudaSuccess) return error;
   QuantizeRows args = {};
   args.x = x;
-  args.from = QparamsFrom::kGiven;
+  args.from = QParamsFrom::kGiven;
   args.given_scale = scale;
   args.given_zero_point = zero_point;
   args.given_per_row = per_row;
@@ -364,9 +364,9 @@ cudaError_t rotate(const Rows& x, float* out, cudaStream_t stream) {
   const int64_t count = x.m * x.k;
   return with_element_type(x.dtype, [&](auto element) {
     using T = decltype(element);
-    const Launch how{dim3(static_cast<unsigned>(flat_blocks(count, device))), kFlatThreads};
+    const Launch spec{dim3(static_cast<unsigned>(flat_blocks(count, device))), kFlatThreads};
     const T* const first = static_cast<const T*>(x.data);
-    return launch<rotate_kernel<T>>(how, stream, first, count, has_vectors(first, count), x.rotation_block,
+    return launch<rotate_kernel<T>>(spec, stream, first, count, has_vectors(first, count), x.rotation_block,
                                     out);
   });
 }

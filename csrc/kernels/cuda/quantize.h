@@ -1,4 +1,4 @@
-// The kernels of quantize.cu as linear.cu and the single steps of kernels.h use them.
+// Interface of quantize.cu to linear.cu and to the single steps of kernels.h.
 #pragma once
 
 #include "kernels.h"
@@ -7,19 +7,19 @@ namespace dynquant::cuda {
 
 constexpr int kMaxRanges = kRangeWorkspace / sizeof(Range);
 
-// Ranges of parts of x, at most kMaxRanges; together they are the range of x, after its rotation.
+// Ranges of parts of x after its rotation, at most kMaxRanges; their union is the range of x.
 cudaError_t find_ranges(const Rows& x, const Device& device, Range* ranges, int* count, cudaStream_t stream);
 
-enum class QparamsFrom : int {
+enum class QParamsFrom : int {
   kRow,     // chosen from each row's own range; written, [m]
-  kRanges,  // chosen from the range of all of x, found before; written, [1]
+  kRanges,  // chosen from `ranges`, the range of all of x; written, [1]
   kGiven,   // read, [1] or [m]
   kStatic,  // read, [1]; written, [m]: NaN and 0 for a row that is not finite
 };
 
 struct QuantizeRows {
   Rows x;
-  QparamsFrom from;
+  QParamsFrom from;
   const Range* ranges;
   int range_count;
   const float* given_scale;
@@ -30,15 +30,15 @@ struct QuantizeRows {
   int64_t row_bytes;
   float* scale;
   int32_t* zero_point;
-  // Where not null, the only outputs: the ranges of the rows, [m] (from is kRow).
+  // If not null, the only outputs: the ranges of the rows, [m] (from is kRow).
   float* lo;
   float* hi;
-  // Set to 0: the counters of a GEMM that adds up parts of k.
+  // The counters of a GEMM with several parts of k, set to 0.
   int32_t* counters;
   int64_t counter_count;
 };
 
-// `overlap`: the kernel before it lets it start early.
+// `overlap`: the previous kernel lets this one start early.
 cudaError_t quantize_rows(const QuantizeRows& args, const Device& device, bool overlap, cudaStream_t stream);
 
 }  // namespace dynquant::cuda

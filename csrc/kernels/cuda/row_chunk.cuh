@@ -1,7 +1,7 @@
-// Pieces of the quantization that several kernels share: a part of a row in registers, its range, qparams, int8.
+// Steps of quantization that several kernels share: a part of a row in registers, its range, qparams, int8.
 //
-// A chunk is what a group of kThreads threads holds of a row in registers. Vector v of thread t (E elements, 16
-// bytes) stands at (v * kThreads + t) * E, so that a warp reads 512 neighbouring bytes:
+// A chunk is the part of a row that a group of kThreads threads holds in registers. Vector v of thread t (E
+// elements, 16 bytes) starts at element (v * kThreads + t) * E, so that a warp reads 512 neighbouring bytes:
 //
 //   element   0 ... E-1 | E ... 2E-1 | ...                      | kThreads*E ...
 //   thread        0     |     1      | ...   kThreads-1         |     0      ...
@@ -44,7 +44,7 @@ __device__ __forceinline__ void unpack(const uint4& raw, float (&v)[kVector<T>])
   }
 }
 
-// The smaller and the larger elements of two words, NaN where one is; a word holds one float or two 16-bit elements.
+// Element-wise minimum and maximum of words of one float or two 16-bit elements; NaN if an operand is.
 template <class T>
 __device__ __forceinline__ uint32_t min_of_words(uint32_t a, uint32_t b) {
   if constexpr (std::is_same_v<T, BFloat16>) return ptx::min_nan_bfloat16_pair(a, b);
@@ -102,17 +102,17 @@ __device__ __forceinline__ Range widen_across_lanes(Range range) {
   return range;
 }
 
-// The range of a group of kThreads threads, in all of them; all groups of the block call this.
+// The range of a group of kThreads threads, returned to all of them; every group of the block calls this.
 template <int kThreads>
 __device__ __forceinline__ Range widen_across_group(Range range) {
   range = widen_across_lanes<kWarp>(range);
   if constexpr (kThreads > kWarp) {
     constexpr int kWarps = kThreads / kWarp;
-    Range* of_warp = ptx::dynamic_shared<Range>();
-    __syncthreads();  // what the last call left has been read
-    if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = range;
+    Range* warp_ranges = ptx::dynamic_shared<Range>();
+    __syncthreads();  // the ranges of the previous call have been read
+    if (threadIdx.x % kWarp == 0) warp_ranges[threadIdx.x / kWarp] = range;
     __syncthreads();
-    range = widen_across_lanes<kWarps>(of_warp[threadIdx.x / kThreads * kWarps + threadIdx.x % kWarps]);
+    range = widen_across_lanes<kWarps>(warp_ranges[threadIdx.x / kThreads * kWarps + threadIdx.x % kWarps]);
   }
   return range;
 }
@@ -121,12 +121,12 @@ __device__ __forceinline__ bool is_finite(const Range& range) {
   return range.hi <= 3.402823466e38f && range.lo >= -3.402823466e38f;
 }
 
-// What a group of kThreads threads holds of a row: 16-byte vectors as they were read, or, with kAny, floats, which may
-// be rotated and come from any address, but take twice the registers of 16-bit elements.
-template <class T, int kThreads, int kOfThread, bool kAny>
+// The part of a row that a group of kThreads threads holds: raw 16-byte vectors, or, with kAny, floats.
+// Floats may be rotated and come from any address, but take twice the registers of 16-bit elements.
+template <class T, int kThreads, int kElementsPerThread, bool kAny>
 struct Chunk {
-  static constexpr int kVectors = kOfThread / kVector<T>;
-  static constexpr int kElements = kThreads * kOfThread;
+  static constexpr int kVectors = kElementsPerThread / kVector<T>;
+  static constexpr int kElements = kThreads * kElementsPerThread;
   using Vector = std::conditional_t<kAny, float[kVector<T>], uint4>;
 
   Vector vectors[kVectors];
@@ -136,8 +136,8 @@ struct Chunk {
     return (vector * kThreads + static_cast<int>(threadIdx.x) % kThreads) * kVector<T>;
   }
 
-  // `count` elements at `from` and 0 beyond, rotated by blocks. `aligned`: `from` is a multiple of 16 bytes, and so are
-  // `count` elements; without kAny always so.
+  // Loads `count` elements at `from`, 0 beyond, and rotates them by blocks. `aligned`: `from` and `count`
+  // elements are multiples of 16 bytes; always true without kAny.
   __device__ __forceinline__ void load(const T* from, int count, bool aligned, int block) {
     if (!kAny || aligned) {
       load_vectors(from, count, block, [](const T* first) { return ptx::load_once(first); });
@@ -186,11 +186,12 @@ struct Chunk {
   template <class Load>
   __device__ __forceinline__ void load_vectors(const T* from, int count, int block,
                                                const Load& load_16_bytes) {
-    const T* const mine = from + first_of(0);
+    const T* const thread_x = from + first_of(0);
     uint4 raw[kVectors];
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      raw[i] = first_of(i) < count ? load_16_bytes(mine + i * kThreads * kVector<T>) : make_uint4(0, 0, 0, 0);
+      raw[i] =
+          first_of(i) < count ? load_16_bytes(thread_x + i * kThreads * kVector<T>) : make_uint4(0, 0, 0, 0);
     }
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
@@ -218,11 +219,11 @@ __device__ __forceinline__ QParams choose(const Range& range) {
 
 // ---- quantization ----
 
-// How a row becomes int8.
+// The parameters by which a row is quantized.
 struct Quantizer {
   float inverse_scale;
   int32_t zero_point;
-  // The qparams were chosen from a finite range that holds the row: |x * inverse_scale| is about 255 at most.
+  // The qparams were chosen from a finite range that contains the row: |x * inverse_scale| <= about 255.
   bool chosen;
 };
 
@@ -230,31 +231,31 @@ __device__ __forceinline__ Quantizer quantizer_of(const QParams& qparams, bool c
   return {1.0f / qparams.scale, qparams.zero_point, chosen && qparams.scale == qparams.scale};
 }
 
-// 1.5 * 2^23: a sum with it is rounded to an integer, which stands in the low bits.
+// 1.5 * 2^23: adding it rounds a float to an integer, in the low bits of the sum.
 constexpr float kToInteger = 12582912.0f;
 
-// q before it is limited to int8. kChosen: see Quantizer.
+// q before saturation to int8. kChosen: see Quantizer.
 template <bool kChosen>
-__device__ __forceinline__ int32_t quantized(float x, const Quantizer& by) {
-  const float steps = x * by.inverse_scale;
+__device__ __forceinline__ int32_t quantized(float x, const Quantizer& quantizer) {
+  const float steps = x * quantizer.inverse_scale;
   if constexpr (kChosen) {
-    return __float_as_int(steps + kToInteger) - __float_as_int(kToInteger) + by.zero_point;
+    return __float_as_int(steps + kToInteger) - __float_as_int(kToInteger) + quantizer.zero_point;
   } else {
-    // Any steps, NaN and infinities among them, and a zero_point that may be no int8.
-    const float shifted = rintf(steps) + static_cast<float>(by.zero_point);
+    // `steps` may be NaN or infinite, and zero_point may be outside int8.
+    const float shifted = rintf(steps) + static_cast<float>(quantizer.zero_point);
     const float limited = shifted != shifted ? 0.0f : fminf(fmaxf(shifted, -128.0f), 127.0f);
     return __float_as_int(limited + kToInteger) - __float_as_int(kToInteger);
   }
 }
 
-// A chunk of which `count` elements are there, to q. `aligned`: q is a multiple of 16 bytes, and zeros are written
-// beyond `count` up to `bytes`; otherwise `count` bytes are written.
-template <bool kChosen, class T, int kThreads, int kOfThread, bool kAny>
-__device__ __forceinline__ void store_chunk(const Chunk<T, kThreads, kOfThread, kAny>& chunk,
-                                            const Quantizer& by, int8_t* q, int count, int bytes,
+// Quantizes the first `count` elements of a chunk to q. `aligned`: q is a multiple of 16 bytes, and zeros are
+// written from `count` up to `bytes`; otherwise only `count` bytes are written.
+template <bool kChosen, class T, int kThreads, int kElementsPerThread, bool kAny>
+__device__ __forceinline__ void store_chunk(const Chunk<T, kThreads, kElementsPerThread, kAny>& chunk,
+                                            const Quantizer& quantizer, int8_t* q, int count, int bytes,
                                             bool aligned) {
   constexpr int kCount = kVector<T>;
-  int8_t* const mine = q + chunk.first_of(0);
+  int8_t* const thread_q = q + chunk.first_of(0);
 #pragma unroll
   for (int i = 0; i < chunk.kVectors; ++i) {
     const int first = chunk.first_of(i);
@@ -264,7 +265,7 @@ __device__ __forceinline__ void store_chunk(const Chunk<T, kThreads, kOfThread, 
     int32_t values[kCount];
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
-      values[j] = quantized<kChosen>(v[j], by);
+      values[j] = quantized<kChosen>(v[j], quantizer);
     }
     if (first + kCount > count) {
 #pragma unroll
@@ -277,7 +278,7 @@ __device__ __forceinline__ void store_chunk(const Chunk<T, kThreads, kOfThread, 
     for (int j = 0; j < kCount / 4; ++j) {
       words[j] = ptx::saturated_bytes(values[4 * j], values[4 * j + 1], values[4 * j + 2], values[4 * j + 3]);
     }
-    int8_t* const target = mine + i * kThreads * kCount;
+    int8_t* const target = thread_q + i * kThreads * kCount;
     if (!aligned) {
 #pragma unroll
       for (int j = 0; j < kCount; ++j) {
@@ -291,18 +292,18 @@ __device__ __forceinline__ void store_chunk(const Chunk<T, kThreads, kOfThread, 
   }
 }
 
-template <class T, int kThreads, int kOfThread, bool kAny>
-__device__ __forceinline__ void store_chunk(const Chunk<T, kThreads, kOfThread, kAny>& chunk,
-                                            const Quantizer& by, int8_t* q, int count, int bytes,
+template <class T, int kThreads, int kElementsPerThread, bool kAny>
+__device__ __forceinline__ void store_chunk(const Chunk<T, kThreads, kElementsPerThread, kAny>& chunk,
+                                            const Quantizer& quantizer, int8_t* q, int count, int bytes,
                                             bool aligned) {
-  if (by.chosen) {
-    store_chunk<true>(chunk, by, q, count, bytes, aligned);
+  if (quantizer.chosen) {
+    store_chunk<true>(chunk, quantizer, q, count, bytes, aligned);
   } else {
-    store_chunk<false>(chunk, by, q, count, bytes, aligned);
+    store_chunk<false>(chunk, quantizer, q, count, bytes, aligned);
   }
 }
 
-// How much of something that is `all` long lies in the chunk that starts at `start`.
+// The length of the chunk from `start` on, in a row of length `all`.
 template <class Part>
 __device__ __forceinline__ int within(int64_t all, int64_t start) {
   return static_cast<int>(min(all - start, int64_t{Part::kElements}));
@@ -312,7 +313,7 @@ __device__ __forceinline__ int within(int64_t all, int64_t start) {
 
 inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// Calls body(T{}) with the C++ type of x's elements.
+// Calls body(T{}) with the C++ type of `dtype`.
 template <class Body>
 cudaError_t with_element_type(Dtype dtype, const Body& body) {
   if (dtype == Dtype::kFloat32) return body(float{});

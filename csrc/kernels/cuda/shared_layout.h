@@ -1,4 +1,4 @@
-// Where bytes of a tile stand in shared memory, and the descriptor that tells wgmma: pure functions.
+// The layout of a tile in shared memory, and its descriptor for wgmma: pure functions.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +11,9 @@
 
 namespace dynquant::cuda {
 
-// A row of 64 bytes of k, in 4 chunks of 16. Eight neighbouring rows of the same chunk, which ldmatrix reads at
-// once, then lie in eight different 16-byte columns of the 128 bytes that all banks serve together:
+// A row is 64 bytes of k, in 4 chunks of 16. ldmatrix reads the same chunk of eight neighbouring rows at
+// once; the swizzle puts these in eight different 16-byte columns of the 128 bytes that the banks serve
+// together:
 //
 //   bytes   0    16   32   48 |  64   80   96  112
 //         r0c0 r0c1 r0c2 r0c3 | r1c0 r1c1 r1c2 r1c3
@@ -23,9 +24,9 @@ DYNQUANT_ANYWHERE constexpr int offset_in_rows_of_64(int row, int chunk) {
   return row * 64 + (chunk ^ (row / 2 % 4)) * 16;
 }
 
-// wgmma's descriptor of an operand in shared memory whose rows are 128 bytes of k, as the copy engine writes them
-// with its 128-byte swizzle: groups of 8 rows (1024 bytes, aligned to that), in which the 16-byte chunk c of row r
-// stands in the place of chunk c ^ r. `address` may point 32, 64 or 96 bytes into the first row: the next k.
+// wgmma's descriptor of an operand in shared memory whose rows are 128 bytes of k, as TMA writes them with
+// its 128-byte swizzle: groups of 8 rows (1024 bytes, aligned to 1024), in which the 16-byte chunk c of row r
+// is stored in the place of chunk c ^ r. An `address` 32, 64 or 96 bytes into the first row is later k.
 //
 //   bits 0-13   address / 16
 //   bits 16-29  leading byte offset / 16: not used with a swizzle, 1

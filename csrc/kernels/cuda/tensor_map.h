@@ -1,5 +1,5 @@
-// Tensor maps: how TMA finds a tile of a matrix. The driver's encoder is looked up at run time, so that nothing links
-// libcuda.
+// Tensor maps, TMA's descriptors of matrices. The driver's encoder is looked up at run time, so that the
+// extension does not link libcuda.
 #pragma once
 
 #include <cuda.h>
@@ -14,7 +14,7 @@ struct TensorMapEncoder {
   decltype(&cuTensorMapEncodeTiled) encode;
 };
 
-// Looked up once a process.
+// Looked up once per process.
 inline const TensorMapEncoder& tensor_map_encoder() {
   static const TensorMapEncoder encoder = [] {
     void* entry = nullptr;
@@ -31,8 +31,8 @@ inline const TensorMapEncoder& tensor_map_encoder() {
   return encoder;
 }
 
-// int8 [rows, columns] with row_bytes from one row to the next (a multiple of 16, as is the address). A box is 128
-// columns of box_rows rows; it lands in shared memory with the 128-byte swizzle. Outside the matrix TMA reads 0.
+// int8 [rows, columns] with a row stride of row_bytes (a multiple of 16, as is the address). A box is 128
+// columns of box_rows rows; TMA writes it to shared memory with the 128-byte swizzle, 0 outside the matrix.
 inline cudaError_t encode_tensor_map(CUtensorMap* map, const int8_t* data, int64_t rows, int64_t columns,
                                      int64_t row_bytes, int box_rows) {
   const TensorMapEncoder& encoder = tensor_map_encoder();

@@ -1,11 +1,11 @@
-// 16 bytes from where only single elements are aligned.
+// 16-byte loads from memory that is aligned to its elements only.
 #pragma once
 
 #include "ptx.cuh"
 
 namespace dynquant::cuda {
 
-// 16 bytes from any address; what lies outside [from, to) is not read and counts as 0.
+// 16 bytes from any address; bytes outside [from, to) are not read and count as 0.
 __device__ __forceinline__ uint4 load_unaligned(const void* source, const void* from, const void* to) {
   const uint8_t* const begin = static_cast<const uint8_t*>(from);
   const uint8_t* const end = static_cast<const uint8_t*>(to);

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -11,8 +10,7 @@ Scheme = dict[str, Any]
 """The scheme of a layer as arguments of ``from_float``: activations, weights, rotation and so on."""
 
 
-@dataclass(frozen=True)
-class Selected:
+class Selected(NamedTuple):
     """A module to convert."""
 
     name: str
@@ -21,8 +19,7 @@ class Selected:
     scheme: Scheme
 
 
-@dataclass(frozen=True)
-class Skipped:
+class Skipped(NamedTuple):
     """A module that stays float although the spec covers it, with the reason."""
 
     name: str

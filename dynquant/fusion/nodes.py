@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -36,8 +35,7 @@ _STRIDES = {"as_strided", "is_contiguous", "stride", "sym_stride", "storage_offs
 _STRIDES |= {"view_as", "view_as_complex", "view_as_real", "set_", "data_ptr"}
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """A node of linear_dynamic or linear_static."""
 
     node: fx.Node

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,7 @@ TIMED_SHAPES = 8
 _CHUNK = 1 << 22
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """A layer of the float model and the converted layer of the same name."""
 
     name: str

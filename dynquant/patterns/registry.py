@@ -5,14 +5,12 @@ A module of a subclass has no pattern: its forward may be another.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import hugging_face, torch_nn
 
 
-@dataclass(frozen=True)
-class Pattern:
+class Pattern(NamedTuple):
     """Roles of a module's layers in its forward, by their names.
 
     Attributes:

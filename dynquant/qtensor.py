@@ -361,7 +361,8 @@ def _without_storage(name: str) -> Callable[..., Any]:
 
 def _attribute(get: Callable[..., Any], *args: Any) -> Any:
     """An attribute of the wrapper, such as its shape; torch.jit.trace would record a read of its memory."""
-    tracing_state, set_state = torch._C._get_tracing_state(), getattr(torch._C, "_set_tracing_state")  # noqa: B009
+    set_state: Callable[[Any], None] = vars(torch._C)["_set_tracing_state"]  # its stubs lack it
+    tracing_state = torch._C._get_tracing_state()
     if tracing_state is not None:
         set_state(None)
     try:

@@ -39,12 +39,14 @@ inline Config check_config(int64_t code) {
 
 // Memory may be taken from a tensor (untyped_storage().resize_(0)): reading it would end the process.
 inline void check_memory(const char* op, const char* name, const at::Tensor& values) {
-  if (values.numel() == 0 || !values.has_storage()) return;
-  int64_t last = values.storage_offset();
-  for (int64_t d = 0; d < values.dim(); ++d) last += (values.size(d) - 1) * values.stride(d);
-  const auto bytes = static_cast<int64_t>(values.storage().nbytes());
-  TORCH_CHECK((last + 1) * static_cast<int64_t>(values.itemsize()) <= bytes, op, ": expected ", name,
-              " to have its memory, got a storage of ", bytes, " bytes for ", values.sizes(), " elements of ",
+  const c10::TensorImpl& tensor = *values.unsafeGetTensorImpl();
+  if (tensor.numel() == 0 || !tensor.has_storage()) return;
+  const at::IntArrayRef sizes = tensor.sizes(), strides = tensor.strides();
+  int64_t elements = tensor.storage_offset() + 1;
+  for (size_t d = 0; d < sizes.size(); ++d) elements += (sizes[d] - 1) * strides[d];
+  const size_t bytes = tensor.unsafe_storage().nbytes();
+  TORCH_CHECK(static_cast<size_t>(elements) * tensor.itemsize() <= bytes, op, ": expected ", name,
+              " to have its memory, got a storage of ", bytes, " bytes for ", sizes, " elements of ",
               dtype_name(values.scalar_type()));
 }
 

@@ -10,8 +10,8 @@ enum class Epilogue : int { kNone, kRelu, kGelu, kGeluTanh, kSilu };
 enum class OutDtype : int { kInput, kFloat32, kBFloat16, kFloat16, kFloat64 };
 
 struct Config {
-  bool per_tensor;         // activations: one range for all of x instead of one for each row
-  bool weight_per_tensor;  // weights: one scale instead of one for each output channel
+  bool per_tensor;         // activations: one range for all of x instead of one per row
+  bool weight_per_tensor;  // weights: one scale instead of one per output channel
   int rotation_block;      // 0: no rotation, else 1, 2, 4 ... 128
   Epilogue epilogue;
   OutDtype out_dtype;
@@ -27,10 +27,11 @@ constexpr bool is_valid_config(int64_t code) {
          ((code >> kOutDtypeShift) & 7) <= 4;
 }
 
-// K mod 16 of the layer, -1 where the code does not say it. No part of the scheme: for the check of x alone.
+// K mod 16 of the layer, or -1 if the code does not hold it. Only the check of x uses it; it is no part of
+// the scheme.
 constexpr int64_t k_modulo_16(int64_t code) { return (code >> kKShift) - 1; }
 
-// Without epilogue, and with the output in fp32; it says the same of K.
+// The same code without epilogue and with fp32 output.
 constexpr int64_t plain_fp32(int64_t code) {
   constexpr int64_t kEpilogueAndOutDtype = 7 << 6 | 7 << kOutDtypeShift;
   return (code & ~kEpilogueAndOutDtype) | static_cast<int64_t>(OutDtype::kFloat32) << kOutDtypeShift;

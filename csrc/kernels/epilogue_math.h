@@ -1,8 +1,8 @@
 // The epilogue functions as fixed sequences of fp32 operations, once for all CPU instruction sets and CUDA.
 // dynquant/reference/epilogue.py is the same text in PyTorch and explains it; docs/epilogue.md derives it.
 //
-// Included inside the namespace (and target region) of the user, who defines DYNQUANT_INLINE to what makes a
-// function inline there. V offers the types F (fp32) and I (int32), of as many lanes as it likes, and
+// Included inside the namespace (and target region) of the user, who defines DYNQUANT_INLINE, the specifiers
+// of a forced inline function. V offers the types F (fp32) and I (int32), of any number of lanes, and
 //   F broadcast(float);  I broadcast(int32_t);
 //   F add, sub, mul, div(F, F);            rounded to nearest even, never contracted, no flush to zero
 //   F min(F a, F b);                       a < b ? a : b, so a NaN in b stays
@@ -63,7 +63,7 @@ struct EpilogueMath {
     return V::as_float(V::bit_and(V::as_int(x), V::broadcast(int32_t{0x7fffffff})));
   }
 
-  // 9 significant bits, so that products of two such numbers are exact.
+  // 9 significant bits: products of two such numbers are exact.
   static DYNQUANT_INLINE F leading_bits(F x) {
     return V::as_float(V::bit_and(V::as_int(x), V::broadcast(int32_t{-0x8000})));
   }
@@ -71,7 +71,7 @@ struct EpilogueMath {
   // The lowest bits of t, 127 - n, are the exponent field of 2^-n.
   static DYNQUANT_INLINE F power_of_2(F t) { return V::as_float(V::template shift_left<23>(V::as_int(t))); }
 
-  // c0 + c1 x + x^2 (c2 + c3 x + x^2 (...)): in pairs half as many steps wait for each other.
+  // c0 + c1 x + x^2 (c2 + c3 x + x^2 (...)): pairs halve the chain of dependent steps.
   template <typename... Coefficients>
   static DYNQUANT_INLINE F polynomial(F x, Coefficients... c) {
     return pairs(x, V::mul(x, x), c...);
@@ -96,10 +96,10 @@ struct EpilogueMath {
   }
 };
 
-// kCount vectors of V side by side: one such function is a chain of some 70 cycles, and a CPU looks ahead
-// too few instructions to overlap enough of them by itself.
+// kCount vectors of V side by side: one function is a chain of some 70 cycles, and a CPU's window of
+// instructions is too small to overlap enough of them.
 template <typename V, int kCount>
-struct Several {
+struct MultiVector {
   struct F {
     typename V::F v[kCount];
   };

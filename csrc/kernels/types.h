@@ -1,4 +1,4 @@
-// The words that the CPU and the CUDA kernels share.
+// Types that the CPU and the CUDA kernels share.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ struct Float16 {
   uint16_t bits;
 };
 
-// A range that holds 0: lo <= 0 <= hi; both NaN where a NaN was seen.
+// A range that holds 0: lo <= 0 <= hi; both NaN if an element was NaN.
 struct Range {
   float lo;
   float hi;
@@ -29,7 +29,7 @@ struct QParams {
   int32_t zero_point;
 };
 
-// A floating-point matrix [m, k] as it is read: element (i, j) at data + i * stride + j, in elements of dtype.
+// A floating-point matrix [m, k]: element (i, j) at data + (i * stride + j) elements of dtype.
 struct Rows {
   const void* data;
   Dtype dtype;

@@ -1,5 +1,5 @@
-// Measured limits of this CPU, which the benchmarks set beside the kernels: int8 and fp32 arithmetic from registers
-// alone, and the speed at which a buffer of a given size can be read. A library of its own, which
+// Measured limits of this CPU, which the benchmarks set beside the kernels: int8 and fp32 arithmetic from
+// registers alone, and the speed at which a buffer of a given size can be read. A library of its own, which
 // benchmarks/cpu/probes.py compiles and calls through ctypes; no part of the package.
 
 #include <algorithm>

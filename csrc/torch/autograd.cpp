@@ -1,5 +1,5 @@
-// Gradients and autocast of the linear ops, on every device; the same formulas stand in dynquant/ops/ for
-// when there is no extension. In C++ because these keys are crossed at every call.
+// Gradients and autocast of the linear ops, on every device; dynquant/ops/ has the same formulas for use
+// without the extension. In C++ because every call passes these dispatch keys.
 
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -180,13 +180,13 @@ Tensor linear_static_autograd(c10::DispatchKeySet keys, const Tensor& x, const T
                                        weight_scale, bias, scale, zero_point, config);
 }
 
-// The other ops have no gradient: they run below autograd, so what they return requires none.
+// The other ops have no gradient: they run below autograd, and their results require none.
 void below_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
 }
 
-// Under autocast the output has the autocast dtype; the input is read as it comes. fp64 is left alone, as by
+// Under autocast the output has the autocast dtype; the input keeps its dtype. fp64 stays as it is, as in
 // torch.
 int64_t autocast_config(c10::DeviceType device, const Tensor& x, int64_t code) {
   const Config config = check_config(code);

@@ -1,5 +1,5 @@
-// Argument checks shared by the devices: sentences with names and values, the same as dynquant/reference's. What
-// passes them is memory-safe to read.
+// Argument checks shared by the devices, with the sentences of dynquant/reference. Arguments that pass them
+// are memory-safe to read.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -15,12 +15,12 @@
 
 namespace dynquant {
 
-// The name that Python gives a dtype, e.g. "torch.int8": TypeMeta and ScalarType print C++'s own.
+// The Python name of a dtype, e.g. "torch.int8"; TypeMeta and ScalarType print C++ names.
 inline std::string dtype_name(at::ScalarType type) {
   return "torch." + std::string(c10::getDtypeNames(type).first);
 }
 
-// Rows of x: all leading dimensions together.
+// The number of rows of x: the product of its leading dimensions.
 inline int64_t leading_size(const at::Tensor& x) {
   int64_t m = 1;
   for (int64_t d = 0; d + 1 < x.dim(); ++d) m *= x.size(d);
@@ -58,7 +58,7 @@ inline void check_float(const char* op, const char* name, const at::Tensor& x) {
   check_memory(op, name, x);
 }
 
-// A contiguous 1-D tensor with one element for each output channel.
+// A contiguous 1-D tensor with one element per output channel.
 inline void check_channels(const char* op, const char* name, const at::Tensor& values, at::ScalarType type,
                            int64_t n) {
   TORCH_CHECK(
@@ -87,7 +87,7 @@ inline const float* in_fp32(const std::optional<at::Tensor>& bias, at::Tensor& o
   return owner.const_data_ptr<float>();
 }
 
-// Contiguous int8 of the shape that an [n, k] weight packs to on this device.
+// Contiguous int8 in the packed shape of an [n, k] weight on this device.
 inline void check_packed(const char* op, const at::Tensor& packed, at::IntArrayRef shape, int64_t n,
                          int64_t k) {
   TORCH_CHECK(packed.scalar_type() == at::kChar && packed.sizes() == shape && packed.is_contiguous(), op,
@@ -96,7 +96,7 @@ inline void check_packed(const char* op, const at::Tensor& packed, at::IntArrayR
   check_memory(op, "packed_weight", packed);
 }
 
-// x is as long as the layer's inputs as far as config tells; check_packed tells the rest.
+// K is known modulo 16 from config, and rounded up from the packed weight (check_packed).
 inline void check_k(const char* op, int64_t k, int64_t code) {
   const int64_t expected = k_modulo_16(code);
   TORCH_CHECK(expected < 0 || k % kKModulus == expected, op, ": expected x.shape[-1] to be ", expected,
@@ -135,7 +135,7 @@ inline void check_rotation(const char* op, int64_t k, int64_t block) {
               ": expected block to be a power of two up to 128 that divides K (", k, "), got ", block);
 }
 
-// Everything that int8_mm asks of its tensors but the shape of the packed weight.
+// All requirements of int8_mm except the shape of the packed weight.
 inline void check_int8_mm(const at::Tensor& q, const at::Tensor& packed_weight,
                           const at::Tensor& weight_sum) {
   constexpr int64_t kMaxK = INT32_MAX / (128 * 127);
@@ -150,8 +150,7 @@ inline void check_int8_mm(const at::Tensor& q, const at::Tensor& packed_weight,
   check_memory("int8_mm", "q", q);
 }
 
-// Everything that a linear op asks of its tensors but the shape of the packed weight, which is the device's
-// own.
+// All requirements of a linear op except the shape of the packed weight, which depends on the device.
 inline void check_linear(const char* op, const at::Tensor& x, const at::Tensor& packed_weight,
                          const at::Tensor& weight_sum, const at::Tensor& weight_scale,
                          const std::optional<at::Tensor>& bias) {

@@ -1,4 +1,4 @@
-// What the CPU bindings share: tensors as the kernels read them, memory for the length of a call, torch's threads.
+// Shared by the CPU bindings: tensors as rows, memory for the length of a call, torch's threads.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,10 +12,10 @@
 
 namespace dynquant::cpu {
 
-// torch's own threads; parallel.cpp.
+// torch's own threads; in parallel.cpp.
 const Parallel& torch_threads();
 
-// x as rows that the kernels can read; `owner` keeps the copy alive where one was needed (fp64, odd strides).
+// x as rows; `owner` keeps a copy alive if one is needed (fp64, rows with strided elements).
 inline Rows rows_of(const at::Tensor& x, int rotation_block, at::Tensor& owner) {
   owner = x.scalar_type() == at::kDouble ? x.to(at::kFloat) : x;
   const int64_t k = owner.size(-1);
@@ -29,7 +29,8 @@ inline Rows rows_of(const at::Tensor& x, int rotation_block, at::Tensor& owner) 
               rotation_block};
 }
 
-// Memory for the length of a call: small calls use the stack, an allocation would cost as much as their work.
+// Memory for the length of a call, on the stack for small calls: an allocation would cost as much as their
+// work.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes) {

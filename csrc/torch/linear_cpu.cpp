@@ -59,7 +59,7 @@ Tensor linear_op(const char* op, const Tensor& x, const Tensor& packed_weight, c
       rows_of(x, config.rotation_block, owner),
       Weight{packed_weight.const_data_ptr<int8_t>(), n, k, shape[2], weight_sum.const_data_ptr<int32_t>(),
              weight_scale.const_data_ptr<float>(), in_fp32(bias, bias_owner)},
-      config.per_tensor, given, Output{out.mutable_data_ptr(), n, dtype_of(computed), config.epilogue}};
+      config.per_tensor, given, Destination{out.mutable_data_ptr(), n, dtype_of(computed), config.epilogue}};
   const LinearPlan plan = plan_linear(args, torch_threads());
   Scratch scratch(plan.workspace_bytes);
   linear(args, plan, scratch.data(), torch_threads());

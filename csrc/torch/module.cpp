@@ -1,4 +1,4 @@
-// dynquant._C: loading it registers the ops; its functions say what was built and choose the instruction set.
+// dynquant._C: loading it registers the ops; its functions name and choose the instruction set.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -1,4 +1,4 @@
-// The kernel library's threads are torch's own.
+// torch's threads for the kernel library.
 
 #include <ATen/Parallel.h>
 

@@ -21,7 +21,7 @@ Partition partition_gemm(const KernelTable& kernels, int64_t m, const Weight& we
   return Partition{row_parts, std::clamp<int64_t>(threads / row_parts, 1, blocks_of(weight.n))};
 }
 
-// All tiles of m rows, as many for each of `parts` threads.
+// All tiles of m rows, the same number for each of `parts` threads.
 RowTiles row_tiles(const KernelTable& kernels, int64_t m, int64_t parts) {
   const int64_t of_part = divide_up(m, kernels.max_rows * parts);
   return {m, of_part * parts, 0, of_part * parts};
@@ -33,25 +33,26 @@ RowTiles share_of(RowTiles all, int64_t parts, int64_t t) {
   return {all.m, all.count, begin, end};
 }
 
-int64_t operand_bytes(const KernelTable& kernels, RowTiles all, int64_t k) {
-  return piece_bytes<uint8_t>(all.m * kernels.operand_stride(k) + all.count * kernels.plan_bytes(all.m, k));
+int64_t activation_bytes(const KernelTable& kernels, RowTiles all, int64_t k) {
+  return piece_bytes<uint8_t>(all.m * kernels.activation_stride(k) +
+                              all.count * kernels.plan_bytes(all.m, k));
 }
 
-Operand operand_at(const KernelTable& kernels, uint8_t* at, int64_t m, int64_t k) {
-  const int64_t stride = kernels.operand_stride(k);
+PackedActivations activations_at(const KernelTable& kernels, uint8_t* at, int64_t m, int64_t k) {
+  const int64_t stride = kernels.activation_stride(k);
   return {at, stride, at + m * stride, kernels.plan_bytes(m, k)};
 }
 
-// Bytes of GEMM scratch for each task.
+// Bytes of GEMM scratch per task.
 int64_t gemm_bytes_of_task(const KernelTable& kernels, const Partition& partition, int64_t m, int64_t k) {
-  const int64_t rows =
-      m / partition.row_parts + 2 * kernels.max_rows;  // tiles are shared out, and may be uneven
+  // Shares are whole tiles, and tiles differ in height.
+  const int64_t rows = m / partition.row_parts + 2 * kernels.max_rows;
   return piece_bytes<int8_t>(kernels.gemm_scratch(m, k, rows));
 }
 
-// What rows are quantized into and multiplied from.
+// Memory between quantization and product.
 struct Workspace {
-  Operand a;
+  PackedActivations a;
   QParams* qparams;
   float* row;
   int8_t* gemm;
@@ -59,15 +60,15 @@ struct Workspace {
 
 WorkspaceLayout layout_of(const KernelTable& kernels, RowTiles tiles, int64_t k, int64_t row_floats,
                           int64_t gemm_bytes) {
-  return {operand_bytes(kernels, tiles, k), piece_bytes<QParams>(tiles.m), piece_bytes<float>(row_floats),
+  return {activation_bytes(kernels, tiles, k), piece_bytes<QParams>(tiles.m), piece_bytes<float>(row_floats),
           piece_bytes<int8_t>(gemm_bytes)};
 }
 
 Workspace workspace_at(const KernelTable& kernels, const WorkspaceLayout& layout, uint8_t* memory, int64_t m,
                        int64_t k) {
-  uint8_t* qparams = memory + layout.operand;
+  uint8_t* qparams = memory + layout.activations;
   uint8_t* row = qparams + layout.qparams;
-  return {operand_at(kernels, memory, m, k), reinterpret_cast<QParams*>(qparams),
+  return {activations_at(kernels, memory, m, k), reinterpret_cast<QParams*>(qparams),
           reinterpret_cast<float*>(row), reinterpret_cast<int8_t*>(row + layout.row)};
 }
 
@@ -78,13 +79,13 @@ Rows from_row(const Rows& x, int64_t m) {
   return rest;
 }
 
-Output from_row(const Output& out, int64_t m) {
-  Output rest = out;
+Destination from_row(const Destination& out, int64_t m) {
+  Destination rest = out;
   rest.data = static_cast<uint8_t*>(out.data) + m * out.stride * element_size(out.dtype);
   return rest;
 }
 
-// shared: the qparams of all rows, where they do not have their own.
+// shared: the qparams of all rows unless each row has its own.
 void quantize_rows(const Linear& args, const KernelTable& kernels, const Rows& x, RowTiles tiles,
                    const QParams& shared, const Workspace& work) {
   if (args.given != nullptr || args.per_tensor) {
@@ -94,7 +95,7 @@ void quantize_rows(const Linear& args, const KernelTable& kernels, const Rows& x
   }
 }
 
-// Each thread quantizes and multiplies some rows after the other: their operand stays next to the core.
+// Each thread quantizes and multiplies its rows piece by piece: packed activations stay in its caches.
 void linear_by_rows(const Linear& args, const LinearPlan& plan, const QParams& shared, uint8_t* memory,
                     const Parallel& parallel) {
   const KernelTable& kernels = *plan.kernels;
@@ -113,7 +114,7 @@ void linear_by_rows(const Linear& args, const LinearPlan& plan, const QParams& s
   });
 }
 
-// All rows are quantized, then every thread multiplies them by some channels.
+// All rows are quantized, then each thread multiplies them by its channels.
 void linear_by_channels(const Linear& args, const LinearPlan& plan, const QParams& shared, uint8_t* memory,
                         const Parallel& parallel) {
   const KernelTable& kernels = *plan.kernels;
@@ -142,9 +143,9 @@ Int8MmPlan plan_int8_mm(const Int8Mm& args, const Parallel& parallel) {
   plan.kernels = &kernels;
   plan.partition = partition_gemm(kernels, m, args.weight, parallel);
   plan.tiles = row_tiles(kernels, m, plan.partition.row_parts);
-  plan.operand_bytes = operand_bytes(kernels, plan.tiles, k);
+  plan.activation_bytes = activation_bytes(kernels, plan.tiles, k);
   plan.gemm_bytes = gemm_bytes_of_task(kernels, plan.partition, m, k);
-  plan.workspace_bytes = plan.operand_bytes + plan.partition.tasks() * plan.gemm_bytes;
+  plan.workspace_bytes = plan.activation_bytes + plan.partition.tasks() * plan.gemm_bytes;
   return plan;
 }
 
@@ -152,9 +153,9 @@ void int8_mm(const Int8Mm& args, const Int8MmPlan& plan, void* workspace, const 
   const KernelTable& kernels = *plan.kernels;
   const Partition& partition = plan.partition;
   uint8_t* memory = static_cast<uint8_t*>(workspace);
-  int8_t* gemm = reinterpret_cast<int8_t*>(memory + plan.operand_bytes);
-  const Operand a = operand_at(kernels, memory, args.m, args.weight.k);
-  kernels.operand_from_int8(args.q, args.weight.k, plan.tiles, a);
+  int8_t* gemm = reinterpret_cast<int8_t*>(memory + plan.activation_bytes);
+  const PackedActivations a = activations_at(kernels, memory, args.m, args.weight.k);
+  kernels.pack_int8(args.q, args.weight.k, plan.tiles, a);
   parallel.run(partition.tasks(), [&](int64_t t) {
     const RowTiles tiles = share_of(plan.tiles, partition.row_parts, t / partition.channel_parts);
     const auto [b0, b1] =
@@ -172,7 +173,7 @@ LinearPlan plan_linear(const Linear& args, const Parallel& parallel) {
   const int64_t row_parts = plan.partition.row_parts;
   if (plan.partition.channel_parts == 1) {
     plan.pieces = row_parts * divide_up(m, row_parts * kernels.rows_at_once);
-    const int64_t rows = divide_up(m, plan.pieces);  // of a piece, or one less
+    const int64_t rows = divide_up(m, plan.pieces);  // of a piece; some have one less
     const int64_t gemm =
         std::max(kernels.gemm_scratch(rows, k, rows), kernels.gemm_scratch(rows - 1, k, rows));
     plan.layout = layout_of(kernels, row_tiles(kernels, rows, 1), k, row, gemm);
@@ -186,7 +187,7 @@ LinearPlan plan_linear(const Linear& args, const Parallel& parallel) {
     plan.workspace_bytes = plan.layout.bytes();
   }
   if (args.per_tensor && args.given == nullptr) {
-    // Threads that will have rows of their own look at them before: these then lie in their caches.
+    // At least the threads that later quantize rows, so that each finds its rows in its caches.
     plan.range = plan_min_max(args.x, row_parts, parallel);
     plan.workspace_bytes = std::max(plan.workspace_bytes, plan.range.workspace_bytes);
   }

@@ -27,10 +27,10 @@ int64_t find_minus_128(const int8_t* weight, int64_t n, int64_t k) {
 
 namespace {
 
-// Groups of a row that are moved together: a cache line of it, so that each line is fetched once.
+// Groups of a row to move together: one cache line, so that each line is fetched once.
 constexpr int64_t kGroupsAtOnce = 16;
 
-// Calls move(group in the packed weight, group in the weight, bytes of it) for all groups of [panel0, panel1).
+// Calls move(packed group, plain group, bytes) for all groups of panels [panel0, panel1).
 template <typename Packed, typename Plain, typename Move>
 void for_each_group(Packed* packed, Plain* weight, int64_t n, int64_t k, int64_t panel, int64_t panel0,
                     int64_t panel1, const Move& move) {
@@ -75,7 +75,7 @@ void unpack_panels(const int8_t* packed, int64_t n, int64_t k, int64_t panel, in
                  [](const int8_t* from, int8_t* to, size_t bytes) { std::memcpy(to, from, bytes); });
 }
 
-// Calls task(panel0, panel1) for shares of all panels, on as many threads as they are worth.
+// Calls task(panel0, panel1) for shares of all panels, on as many threads as the work justifies.
 template <typename Task>
 void for_shares_of_panels(int64_t n, int64_t k, int64_t panels, const Parallel& parallel, const Task& task) {
   constexpr double kBytesPerMicrosecond = 2e3;  // of one core

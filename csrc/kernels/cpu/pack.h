@@ -3,7 +3,7 @@
 //
 //   [ceil(N/P)][ceil(K/4)][P][4]      channel c, input k  ->  [c / P][k / 4][c % P][k % 4]
 //
-// so that one vector load brings the same 4 inputs of neighbouring channels. N and K are padded with zeros.
+// so that one vector load reads the same 4 inputs of neighbouring channels. N and K are padded with zeros.
 #pragma once
 
 #include <array>
@@ -18,10 +18,10 @@ int64_t panel_width(int64_t n);
 
 std::array<int64_t, 4> packed_shape(int64_t n, int64_t k);
 
-// Where a weight [n][k] holds -128, or -1: the AVX2 products count on a weight that can change its sign.
+// Index of the first -128 in a weight [n][k], or -1 if there is none: the AVX2 products negate weights.
 int64_t find_minus_128(const int8_t* weight, int64_t n, int64_t k);
 
-// packed: of packed_shape; sum [n]: of each row.
+// packed: packed_shape(n, k); sum: [n], of each row.
 void pack_weight(const int8_t* weight, int64_t n, int64_t k, int8_t* packed, int32_t* sum,
                  const Parallel& parallel);
 void unpack_weight(const int8_t* packed, int64_t n, int64_t k, int8_t* weight, const Parallel& parallel);

@@ -1,4 +1,4 @@
-// Threads as this library sees them: its caller brings them.
+// Threads, which the caller of this library provides.
 #pragma once
 
 #include <cstdint>
@@ -9,13 +9,13 @@ namespace dynquant::cpu {
 
 class Parallel {
  public:
-  // Threads that run() can use, the calling one among them.
+  // The number of threads that run() can use, including the calling one.
   virtual int64_t threads() const = 0;
 
-  // Whether the calling thread works on a task of run() already, or of the caller's own parallel regions.
+  // Whether the calling thread is inside a parallel region already.
   virtual bool in_region() const = 0;
 
-  // Calls task(t) for each t in [0, tasks), each on a thread of its own where there are as many.
+  // Calls task(t) for each t in [0, tasks), each on its own thread if there are enough.
   template <typename Task>
   void run(int64_t tasks, const Task& task) const {
     const auto run_some = [&](int64_t begin, int64_t end) {
@@ -32,7 +32,8 @@ class Parallel {
  protected:
   ~Parallel() = default;
 
-  // Calls some(state, begin, end) for shares that cover [0, tasks), on several threads; returns when all are done.
+  // Calls some(state, begin, end) on several threads, for ranges that cover [0, tasks); returns after the
+  // last.
   virtual void run_on_threads(int64_t tasks, const void* state,
                               void (*some)(const void* state, int64_t begin, int64_t end)) const = 0;
 };

@@ -9,8 +9,8 @@
 namespace dynquant::cpu {
 
 int64_t threads_for(double microseconds, const Parallel& parallel) {
-  // A parallel region costs microseconds at best, and milliseconds on a busy machine: a call that one thread finishes
-  // in kAlone stays there, and a longer one gets a thread for each kShare.
+  // A parallel region costs microseconds at best, and milliseconds on a busy machine: work below kAlone stays
+  // on the calling thread; longer work gets one thread per kShare.
   constexpr double kAlone = 50.0, kShare = 25.0;
   if (microseconds < kAlone || parallel.in_region()) return 1;
   return std::min(parallel.threads(), static_cast<int64_t>(microseconds / kShare));

@@ -1,4 +1,4 @@
-// How many threads a call's work is worth, and how it is shared out among them.
+// The number of threads for a call's work, and each thread's share of it.
 #pragma once
 
 #include <cstdint>
@@ -19,16 +19,16 @@ inline Share share(int64_t total, int64_t parts, int64_t t) {
   return {total * t / parts, total * (t + 1) / parts};
 }
 
-// At least 1, at most those of `parallel`.
+// From 1 to parallel.threads().
 int64_t threads_for(double microseconds, const Parallel& parallel);
 
-// For work that finds the range of x, or quantizes or rotates it: at most one thread a row, at least 1.
+// For the range, the quantization or the rotation of x: from 1 to one thread per row.
 int64_t threads_over_rows(const Rows& x, const Parallel& parallel);
 
-// What one core takes, about, to read a weight that an earlier call has read.
+// Estimate for one core to read a weight again after an earlier call.
 double microseconds_to_read(double bytes);
 
-// Bytes of `count` elements in a workspace: pieces start at cache lines.
+// Bytes of `count` elements in a workspace, whose pieces start at cache lines.
 template <typename T>
 constexpr int64_t piece_bytes(int64_t count) {
   return (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;

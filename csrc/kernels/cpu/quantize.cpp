@@ -9,7 +9,7 @@
 namespace dynquant::cpu {
 namespace {
 
-// Calls task(m) for each row m of x, on as many threads as they are worth.
+// Calls task(m) for each row m of x, on as many threads as the work justifies.
 template <typename Task>
 void for_each_row(const Rows& x, const Parallel& parallel, const Task& task) {
   const int64_t threads = threads_over_rows(x, parallel);
@@ -21,7 +21,7 @@ void for_each_row(const Rows& x, const Parallel& parallel, const Task& task) {
 
 }  // namespace
 
-// ---- rows of x --------------------------------------------------------------------------------------------------------
+// ---- rows of x ----
 
 void min_max_rows(const Rows& x, float* lo, float* hi, const Parallel& parallel) {
   const KernelTable& table = kernels();
@@ -61,8 +61,8 @@ QParams choose_qparams(Range range) {
   const float width = range.hi / 255.0f - range.lo / 255.0f;
   const float scale = width < 0x1p-126f ? 0x1p-126f : width;
   const float inv_scale = 1.0f / scale;
-  const long zero_point =
-      std::lrint(-128.0f - range.lo * inv_scale);  // x86 rounds it to nearest even in one instruction
+  // To nearest even; one instruction on x86.
+  const long zero_point = std::lrint(-128.0f - range.lo * inv_scale);
   return QParams{scale, static_cast<int32_t>(std::clamp(zero_point, -128l, 127l))};
 }
 
@@ -90,12 +90,12 @@ void rotate(const Rows& x, float* out, const Parallel& parallel) {
 }
 
 void read_row(const Rows& x, int64_t m, float* out) {
-  Rows as_it_is = x;
-  as_it_is.rotation_block = 1;  // the identity, which reads any dtype as fp32
-  kernels().rotate(as_it_is, m, out);
+  Rows plain = x;
+  plain.rotation_block = 1;  // the identity: converts any dtype to fp32
+  kernels().rotate(plain, m, out);
 }
 
-// ---- rows of a weight -------------------------------------------------------------------------------------------------
+// ---- rows of a weight ----
 
 RowsPlan plan_quantize_weight(const QuantizeWeight& args, const Parallel& parallel) {
   const int64_t threads = threads_over_rows(args.weight, parallel);

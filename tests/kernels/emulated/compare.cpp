@@ -104,7 +104,7 @@ enum class Activations { kPerToken, kPerTensor, kStatic };
 
 Result gemm(const KernelTable& kernel, const Rows& x, int64_t m, const Weight& w, Dtype out_dtype,
             Epilogue epilogue, Activations activations, const std::vector<int8_t>& q) {
-  const int64_t stride = kernel.operand_stride(w.k), plan = kernel.plan_bytes(m, w.k);
+  const int64_t stride = kernel.activation_stride(w.k), plan = kernel.plan_bytes(m, w.k);
   const int64_t count = (m + kernel.max_rows - 1) / kernel.max_rows;
   const RowTiles tiles{m, count, 0, count};
   std::vector<uint8_t> operand(static_cast<size_t>(m * stride + tiles.end * plan) + 64);
@@ -112,7 +112,7 @@ Result gemm(const KernelTable& kernel, const Rows& x, int64_t m, const Weight& w
   std::vector<float> row(static_cast<size_t>(row_floats(w.k)) + 64);
   Result r{std::vector<float>(size_t(m * w.n)), std::vector<uint16_t>(size_t(m * w.n)),
            std::vector<int32_t>(size_t(m * w.n)), std::vector<QParams>(size_t(m) + 1)};
-  const Operand a{operand.data(), stride, operand.data() + m * stride, plan};
+  const PackedActivations a{operand.data(), stride, operand.data() + m * stride, plan};
   switch (activations) {
     case Activations::kPerToken: kernel.quantize_per_token(x, tiles, a, r.qparams.data(), row.data()); break;
     case Activations::kPerTensor: {
@@ -127,9 +127,9 @@ Result gemm(const KernelTable& kernel, const Rows& x, int64_t m, const Weight& w
   void* data =
       out_dtype == Dtype::kFloat32 ? static_cast<void*>(r.out.data()) : static_cast<void*>(r.out16.data());
   const int64_t blocks = (w.n + kBlock - 1) / kBlock;
-  kernel.linear(a, r.qparams.data(), w, Output{data, w.n, out_dtype, epilogue}, scratch.data(), tiles, 0,
+  kernel.linear(a, r.qparams.data(), w, Destination{data, w.n, out_dtype, epilogue}, scratch.data(), tiles, 0,
                 blocks);
-  kernel.operand_from_int8(q.data(), w.k, tiles, a);
+  kernel.pack_int8(q.data(), w.k, tiles, a);
   kernel.int8_mm(a, w, r.acc.data(), scratch.data(), tiles, 0, blocks);
   return r;
 }

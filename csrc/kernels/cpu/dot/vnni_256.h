@@ -7,9 +7,9 @@ struct Dot : VnniDot {
                                   : kRows == 2 ? 4
                                                : 2;
 
-  static constexpr int64_t kPartGroups = 96;  // 24 KB
+  static constexpr int64_t kGroupsOfKBlock = 96;  // 24 KB
 
-  static void store_operand(uint8_t* p, V::I q0, V::I q1, V::I q2, V::I q3) {
+  static void store_activations(uint8_t* p, V::I q0, V::I q1, V::I q2, V::I q3) {
     const V::I offset = _mm256_set1_epi32(kOffset);
     const __m256i words01 = _mm256_packs_epi32(_mm256_add_epi32(q0, offset), _mm256_add_epi32(q1, offset));
     const __m256i words23 = _mm256_packs_epi32(_mm256_add_epi32(q2, offset), _mm256_add_epi32(q3, offset));

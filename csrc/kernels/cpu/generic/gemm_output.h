@@ -1,22 +1,22 @@
-// What is done with the accumulators of a tile: dequantized to the output with the epilogue, or kept as they are. A part
-// of generic/kernels.h, over its V and Dot.
+// From the accumulators of a tile to the output: dequantization and epilogue, or int32. Included by
+// generic/kernels.h.
 
-// The one dequantization formula, of accumulators of q + operand_offset. Vectors: constants of W channels that may be
-// read whole.
+// The dequantization formula, for accumulators of q + activation_offset. The channel constants are read in
+// whole vectors.
 template <int kRows, int kVectors>
 DYNQUANT_INLINE void dequantize(const Accumulators<kRows, kVectors>& tile, const QParams* qparams,
-                                int32_t operand_offset, const int32_t* sum, const float* scale,
+                                int32_t activation_offset, const int32_t* sum, const float* scale,
                                 const float* bias, float* out, int64_t stride) {
   I sums[kVectors];
   DYNQUANT_UNROLL
-  for (int j = 0; j < kVectors; ++j) sums[j] = Dot::TakenOff::of_sums(V::load(sum + j * W));
+  for (int j = 0; j < kVectors; ++j) sums[j] = Dot::ZeroPointCompensation::prepare_sums(V::load(sum + j * W));
   DYNQUANT_UNROLL
   for (int i = 0; i < kRows; ++i) {
-    const I offset = Dot::TakenOff::of_offset(qparams[i].zero_point + operand_offset);
+    const I offset = Dot::ZeroPointCompensation::prepare_offset(qparams[i].zero_point + activation_offset);
     const F row_scale = V::broadcast(qparams[i].scale);
     DYNQUANT_UNROLL
     for (int j = 0; j < kVectors; ++j) {
-      const F acc = V::convert(Dot::TakenOff::from(tile.acc[i][j], offset, sums[j]));
+      const F acc = V::convert(Dot::ZeroPointCompensation::subtract(tile.acc[i][j], offset, sums[j]));
       F y = V::mul(V::mul(acc, row_scale), V::load(scale + j * W));
       if (bias != nullptr) y = V::add(y, V::load(bias + j * W));
       V::store(out + i * stride + j * W, y);
@@ -37,7 +37,7 @@ DYNQUANT_INLINE typename Vectors::F epilogue_of(typename Vectors::F x) {
 
 template <Epilogue kEpilogue>
 void apply_epilogue_to(float* y, int64_t stride, int rows, int64_t width) {
-  using Pair = Several<V, 2>;
+  using Pair = MultiVector<V, 2>;
   for (int i = 0; i < rows; ++i) {
     float* row = y + i * stride;
     int64_t j = 0;
@@ -50,7 +50,7 @@ void apply_epilogue_to(float* y, int64_t stride, int rows, int64_t width) {
   }
 }
 
-// In place, on whole vectors: width is a multiple of W.
+// In place; width is a multiple of W.
 void apply_epilogue(Epilogue epilogue, float* y, int64_t stride, int rows, int64_t width) {
   switch (epilogue) {
     case Epilogue::kNone: return;
@@ -61,8 +61,8 @@ void apply_epilogue(Epilogue epilogue, float* y, int64_t stride, int rows, int64
   }
 }
 
-// The lines that a tile of kRows rows and `bytes` bytes each will be written to come to L1 while it is multiplied: a
-// store that misses would hold up those behind it.
+// Prefetches the output lines of a tile (kRows rows of `bytes` bytes) to L1 before its products: a store that
+// misses would hold up the ones behind it.
 template <int kRows>
 DYNQUANT_INLINE void fetch_rows(const uint8_t* at, int64_t stride, int64_t bytes) {
   DYNQUANT_UNROLL
@@ -71,11 +71,11 @@ DYNQUANT_INLINE void fetch_rows(const uint8_t* at, int64_t stride, int64_t bytes
   }
 }
 
-struct LinearSink {
-  Operand a;
+struct LinearOutput {
+  PackedActivations a;
   const QParams* qparams;
   const Weight& w;
-  const Output& out;
+  const Destination& out;
 
   template <int kRows, int kVectors>
   DYNQUANT_INLINE void fetch(int64_t m, int64_t channel) const {
@@ -86,15 +86,15 @@ struct LinearSink {
 
   template <int kRows, int kVectors>
   DYNQUANT_INLINE void finish(int64_t m, int64_t channel, const Accumulators<kRows, kVectors>& acc,
-                              int32_t operand_offset) const {
+                              int32_t activation_offset) const {
     deliver<kRows, kVectors>(m, channel, [&](const Channels& c, float* to, int64_t stride) {
-      dequantize(acc, qparams + m, operand_offset, c.sum, c.scale, c.bias, to, stride);
+      dequantize(acc, qparams + m, activation_offset, c.sum, c.scale, c.bias, to, stride);
     });
   }
 
-  // K so deep that an int32 could wrap: parts of K in int32, added in int64.
+  // For K beyond the range of int32: partial sums in int32, added in int64.
   template <int kRows, int kVectors, typename Tile>
-  void deep(int64_t m, int64_t channel, const Tile& weight) const {
+  void wide_accumulate(int64_t m, int64_t channel, const Tile& weight) const {
     constexpr int64_t kPart = kMaxInt32K / 4;
     const int64_t groups = (w.k + 3) / 4;
     int64_t total[kRows][kVectors * W] = {};
@@ -102,10 +102,10 @@ struct LinearSink {
       Accumulators<kRows, kVectors> acc;
       acc.add(a.data + m * a.stride + g * Dot::kGroupBytes, a.stride, weight,
               weight.b + g * weight.group_stride, least(kPart, groups - g));
-      int32_t part[kRows][kVectors * W];
-      acc.store(part[0], kVectors * W);
+      int32_t partial[kRows][kVectors * W];
+      acc.store(partial[0], kVectors * W);
       for (int i = 0; i < kRows; ++i) {
-        for (int j = 0; j < kVectors * W; ++j) total[i][j] += part[i][j];
+        for (int j = 0; j < kVectors * W; ++j) total[i][j] += partial[i][j];
       }
     }
     deliver<kRows, kVectors>(m, channel, [&](const Channels& c, float* to, int64_t stride) {
@@ -121,20 +121,20 @@ struct LinearSink {
   }
 
  private:
-  struct Channels {  // constants of a tile's channels
+  struct Channels {  // constants of the channels of a tile
     const int32_t* sum;
     const float* scale;
     const float* bias;
   };
 
   template <typename T>
-  static const T* padded(T* part, const T* from, int64_t n, int64_t width) {
-    for (int64_t i = 0; i < width; ++i) part[i] = i < n ? from[i] : T(0);
-    return part;
+  static const T* padded(T* to, const T* from, int64_t n, int64_t width) {
+    for (int64_t i = 0; i < width; ++i) to[i] = i < n ? from[i] : T(0);
+    return to;
   }
 
-  // Lets compute(constants, where, stride) write a tile of fp32, straight to the output where it is fp32 and the tile
-  // ends before the last channel; then applies the epilogue and the cast.
+  // Has compute(constants, destination, stride) write a tile of fp32, directly to the output if that is fp32
+  // and the tile is whole; then applies the epilogue and the cast.
   template <int kRows, int kVectors, typename Compute>
   DYNQUANT_INLINE void deliver(int64_t m, int64_t channel, const Compute& compute) const {
     constexpr int kWidth = kVectors * W;
@@ -143,7 +143,7 @@ struct LinearSink {
     int32_t sum[kWidth];
     float scale[kWidth], bias[kWidth], y[kRows * kWidth];
     const bool whole = n == kWidth;
-    if (!whole) {  // vectors must not read beyond the last channel
+    if (!whole) {  // whole vectors would read beyond the last channel
       channels.sum = padded(sum, channels.sum, n, kWidth);
       channels.scale = padded(scale, channels.scale, n, kWidth);
       if (channels.bias != nullptr) channels.bias = padded(bias, channels.bias, n, kWidth);
@@ -159,7 +159,7 @@ struct LinearSink {
       case Dtype::kFloat32: return convert<kRows>(y, kWidth, n, direct);
       case Dtype::kBFloat16: return convert<kRows>(y, kWidth, n, static_cast<BFloat16*>(out.data) + at);
       case Dtype::kFloat16: return convert<kRows>(y, kWidth, n, static_cast<Float16*>(out.data) + at);
-      case Dtype::kInt32: return;  // of Int8MmSink alone
+      case Dtype::kInt32: return;  // only of Int8MmOutput
     }
   }
 
@@ -175,8 +175,8 @@ struct LinearSink {
   }
 };
 
-struct Int8MmSink {
-  Operand a;
+struct Int8MmOutput {
+  PackedActivations a;
   const Weight& w;
   int32_t* out;
 
@@ -187,11 +187,11 @@ struct Int8MmSink {
 
   template <int kRows, int kVectors>
   DYNQUANT_INLINE void finish(int64_t m, int64_t channel, const Accumulators<kRows, kVectors>& acc,
-                              int32_t operand_offset) const {
+                              int32_t activation_offset) const {
     const int64_t n = least(kVectors * W, w.n - channel);
     int32_t* row = out + m * w.n + channel;
     if (n == kVectors * W) {
-      const I offset = V::broadcast(operand_offset);
+      const I offset = V::broadcast(activation_offset);
       DYNQUANT_UNROLL
       for (int j = 0; j < kVectors; ++j) {
         const I taken = V::mul(offset, V::load(w.sum + channel + j * W));
@@ -203,13 +203,13 @@ struct Int8MmSink {
     int32_t sums[kRows][kVectors * W];
     acc.store(sums[0], kVectors * W);
     for (int i = 0; i < kRows; ++i) {
-      for (int64_t j = 0; j < n; ++j) row[i * w.n + j] = sums[i][j] - operand_offset * w.sum[channel + j];
+      for (int64_t j = 0; j < n; ++j) row[i * w.n + j] = sums[i][j] - activation_offset * w.sum[channel + j];
     }
   }
 
-  // An int32 result wraps and unwraps again: no parts needed.
+  // Intermediate wrap-around cancels because the final sum fits int32; no split needed.
   template <int kRows, int kVectors, typename Tile>
-  void deep(int64_t m, int64_t channel, const Tile& weight) const {
+  void wide_accumulate(int64_t m, int64_t channel, const Tile& weight) const {
     Accumulators<kRows, kVectors> acc;
     acc.add(a.data + m * a.stride, a.stride, weight, weight.b, (w.k + 3) / 4);
     finish(m, channel, acc, Dot::kOffset);

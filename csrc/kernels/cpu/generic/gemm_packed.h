@@ -1,13 +1,14 @@
-// The GEMM over the packed weight as it lies: tiles of rows, and of channels. A part of generic/kernels.h, over its V and Dot.
+// The GEMM that reads the packed weight in place. Included by generic/kernels.h.
 
-// What a plan's steps fetch meanwhile: here nothing, over gathered weights FetchEvenly.
+// Prefetching during the steps of a plan: none here; FetchEvenly with repacked weights.
 struct FetchNothing {
   DYNQUANT_INLINE void over(int64_t) {}
   DYNQUANT_INLINE void step() {}
 };
 
-// A panel that several row tiles pass over while the next one comes to L2, a share with each: the first tile would have
-// to wait for L3, and the others leave it idle. Each share in two streams: the hardware then runs ahead in both.
+// A panel that several row tiles share. Each tile prefetches its share of the next panel to L2: otherwise the
+// first tile waits for L3 and later tiles leave its bandwidth unused. Two streams let the hardware prefetcher
+// follow both.
 template <int kVectors>
 struct SweptPanel : WidePanel<kVectors> {
   const int8_t* next;
@@ -16,12 +17,12 @@ struct SweptPanel : WidePanel<kVectors> {
   DYNQUANT_INLINE SweptPanel(const Weight& w, int64_t channel, RowTiles tiles, int64_t t)
       : WidePanel<kVectors>(w, channel) {
     const int64_t bytes = this->groups * this->group_stride, count = tiles.end - tiles.begin;
-    next = this->b + bytes + bytes / count * (t - tiles.begin);  // the next panel follows
+    next = this->b + bytes + bytes / count * (t - tiles.begin);  // the next panel is adjacent
     half = bytes / count / 2;
     step = this->group_stride / count / 2;
   }
 
-  // A smaller weight stays in L2 between calls, and one tile alone is followed by the hardware.
+  // A smaller weight stays in L2 between calls, and the hardware prefetcher keeps up with a single tile.
   static bool pays(const Weight& w, RowTiles tiles) {
     return w.panel == kVectors * W && w.n * w.k > (1 << 20) && tiles.end - tiles.begin > 1;
   }
@@ -34,53 +35,54 @@ struct SweptPanel : WidePanel<kVectors> {
   }
 };
 
-template <int kRows, int kVectors, typename Tile, typename Sink, typename D = Dot>
-DYNQUANT_INLINE void gemm_tile(const Sink& sink, const Tile& weight, int64_t t, int64_t m, int64_t channel) {
-  const uint8_t* a = sink.a.data + m * sink.a.stride;
-  sink.template fetch<kRows, kVectors>(m, channel);
+template <int kRows, int kVectors, typename Tile, typename Output, typename D = Dot>
+DYNQUANT_INLINE void gemm_tile(const Output& output, const Tile& weight, int64_t t, int64_t m,
+                               int64_t channel) {
+  const uint8_t* a = output.a.data + m * output.a.stride;
+  output.template fetch<kRows, kVectors>(m, channel);
   if constexpr (D::kPlans) {
-    if (sink.a.plan_stride > 0) {
-      const typename D::Plan& plan = plan_of<D>(sink.a, t);
+    if (output.a.plan_stride > 0) {
+      const typename D::Plan& plan = plan_of<D>(output.a, t);
       Accumulators<kRows, kVectors> acc(plan.start);
-      Tile part = weight;
-      for (int64_t g = 0; g < weight.groups; g += plan.groups_of_part) {
-        D::add(plan, g, acc, a + g * D::kGroupBytes, sink.a.stride, part, FetchNothing());
-        part.b += plan.groups_of_part * part.group_stride;
+      Tile k_block = weight;
+      for (int64_t g = 0; g < weight.groups; g += plan.groups_of_k_block) {
+        D::add(plan, g, acc, a + g * D::kGroupBytes, output.a.stride, k_block, FetchNothing());
+        k_block.b += plan.groups_of_k_block * k_block.group_stride;
       }
-      return sink.finish(m, channel, acc, plan.offset);
+      return output.finish(m, channel, acc, plan.offset);
     }
   }
   Accumulators<kRows, kVectors> acc;
-  acc.add(a, sink.a.stride, weight, weight.b, weight.groups);
-  sink.finish(m, channel, acc, Dot::kOffset);
+  acc.add(a, output.a.stride, weight, weight.b, weight.groups);
+  output.finish(m, channel, acc, Dot::kOffset);
 }
 
-// Rows [m, m + kRows) of row tile t of `tiles` and channels [c0, c1), in tiles of kVectors vectors and, where fewer are
-// left, of half as many.
-template <int kRows, int kVectors, typename Sink>
-void gemm_tiles(const Sink& sink, RowTiles tiles, int64_t t, int64_t m, int64_t c0, int64_t c1) {
+// Rows [m, m + kRows) of row tile t of `tiles` and channels [c0, c1), in tiles of kVectors vectors, the rest
+// in tiles of half as many.
+template <int kRows, int kVectors, typename Output>
+void gemm_tiles(const Output& output, RowTiles tiles, int64_t t, int64_t m, int64_t c0, int64_t c1) {
   constexpr bool kInPanel = kVectors * W <= kBlock;
-  constexpr bool kSweeps = kRows > 2 && kVectors * W == kBlock && Dot::kPartGroups == 0;
+  constexpr bool kSweeps = kRows > 2 && kVectors * W == kBlock && Dot::kGroupsOfKBlock == 0;
   int64_t c = c0;
   for (; c + (kVectors - 1) * W < c1; c += kVectors * W) {
-    if (sink.w.k > Dot::TakenOff::kMaxK) {
-      sink.template deep<kRows, kVectors>(m, c, NarrowPanels<kVectors>(sink.w, c));
-    } else if (kSweeps && SweptPanel<kVectors>::pays(sink.w, tiles)) {
+    if (output.w.k > Dot::ZeroPointCompensation::kMaxK) {
+      output.template wide_accumulate<kRows, kVectors>(m, c, NarrowPanels<kVectors>(output.w, c));
+    } else if (kSweeps && SweptPanel<kVectors>::pays(output.w, tiles)) {
       if constexpr (kSweeps) {
-        gemm_tile<kRows, kVectors>(sink, SweptPanel<kVectors>(sink.w, c, tiles, t), t, m, c);
+        gemm_tile<kRows, kVectors>(output, SweptPanel<kVectors>(output.w, c, tiles, t), t, m, c);
       }
-    } else if (kInPanel && sink.w.panel >= kVectors * W) {
-      if constexpr (kInPanel) gemm_tile<kRows, kVectors>(sink, WidePanel<kVectors>(sink.w, c), t, m, c);
+    } else if (kInPanel && output.w.panel >= kVectors * W) {
+      if constexpr (kInPanel) gemm_tile<kRows, kVectors>(output, WidePanel<kVectors>(output.w, c), t, m, c);
     } else {
-      gemm_tile<kRows, kVectors>(sink, NarrowPanels<kVectors>(sink.w, c), t, m, c);
+      gemm_tile<kRows, kVectors>(output, NarrowPanels<kVectors>(output.w, c), t, m, c);
     }
   }
   if constexpr (kVectors > 1) {
-    if (c < c1) gemm_tiles<kRows, kVectors / 2>(sink, tiles, t, m, c, c1);
+    if (c < c1) gemm_tiles<kRows, kVectors / 2>(output, tiles, t, m, c, c1);
   }
 }
 
-// Calls body.template call<rows of the tile>(t, first row) for each row tile.
+// Calls body.template call<number of rows>(t, first row) for each row tile.
 template <int kRows, typename Body>
 void call_with_rows(const Body& body, int64_t t, int64_t m, int64_t rows) {
   if constexpr (kRows > 1) {
@@ -91,23 +93,23 @@ void call_with_rows(const Body& body, int64_t t, int64_t m, int64_t rows) {
 
 template <typename Body>
 void for_row_tiles(RowTiles tiles, const Body& body) {
-  const TileRows cut(tiles);
-  for (int64_t t = tiles.begin, m = cut.first(t); t < tiles.end; ++t) {
-    const int64_t next = cut.first(t + 1);
+  const TileRows tile_rows(tiles);
+  for (int64_t t = tiles.begin, m = tile_rows.first(t); t < tiles.end; ++t) {
+    const int64_t next = tile_rows.first(t + 1);
     call_with_rows<Dot::kMaxRows>(body, t, m, next - m);
     m = next;
   }
 }
 
-template <typename Sink>
+template <typename Output>
 struct PackedBody {
-  const Sink& sink;
+  const Output& output;
   RowTiles tiles;
   int64_t c0, c1;
 
   template <int kRows>
   void call(int64_t t, int64_t m) const {
-    gemm_tiles<kRows, Dot::kVectors<kRows>>(sink, tiles, t, m, c0, c1);
+    gemm_tiles<kRows, Dot::kVectors<kRows>>(output, tiles, t, m, c0, c1);
   }
 };
 

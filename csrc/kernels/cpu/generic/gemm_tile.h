@@ -1,6 +1,7 @@
-// A tile of the GEMM: where its weights come from, and its accumulators. A part of generic/kernels.h, over its V and Dot.
+// A tile of the GEMM: the source of its weights, and its accumulators. Included by generic/kernels.h.
 //
-// A tile is kRows rows of x times kVectors vectors of W output channels, its int32 accumulators all in registers:
+// A tile is kRows rows of x times kVectors vectors of W output channels, its int32 accumulators all in
+// registers:
 //
 //                       packed weight, one group of 4 along K
 //                     +--------+--------+--------+--------+
@@ -12,19 +13,22 @@
 //   a[5] broadcast    |acc[5,0]|acc[5,1]|acc[5,2]|acc[5,3]|
 //                     +--------+--------+--------+--------+
 //
-//   zmm: 6 x 4 = 24 accumulators + 4 b + 1 a of 32 registers; ymm: 6 x 2 = 12 + 2 b + 1 a of 16 with VNNI, 2 x 4 with
-//   AVX2. 1 and 2 rows are bound by the reading of the weight: tiles as wide as the registers allow, so that each panel
-//   is read in few passes and the chains of additions are enough to hide their latency (Dot::kVectors).
+//   zmm         6 x 4 = 24 accumulators + 4 b + 1 a of 32 registers
+//   ymm, VNNI   6 x 2 = 12 accumulators + 2 b + 1 a of 16
+//   ymm, AVX2   2 x 4 = 8 accumulators; see dot/avx2_pairs.h
+//
+// With 1 and 2 rows, reading the weight is the limit: tiles are as wide as the registers allow, so that a
+// panel takes few passes and there are enough chains of additions to hide their latency (Dot::kVectors).
 
-// Where a tile's weight vectors come from: one after the other in a panel that is as wide as the tile ...
+// The weight vectors of a tile, adjacent in a panel at least as wide as the tile ...
 template <int kVectors>
 struct WidePanel {
-  static constexpr bool kFlipped = false;
+  static constexpr bool kBiased = false;
 
   const int8_t* b;  // vector 0, group 0
   int64_t group_stride, groups, ahead;
 
-  // Further ahead than the hardware looks: from L3, or from memory.
+  // Beyond the reach of the hardware prefetcher: from L3, or from memory.
   DYNQUANT_INLINE WidePanel(const Weight& w, int64_t channel)
       : group_stride(w.panel * 4), groups((w.k + 3) / 4), ahead(w.n * w.k > (8 << 20) ? 16384 : 4096) {
     const int64_t in_panel = channel & (w.panel - 1);  // a panel's width is a power of two
@@ -35,10 +39,10 @@ struct WidePanel {
     return V::load(reinterpret_cast<const int32_t*>(group) + j * W);
   }
 
-  // One row reads a weight once, and a narrow tile only some of its lines at a time.
+  // Only for one row, which reads a weight once, and narrow tiles, which read a part of each panel line.
   template <int kRows>
   DYNQUANT_INLINE void fetch_ahead(const int8_t* group) const {
-    if constexpr (kRows == 1 || Dot::kPartGroups > 0) fetch_lines<3>(group + ahead);
+    if constexpr (kRows == 1 || Dot::kGroupsOfKBlock > 0) fetch_lines<3>(group + ahead);
   }
 
  protected:
@@ -48,10 +52,10 @@ struct WidePanel {
   }
 };
 
-// ... or from several narrower ones, which lie apart.
+// ... or spread over several narrower panels.
 template <int kVectors>
 struct NarrowPanels {
-  static constexpr bool kFlipped = false;
+  static constexpr bool kBiased = false;
 
   const int8_t* b;
   int64_t group_stride, groups;
@@ -79,7 +83,7 @@ template <int kRows, int kVectors>
 struct Accumulators {
   I acc[kRows][kVectors];
 
-  // Row i starts from start[i] in all channels.
+  // All channels of row i start from start[i].
   DYNQUANT_INLINE explicit Accumulators(const int32_t* start) {
     DYNQUANT_UNROLL
     for (int i = 0; i < kRows; ++i) {
@@ -112,35 +116,35 @@ struct Accumulators {
     }
   }
 
-  // Adds the products of a group: the rows' at a, the channels' at b.
+  // Adds the products of one group: activations at a, weights at b.
   template <typename... Steps, typename Tile>
   DYNQUANT_INLINE void add_group(Products<Steps...>, const uint8_t* a, int64_t a_stride, const Tile& w,
                                  const int8_t* b) {
     (add_step<Steps>(a, a_stride, w, b), ...);
   }
 
-  // Adds the products of a group and the one behind it, by a step that takes two.
+  // Adds the products of two adjacent groups, by a step that takes both.
   template <typename Step, typename Tile>
   DYNQUANT_INLINE void add_two_groups(const uint8_t* a, int64_t a_stride, const Tile& w, const int8_t* b) {
-    I operands[kRows][2];
+    I activations[kRows][2];
     DYNQUANT_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      operands[i][0] = broadcast_operand(a + i * a_stride);
-      operands[i][1] = broadcast_operand(a + i * a_stride + Dot::kGroupBytes);
+      activations[i][0] = broadcast_activations(a + i * a_stride);
+      activations[i][1] = broadcast_activations(a + i * a_stride + Dot::kGroupBytes);
     }
     DYNQUANT_UNROLL
     for (int j = 0; j < kVectors; ++j) {
       const I w0 = weight<Step>(w, b, j), w1 = weight<Step>(w, b + w.group_stride, j);
       if constexpr (kRows == 1) {
-        Step::multiply_add_two(acc[0][j], operands[0], w0, w1);
+        Step::multiply_add_two(acc[0][j], activations[0], w0, w1);
       } else {
         static_assert(kRows == 2);
-        Step::multiply_add_two(acc[0][j], acc[1][j], operands[0], operands[1], w0, w1);
+        Step::multiply_add_two(acc[0][j], acc[1][j], activations[0], activations[1], w0, w1);
       }
     }
   }
 
-  // Adds `groups` groups from a and b on, whatever they hold.
+  // Adds `groups` groups from a and b on, for any values.
   template <typename Tile>
   DYNQUANT_INLINE void add(const uint8_t* a, int64_t a_stride, Tile w, const int8_t* b, int64_t groups) {
     for (int64_t g = 0; g < groups; ++g) {
@@ -154,14 +158,14 @@ struct Accumulators {
  private:
   template <typename Step, typename Tile>
   DYNQUANT_INLINE static I weight(const Tile& w, const int8_t* b, int j) {
-    if constexpr (Tile::kFlipped) {
-      return Step::weight_of_flipped(w.load(b, j));
+    if constexpr (Tile::kBiased) {
+      return Step::weight_of_biased(w.load(b, j));
     } else {
       return Step::weight(w.load(b, j));
     }
   }
 
-  DYNQUANT_INLINE static I broadcast_operand(const uint8_t* a) {
+  DYNQUANT_INLINE static I broadcast_activations(const uint8_t* a) {
     int32_t bytes;
     __builtin_memcpy(&bytes, a, sizeof(bytes));
     return V::broadcast(bytes);
@@ -174,7 +178,7 @@ struct Accumulators {
     for (int j = 0; j < kVectors; ++j) bv[j] = weight<Step>(w, b, j);
     DYNQUANT_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      const I av = broadcast_operand(a + i * a_stride + Step::kOperandAt);
+      const I av = broadcast_activations(a + i * a_stride + Step::kActivationsAt);
       DYNQUANT_UNROLL
       for (int j = 0; j < kVectors; ++j) acc[i][j] = Step::multiply_add(acc[i][j], av, bv[j]);
     }

@@ -1,6 +1,6 @@
-// The body of every kernel, written once over the vector type V (vector_*.h) and the dot product Dot of an
-// instruction set. Each of scalar.cpp, avx2.cpp, ... includes it inside a namespace and target region of its own, so
-// nothing here may call an inline function from outside: it could be compiled with instructions that not every CPU has.
+// All kernels, written once over the vector type V (simd/) and the dot product Dot (dot/) of an instruction
+// set. Each isa/*.cpp includes this inside its own namespace and target region. Nothing here may call an
+// inline function from outside: the linker could keep the copy with instructions that other CPUs lack.
 
 template <typename T>
 F load_part(const T* p, int64_t count) {  // zeros beyond count
@@ -20,25 +20,12 @@ void store_part(T* p, F x, int64_t count) {
 #include "cpu/generic/gemm.h"
 
 constexpr KernelTable make_kernels(const char* name, double gops, const KernelTable* few_rows = nullptr) {
-  // Measured. 48 rows of K = 384 lie in L1 beside a panel; a gathered weight wants more rows to be worth it, and a tile of
-  // 16 channels passes over them four times as often.
+  // Measured. 48 rows of K = 384 fit L1 beside a panel. Tiles of 16 channels pass over the rows four times as
+  // often, and repacking a weight pays from more rows on.
   constexpr int64_t kRowsAtOnce = kWidth == kBlock ? 48 : 96;
-  return KernelTable{name,
-                     gops,
-                     few_rows,
-                     Dot::kMaxRows,
-                     kRowsAtOnce,
-                     operand_stride,
-                     plan_bytes<>,
-                     min_max,
-                     rotate,
-                     quantize,
-                     quantize_per_token,
-                     quantize_per_tensor,
-                     operand_from_int8,
-                     gemm_scratch<>,
-                     linear,
-                     int8_mm,
-                     weight_range,
-                     quantize_weight};
+  return KernelTable{
+      name,         gops,           few_rows, Dot::kMaxRows, kRowsAtOnce,        activation_stride,
+      plan_bytes<>, min_max,        rotate,   quantize,      quantize_per_token, quantize_per_tensor,
+      pack_int8,    gemm_scratch<>, linear,   int8_mm,       weight_range,       quantize_weight,
+  };
 }

@@ -1,10 +1,10 @@
-// What dot products and kernel bodies share. Included inside an instruction set's namespace and target region, after
-// its vector_*.h.
+// Shared by dot products and generic kernels. Included inside an instruction set's namespace and target
+// region, after its vector type.
 
 using F = V::F;
 using I = V::I;
 constexpr int W = V::kLanes;
-constexpr int kChunk = 4 * W;  // elements that the quantizers handle at a time
+constexpr int kChunk = 4 * W;  // elements per step of the quantizers
 
 #define DYNQUANT_INLINE inline __attribute__((always_inline))
 #define DYNQUANT_INLINE_LAMBDA __attribute__((always_inline))
@@ -13,18 +13,19 @@ constexpr int kChunk = 4 * W;  // elements that the quantizers handle at a time
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t round_up(int64_t a, int64_t unit) { return (a + unit - 1) / unit * unit; }
 
-// How offset * sum is taken off an accumulator: Dot::TakenOff. This one suits all, for as many K as an int32 holds.
-struct TakenOffByProduct {
+// How offset * sum is subtracted from an accumulator (Dot::ZeroPointCompensation). This one suits every ISA
+// while int32 is exact.
+struct CompensationByProduct {
   static constexpr int64_t kMaxK = kMaxInt32K;
 
-  static I of_sums(I sum) { return sum; }
-  static I of_offset(int32_t offset) { return V::broadcast(offset); }
-  static I from(I acc, I offset, I sum) { return V::sub(acc, V::mul(offset, sum)); }
+  static I prepare_sums(I sum) { return sum; }
+  static I prepare_offset(int32_t offset) { return V::broadcast(offset); }
+  static I subtract(I acc, I offset, I sum) { return V::sub(acc, V::mul(offset, sum)); }
 };
 
 // How a group of 4 along K becomes products: in one or more steps, each a type with
-//   kOperandAt                           where in a row's group its operand lies: 4 bytes
-//   weight(bytes of W channels)          what of them the step multiplies
-//   multiply_add(acc, operand, weight)   acc and the products of each channel, in 32-bit lanes
+//   kActivationsAt                          offset of its 4 bytes of activations in a row's group
+//   weight(bytes of W channels)             the factors of this step
+//   multiply_add(acc, activations, weight)  acc plus the products of each channel, in 32-bit lanes
 template <typename... Steps>
 struct Products {};

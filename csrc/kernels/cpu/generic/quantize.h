@@ -1,8 +1,9 @@
-// Rows of x: rotation, range, quantization; rows of a weight likewise. A part of generic/kernels.h, over its V and Dot.
+// Rotation, range and quantization of rows of x and of a weight. Included by generic/kernels.h.
 
-// ---- rows of x -----------------------------------------------------------------------------------------------------
+// ---- rows of x ----
 
-// Rotates blocks of kVectors * W elements, all stages in registers: strides below W inside each, then across them.
+// Rotates blocks of kVectors * W elements, all stages in registers: strides below W inside each, then across
+// them.
 template <int kVectors, int kStages, typename T>
 void rotate_blocks(const T* x, int64_t k, float* out) {
   int64_t i = 0;
@@ -29,7 +30,7 @@ void rotate_blocks(const T* x, int64_t k, float* out) {
     DYNQUANT_UNROLL
     for (int j = 0; j < kVectors; ++j) V::store(out + i + j * W, v[j]);
   }
-  if (i < k) {  // only blocks smaller than a vector leave a rest, and it holds whole blocks
+  if (i < k) {  // only blocks smaller than a vector leave a rest: whole blocks
     T rest[kVectors * W] = {};
     __builtin_memcpy(rest, x + i, (k - i) * sizeof(T));
     float rotated[kVectors * W];
@@ -58,7 +59,7 @@ void rotate_span(const T* x, int64_t k, int block, float* out) {
   }
 }
 
-// Calls body(pointer to row m), in x's dtype, or in fp32 from the scratch row when it is rotated.
+// Calls body(pointer to row m): in x's dtype, or in fp32, rotated into the scratch row.
 template <typename Body>
 void with_row(const Rows& x, int64_t m, float* row, Body body) {
   const int64_t at = m * x.stride;
@@ -74,7 +75,7 @@ void with_row(const Rows& x, int64_t m, float* row, Body body) {
     case Dtype::kFloat32: return typed(static_cast<const float*>(x.data));
     case Dtype::kBFloat16: return typed(static_cast<const BFloat16*>(x.data));
     case Dtype::kFloat16: return typed(static_cast<const Float16*>(x.data));
-    case Dtype::kInt32: return;  // no rows of x
+    case Dtype::kInt32: return;  // never the dtype of x
   }
 }
 
@@ -82,17 +83,17 @@ void rotate(const Rows& x, int64_t m, float* out) {
   with_row(x, m, out, [](const auto*) {});
 }
 
-// ---- range ---------------------------------------------------------------------------------------------------------
+// ---- range ----
 
 Range merge(Range a, Range b) {
   if (a.lo != a.lo || b.lo != b.lo) return Range{__builtin_nanf(""), __builtin_nanf("")};
   return Range{b.lo < a.lo ? b.lo : a.lo, b.hi > a.hi ? b.hi : a.hi};
 }
 
-// Bytes; x comes from L3 or from memory where it is large, and the hardware does not look beyond a page.
+// In bytes. A large x comes from L3 or memory, and the hardware prefetcher stops at the end of a page.
 constexpr int64_t kFetchAhead = 2048;
 
-// minps and maxps drop a NaN, so NaNs are looked for, in two vectors at a time.
+// minps and maxps drop a NaN, so a comparison of two vectors at a time detects NaNs.
 template <typename T>
 Range span_range(const T* x, int64_t k) {
   constexpr int kChains = 4;  // min and max take four cycles on some CPUs
@@ -133,17 +134,17 @@ Range min_max(const Rows& x, int64_t m0, int64_t m1, float* row) {
   return range;
 }
 
-// ---- quantize ------------------------------------------------------------------------------------------------------
+// ---- quantize ----
 
-// What is known of the numbers that are quantized.
+// Guarantees about the numbers to quantize.
 enum class Values {
-  kInRange,  // that the qparams were chosen for: whole steps leave [-128, 127] by rounding alone
+  kInRange,  // of the range for which the qparams were chosen: only rounding leaves [-128, 127]
   kFinite,
   kAny,
 };
 
-// round(x / scale) + zero_point, for whoever saturates it to [-128, 127]. Values out of range are clamped first (the
-// bounds are integers, so the result is the same): a large float would not fit the int that round makes.
+// round(x / scale) + zero_point, which the caller saturates to [-128, 127]. Values out of range are clamped
+// first: a large float would not fit the int of round, and integer bounds leave the result as it is.
 struct Quantizer {
   F inv_scale, low, high, nan;
   I zero_point;
@@ -165,8 +166,8 @@ struct Quantizer {
   }
 };
 
-// Quantizes chunk by chunk; put(i, q0, q1, q2, q3) takes elements [i, i + kChunk), zeros beyond k quantized too, and
-// saturates them.
+// Quantizes chunk by chunk. put(i, q0, q1, q2, q3) saturates and stores elements [i, i + kChunk); beyond k
+// they are quantized zeros.
 template <Values kValues, typename T, typename Put>
 void quantize_chunks(const T* x, int64_t k, QParams qparams, Put put) {
   const Quantizer quantizer(qparams);
@@ -185,7 +186,7 @@ void quantize_chunks(const T* x, int64_t k, QParams qparams, Put put) {
   }
 }
 
-// A put for quantize_chunks and the like: int8 in order, exactly k of them.
+// Stores int8 in order, exactly k elements.
 struct PutInt8 {
   int8_t* q;
   int64_t k;
@@ -198,23 +199,23 @@ struct PutInt8 {
   }
 };
 
-// The same for an operand row, which has room for whole chunks.
-struct PutOperand {
+// Stores packed activations, whose rows have room for whole chunks.
+struct PutActivations {
   uint8_t* row;
 
   void operator()(int64_t i, I q0, I q1, I q2, I q3) const {
-    Dot::store_operand(row + i / 4 * Dot::kGroupBytes, q0, q1, q2, q3);
+    Dot::store_activations(row + i / 4 * Dot::kGroupBytes, q0, q1, q2, q3);
   }
 };
 
-int64_t operand_stride(int64_t k) {
+int64_t activation_stride(int64_t k) {
   const int64_t lines = (round_up(k, kChunk) / 4 * Dot::kGroupBytes + 63) / 64;
   return (lines | 1) * 64;
 }
 
-void zero_operand_row(uint8_t* row, int64_t k) {
+void zero_activation_row(uint8_t* row, int64_t k) {
   const I zero = V::broadcast(0);
-  for (int64_t i = 0; i < k; i += kChunk) PutOperand{row}(i, zero, zero, zero, zero);
+  for (int64_t i = 0; i < k; i += kChunk) PutActivations{row}(i, zero, zero, zero, zero);
 }
 
 void quantize(const Rows& x, int64_t m, QParams qparams, int8_t* q, float* row) {
@@ -227,21 +228,21 @@ void quantize(const Rows& x, int64_t m, QParams qparams, int8_t* q, float* row) 
 }
 
 template <Values kValues, typename T>
-void quantize_operand_row(const T* data, int64_t k, QParams qparams, uint8_t* row) {
-  if (qparams.scale != qparams.scale) return zero_operand_row(row, k);
-  quantize_chunks<kValues>(data, k, qparams, PutOperand{row});
+void quantize_activation_row(const T* data, int64_t k, QParams qparams, uint8_t* row) {
+  if (qparams.scale != qparams.scale) return zero_activation_row(row, k);
+  quantize_chunks<kValues>(data, k, qparams, PutActivations{row});
 }
 
-// ---- row tiles -----------------------------------------------------------------------------------------------------
+// ---- row tiles ----
 
-// D is Dot, by a name that lets a branch for other instruction sets go unread.
+// D = Dot is a template parameter, so that `if constexpr` discards branches this ISA lacks.
 template <typename D = Dot>
 int64_t plan_bytes(int64_t m, int64_t k) {
   if constexpr (D::kPlans) return m > kFewRows && 0 < k && k <= kMaxInt32K ? D::plan_bytes(k) : 0;
   return 0;
 }
 
-// Rows are cut into tiles of nearly equal height: the first `taller` ones are of one row more than the others.
+// Tiles have nearly equal heights: the first `taller` tiles have one row more than the others.
 struct TileRows {
   int64_t height, taller;
 
@@ -252,16 +253,16 @@ struct TileRows {
 };
 
 template <typename D = Dot>
-typename D::Plan& plan_of(Operand a, int64_t t) {
+typename D::Plan& plan_of(PackedActivations a, int64_t t) {
   return *reinterpret_cast<typename D::Plan*>(a.plans + t * a.plan_stride);
 }
 
-// Lets put(m) fill the operand's rows tile by tile, and makes the tile's plan while they are in L1.
+// Has put(m) fill the packed rows tile by tile, and makes the plan of a tile while its rows are in L1.
 template <typename Put, typename D = Dot>
-void fill_operand(Operand a, int64_t k, RowTiles tiles, const Put& put) {
-  const TileRows cut(tiles);
+void fill_activations(PackedActivations a, int64_t k, RowTiles tiles, const Put& put) {
+  const TileRows tile_rows(tiles);
   for (int64_t t = tiles.begin; t < tiles.end; ++t) {
-    const int64_t m0 = cut.first(t), m1 = cut.first(t + 1);
+    const int64_t m0 = tile_rows.first(t), m1 = tile_rows.first(t + 1);
     for (int64_t m = m0; m < m1; ++m) put(m);
     if constexpr (D::kPlans) {
       if (a.plan_stride > 0) {
@@ -271,34 +272,35 @@ void fill_operand(Operand a, int64_t k, RowTiles tiles, const Put& put) {
   }
 }
 
-void quantize_per_token(const Rows& x, RowTiles tiles, Operand a, QParams* qparams, float* row) {
+void quantize_per_token(const Rows& x, RowTiles tiles, PackedActivations a, QParams* qparams, float* row) {
   if (x.rotation_block > 0) {
-    return fill_operand(a, x.k, tiles, [&](int64_t m) {
+    return fill_activations(a, x.k, tiles, [&](int64_t m) {
       with_row(x, m, row, [&](const auto* data) {
         qparams[m] = choose_qparams(span_range(data, x.k));
-        quantize_operand_row<Values::kInRange>(data, x.k, qparams[m], a.data + m * a.stride);
+        quantize_activation_row<Values::kInRange>(data, x.k, qparams[m], a.data + m * a.stride);
       });
     });
   }
-  // The next row's range is found before a row is quantized: qparams are a chain of divisions, which takes its time.
+  // The range of the next row is found before a row is quantized, which hides the latency of the divisions
+  // for qparams.
   const int64_t end = TileRows(tiles).first(tiles.end);
   Range next{0.0f, 0.0f};
   const auto find_range = [&](int64_t m) {
     if (m < end) with_row(x, m, row, [&](const auto* data) { next = span_range(data, x.k); });
   };
   find_range(TileRows(tiles).first(tiles.begin));
-  fill_operand(a, x.k, tiles, [&](int64_t m) {
+  fill_activations(a, x.k, tiles, [&](int64_t m) {
     qparams[m] = choose_qparams(next);
     find_range(m + 1);
     with_row(x, m, row, [&](const auto* data) {
-      quantize_operand_row<Values::kInRange>(data, x.k, qparams[m], a.data + m * a.stride);
+      quantize_activation_row<Values::kInRange>(data, x.k, qparams[m], a.data + m * a.stride);
     });
   });
 }
 
-void quantize_per_tensor(const Rows& x, RowTiles tiles, QParams given, bool check_rows, Operand a,
+void quantize_per_tensor(const Rows& x, RowTiles tiles, QParams given, bool check_rows, PackedActivations a,
                          QParams* qparams, float* row) {
-  fill_operand(a, x.k, tiles, [&](int64_t m) {
+  fill_activations(a, x.k, tiles, [&](int64_t m) {
     with_row(x, m, row, [&](const auto* data) {
       qparams[m] = given;
       if (check_rows) {
@@ -307,15 +309,15 @@ void quantize_per_tensor(const Rows& x, RowTiles tiles, QParams given, bool chec
         if (!finite) qparams[m] = QParams{__builtin_nanf(""), 0};
       }
       uint8_t* to = a.data + m * a.stride;
-      check_rows ? quantize_operand_row<Values::kFinite>(data, x.k, qparams[m], to)
-                 : quantize_operand_row<Values::kInRange>(data, x.k, qparams[m], to);
+      check_rows ? quantize_activation_row<Values::kFinite>(data, x.k, qparams[m], to)
+                 : quantize_activation_row<Values::kInRange>(data, x.k, qparams[m], to);
     });
   });
 }
 
-void operand_from_int8(const int8_t* q, int64_t k, RowTiles tiles, Operand a) {
-  fill_operand(a, k, tiles, [&](int64_t m) {
-    const PutOperand put{a.data + m * a.stride};
+void pack_int8(const int8_t* q, int64_t k, RowTiles tiles, PackedActivations a) {
+  fill_activations(a, k, tiles, [&](int64_t m) {
+    const PutActivations put{a.data + m * a.stride};
     for (int64_t i = 0; i < k; i += kChunk) {
       int8_t chunk[kChunk] = {};
       __builtin_memcpy(chunk, q + m * k + i, least(kChunk, k - i));
@@ -325,9 +327,9 @@ void operand_from_int8(const int8_t* q, int64_t k, RowTiles tiles, Operand a) {
   });
 }
 
-// ---- weights -------------------------------------------------------------------------------------------------------
+// ---- weights ----
 
-// A weight is rotated by the orthogonal transform's share 1/block, a power of two; activations by the bare sums.
+// Activations take the bare sums of the transform, weights these times 1/block, a power of two.
 void scale_rotated(float* row, const Rows& w) {
   const F share = V::broadcast(1.0f / static_cast<float>(w.rotation_block));
   for (int64_t i = 0; i < w.k; i += W) {

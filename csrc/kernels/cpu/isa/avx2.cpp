@@ -1,4 +1,4 @@
-// AVX2: vpmaddubsw where it cannot saturate, wider products where it could; for few rows 16-bit products throughout.
+// AVX2: vpmaddubsw if it cannot saturate, else wider products; 16-bit products throughout for few rows.
 #include "cpu/isa/isa.h"
 
 #if defined(__x86_64__)

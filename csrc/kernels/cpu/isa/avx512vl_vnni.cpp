@@ -1,4 +1,4 @@
-// AVX512VL + VNNI: the AVX-VNNI body in its EVEX encoding, so that it can be tested on AVX-512 machines.
+// AVX512VL + VNNI: the AVX-VNNI body in its EVEX encoding, so that AVX-512 machines can test it.
 #include "cpu/isa/isa.h"
 
 #if defined(__x86_64__)

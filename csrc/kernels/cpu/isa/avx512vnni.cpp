@@ -7,7 +7,7 @@
 #include "cpu/kernel_table.h"
 #include "cpu/isa/target.h"
 
-// GCC 12 takes the intrinsics' own undefined vectors for uninitialized ones.
+// GCC 12 warns about the undefined vectors inside the intrinsics.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -27,13 +27,13 @@ namespace {
 #include "cpu/dot/vnni.h"
 
 struct Dot : VnniDot {
-  // One row reads four panels side by side: each is a stream of its own to the hardware.
+  // One row reads four panels side by side, four streams for the hardware prefetcher.
   template <int kRows>
   static constexpr int kVectors = kRows == 1 ? 16 : 4;
 
-  static constexpr int64_t kPartGroups = 0;  // K in one go
+  static constexpr int64_t kGroupsOfKBlock = 0;  // K is not blocked
 
-  static void store_operand(uint8_t* p, V::I q0, V::I q1, V::I q2, V::I q3) {
+  static void store_activations(uint8_t* p, V::I q0, V::I q1, V::I q2, V::I q3) {
     _mm512_storeu_si512(p, _mm512_xor_si512(V::bytes(q0, q1, q2, q3), _mm512_set1_epi8(-128)));
   }
 };

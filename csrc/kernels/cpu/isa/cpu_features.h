@@ -1,4 +1,4 @@
-// What the CPU has and the operating system saves.
+// Instruction sets that the CPU has and whose registers the operating system saves.
 #pragma once
 
 namespace dynquant::cpu {

@@ -1,4 +1,4 @@
-// Which instruction set runs. Chosen once from the CPU, lowered by the environment variable DYNQUANT_ISA.
+// The instruction set in use: chosen once from the CPU, or lowered by the environment variable DYNQUANT_ISA.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,8 @@ namespace dynquant::cpu {
 // Names of the instruction sets that this CPU can run, lowest first.
 std::vector<std::string> available_isas();
 
-// The one in use, and a way to force a lower one (tests run them all). Throws std::invalid_argument for a
-// name that is not available.
+// The instruction set in use; set_isa forces another available one (tests run all of them) and throws
+// std::invalid_argument for any other name.
 std::string isa();
 void set_isa(const std::string& name);
 

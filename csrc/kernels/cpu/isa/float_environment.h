@@ -3,7 +3,7 @@
 
 namespace dynquant::cpu {
 
-// Sets MXCSR for its lifetime: torch.set_flush_denormal is per thread, and would change bits.
+// Sets MXCSR for its lifetime: torch.set_flush_denormal, which is per thread, would change bits.
 class FloatEnvironment {
  public:
   FloatEnvironment();

@@ -1,4 +1,4 @@
-// The instruction sets that are compiled in, lowest first: (name, table, what the CPU must have).
+// The instruction sets of this build, lowest first: (name, table, required CPU features).
 #pragma once
 
 #if defined(__x86_64__)

@@ -1,4 +1,4 @@
-// The body for any CPU, over the compiler's own vectors: no instruction beyond the platform's baseline.
+// For any CPU, over the compiler's portable vectors: no instruction beyond the platform's baseline.
 #include "cpu/isa/isa.h"
 #include "cpu/kernel_table.h"
 
@@ -8,21 +8,21 @@ namespace {
 #include "cpu/simd/vector_128.h"
 #include "cpu/generic/prelude.h"
 
-// One int8 of the group a step, widened to a 32-bit lane.
+// Each step multiplies one int8 of the group, widened to a 32-bit lane.
 struct Dot {
   static constexpr int kMaxRows = 6;
   template <int kRows>
   static constexpr int kVectors = kRows <= 2 ? 4 : 2;
 
-  static constexpr int kGroupBytes = 4;  // of an operand row, for 4 elements
-  static constexpr int32_t kOffset = 0;  // stored operand = q + kOffset
-  using TakenOff = TakenOffByProduct;
+  static constexpr int kGroupBytes = 4;  // of a packed row, for 4 elements
+  static constexpr int32_t kOffset = 0;  // packed value = q + kOffset
+  using ZeroPointCompensation = CompensationByProduct;
   static constexpr bool kPlans = false;
-  static constexpr int64_t kPartGroups = 0;  // K in one go
+  static constexpr int64_t kGroupsOfKBlock = 0;  // K is not blocked
 
   template <int kByte>
   struct Byte {
-    static constexpr int kOperandAt = 0;
+    static constexpr int kActivationsAt = 0;
 
     static V::I weight(V::I w) { return byte(w); }
 
@@ -33,7 +33,7 @@ struct Dot {
   };
   using Exact = Products<Byte<0>, Byte<1>, Byte<2>, Byte<3>>;
 
-  static void store_operand(uint8_t* p, V::I q0, V::I q1, V::I q2, V::I q3) {
+  static void store_activations(uint8_t* p, V::I q0, V::I q1, V::I q2, V::I q3) {
     V::store_bytes(reinterpret_cast<int8_t*>(p), q0, q1, q2, q3);
   }
 };

@@ -1,10 +1,10 @@
-// Opens and closes the region of a file that is compiled for one instruction set. All system headers come
-// before it.
+// Opens and closes the region of a file that is compiled for one instruction set. System headers must come
+// before.
 #pragma once
 
 #define DYNQUANT_PRAGMA(text) _Pragma(#text)
 
-#if defined(DYNQUANT_EMULATED)  // tests/kernels/emulated: intrinsics as plain code, for a CPU that lacks them
+#if defined(DYNQUANT_EMULATED)  // tests/kernels/emulated: intrinsics as plain code, for a CPU without them
 #define DYNQUANT_TARGET_BEGIN(features)
 #define DYNQUANT_TARGET_END
 #elif defined(__clang__)

@@ -1,7 +1,6 @@
-// Scalar helpers that every vector type shares, as templates over it so that each instruction set has its own
-// copy.
+// Shared by all vector types; a template over V, so that each instruction set has its own copy.
 
-// bf16 of fp32 by round-to-nearest-even on the bits (the hardware's conversion flushes denormals); NaN stays
+// fp32 to bf16: round to nearest even on the bits (the hardware's conversion flushes denormals); NaN stays
 // NaN.
 template <typename V>
 typename V::I bfloat16_bits(typename V::F x) {

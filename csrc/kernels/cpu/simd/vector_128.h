@@ -1,4 +1,4 @@
-// Four fp32 or int32 lanes in the compiler's portable vectors: SSE2 on x86-64, whatever there is elsewhere.
+// Four fp32 or int32 lanes in the compiler's portable vectors: SSE2 on x86-64.
 
 struct V {
   static constexpr int kLanes = 4;
@@ -60,7 +60,7 @@ struct V {
     return as_signed(as_unsigned(a) << count);
   }
   template <int count>
-  static I shift_right(I a) {  // zeros come in
+  static I shift_right(I a) {  // shifts in zeros
     return as_signed(as_unsigned(a) >> count);
   }
 
@@ -90,7 +90,7 @@ struct V {
     return F{x[0] + x[2], x[1] + x[3], x[0] - x[2], x[1] - x[3]};
   }
 
-  // 16 values to bytes, saturated, in order.
+  // Saturates 16 values to bytes, in order.
   static void store_bytes(int8_t* p, I q0, I q1, I q2, I q3) {
     for (int i = 0; i < kLanes; ++i) {
       p[i] = to_byte(q0[i]);
@@ -125,8 +125,7 @@ struct V {
     return x;
   }
 
-  // Round to nearest even by letting an fp32 addition do it: the added power of two has its last bit where
-  // half's is.
+  // An fp32 addition rounds to nearest even: the last bit of the added power of two is that of the half.
   static uint16_t to_half(float x) {
     uint32_t bits;
     __builtin_memcpy(&bits, &x, sizeof(bits));

@@ -20,7 +20,7 @@ struct V {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
 
-  // For a load that several instructions use: GCC 12 would have each of them load again.
+  // Keeps GCC 12 from repeating a load in each instruction that uses its result.
   static F in_register(F x) {
     __asm__("" : "+x"(x));
     return x;
@@ -55,7 +55,7 @@ struct V {
     return _mm256_slli_epi32(a, count);
   }
   template <int count>
-  static I shift_right(I a) {  // zeros come in
+  static I shift_right(I a) {  // shifts in zeros
     return _mm256_srli_epi32(a, count);
   }
 
@@ -98,7 +98,7 @@ struct V {
     }
   }
 
-  // 32 values to bytes, saturated, in order.
+  // Saturates 32 values to bytes, in order.
   static void store_bytes(int8_t* p, I q0, I q1, I q2, I q3) {
     const __m256i words01 = _mm256_packs_epi32(q0, q1), words23 = _mm256_packs_epi32(q2, q3);
     const __m256i bytes = _mm256_packs_epi16(words01, words23);

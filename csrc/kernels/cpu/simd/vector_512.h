@@ -20,7 +20,7 @@ struct V {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
 
-  // For a load that several instructions use: GCC 12 would have each of them load again.
+  // Keeps GCC 12 from repeating a load in each instruction that uses its result.
   static F in_register(F x) {
 #if !defined(DYNQUANT_EMULATED)
     __asm__("" : "+v"(x));
@@ -55,7 +55,7 @@ struct V {
     return _mm512_slli_epi32(a, count);
   }
   template <int count>
-  static I shift_right(I a) {  // zeros come in
+  static I shift_right(I a) {  // shifts in zeros
     return _mm512_srli_epi32(a, count);
   }
 
@@ -73,7 +73,8 @@ struct V {
   static float lowest_lane(F x) { return _mm512_reduce_min_ps(x); }
   static float highest_lane(F x) { return _mm512_reduce_max_ps(x); }
 
-  // (a, b) -> (a + b, a - b) for elements `stride` apart: the swapped pair and 1 or -1 times x, an exact product.
+  // (a, b) -> (a + b, a - b) for elements `stride` apart: the swapped pair plus x times 1 or -1, which is
+  // exact.
   template <int stride>
   static F butterfly(F x) {
     static_assert(stride == 1 || stride == 2 || stride == 4 || stride == 8);
@@ -86,7 +87,7 @@ struct V {
     }
   }
 
-  // 64 values to bytes, saturated, in order.
+  // Saturates 64 values to bytes, in order.
   static I bytes(I q0, I q1, I q2, I q3) {
     const I lanes = _mm512_packs_epi16(_mm512_packs_epi32(q0, q1), _mm512_packs_epi32(q2, q3));
     const I order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);

@@ -536,7 +536,7 @@ def wrong_arguments() -> dict[str, tuple[str, tuple[object, ...], str]]:
         "bias": (
             "linear_dynamic",
             (*good[:4], torch.ones(3), 0),
-            r"expected bias to be contiguous .* \[20\]",
+            r"expected bias of dtype .* and shape \[20\], got torch.float32 of shape \[3\]",
         ),
         "scale size": (
             "linear_dynamic",

@@ -6,14 +6,12 @@ device.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dynquant import QLinear, QTensor, ops, qtensor, reference
+from dynquant import QLinear, QTensor, qtensor, reference
 from dynquant.config import Config
 from dynquant.nn import linear
 from dynquant.nn.merged import MergedGroup
@@ -144,19 +142,9 @@ def test_layers_of_any_width_are_contiguous() -> None:
 
 
 @pytest.mark.usefixtures("rows")
-@pytest.mark.parametrize("rotation_block", [0, 4])
-def test_gradient_is_of_k_inputs(rotation_block: int) -> None:
-    config = Config(rotation_block=rotation_block).encode()
-    weight, weight_scale = reference.quantize_weight(torch.randn(6, 20), config)
-    x, grad_out = torch.randn(3, 20), torch.randn(3, 6)
-    context = SimpleNamespace(
-        saved_tensors=(x, *reference.pack_weight(weight), weight_scale, None),
-        config=config,
-        needs_input_grad=(True, *[False] * 5),
-    )
-    grad_x = ops.linear._linear_backward(context, grad_out)[0]
-    dequantized = weight * weight_scale[:, None]
-    if rotation_block:
-        dequantized = reference.rotate(dequantized, rotation_block)
-    assert grad_x is not None
-    assert_same_bits(grad_x, grad_out @ dequantized)
+def test_the_weight_of_a_gradient_has_k_inputs() -> None:
+    """Gradients and QTensor multiply by the unpacked weight, without the padding of its rows."""
+    weight, _ = reference.quantize_weight(torch.randn(6, 20), Config().encode())
+    packed_weight, _ = reference.pack_weight(weight)
+    assert list(packed_weight.shape) == [6, 32]
+    assert_same_bits(reference.unpack_weight(packed_weight, 6, 20), weight)

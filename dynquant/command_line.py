@@ -38,13 +38,16 @@ def info() -> None:
 def demo(
     png: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("demo.png"),
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; torch's default.")] = None,
+    every_version: Annotated[
+        bool, typer.Option("--all", help="Every version of the encoder, per_tensor and static too.")
+    ] = False,
 ) -> None:
     """Quantize a small net and a real sentence encoder; compare with float and torch.ao."""
     try:
         with needs("demo", extra="demo"):
             from .demo import run
 
-            run(png, threads=threads)
+            run(png, threads=threads, every_version=every_version)
     except MissingPackageError as error:
         raise _fail(str(error), code=2) from error
 

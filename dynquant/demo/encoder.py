@@ -64,6 +64,15 @@ VERSIONS: dict[str, Maker] = {
 }
 """Name to the function that makes this version of the float model; all are compared with the first."""
 
+SHORT_LIST = (
+    "fp32",
+    "torch.ao",
+    "dynquant per_token",
+    "dynquant per_token, rotation",
+    "dynquant per_token, rotation, fused",
+)
+"""The versions that the demo shows unless it is asked for all."""
+
 
 @dataclass(frozen=True)
 class VersionResult:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -13,62 +15,71 @@ from .encoder import VersionResult
 from .regression import Regression
 
 
-def _numbers(values: Tensor, digits: int | None = None) -> str:
-    """[N, K] or [N] as one line a row."""
+def _numbers(values: Tensor, form: str) -> str:
+    """[N, K] or [N] as one line a row, each value in this format."""
     rows = values.tolist()
     rows = rows if isinstance(rows[0], list) else [[value] for value in rows]
-    form = "{}" if digits is None else f"{{:.{digits}f}}"
-    return "\n".join("  ".join(form.format(value) for value in row) for row in rows)
+    return "\n".join(" ".join(format(value, form) for value in row) for row in rows)
 
 
 def show_regression(result: Regression, console: Console) -> None:
-    """Two tables: the tensors of each layer, and the losses."""
-    table = Table(title="Seed example: 3 → 3 → 1, quantized", show_lines=True)
-    for heading in ("layer", "weight", "int8 weight", "weight_scale", "input scale", "input zero_point"):
+    """Two tables: the tensors of each layer, and the losses. At most 80 columns wide."""
+    title = "Seed example: 3 → 3 → 1, weights of layers 0 and 2 after training and in int8"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("", "fp32", "torch.ao", "scale", "dynquant", "scale"):
         table.add_column(heading, justify="right", no_wrap=True)
     for layer in result.layers:
         table.add_row(
             layer.name,
-            _numbers(layer.weight, 4),
-            _numbers(layer.weight_int8),
-            _numbers(layer.weight_scale, 6),
-            f"{layer.input_scale:.6f}",
-            str(layer.input_zero_point),
+            _numbers(layer.weight, "7.4f"),
+            _numbers(layer.torch_ao_int8, "4d"),
+            f"{layer.torch_ao_scale:.5f}",
+            _numbers(layer.weight_int8, "4d"),
+            _numbers(layer.weight_scale, ".5f"),
+            end_section=True,
         )
     console.print(table)
-    console.print(
-        "The weight's zero_point is 0; scale and zero_point of the input are those of the first test row."
-    )
+    for layer in result.layers:
+        console.print(
+            f"Layer {layer.name}, input of the first test row: scale {layer.input_scale:.6f}, "
+            f"zero_point {layer.input_zero_point}."
+        )
 
-    losses = Table(title="Mean squared error on the test rows")
+    losses = Table(title="Mean squared error on the test rows", box=box.SIMPLE_HEAD)
     losses.add_column("")
     losses.add_column("test loss", justify="right")
     losses.add_column("more than float", justify="right")
     for name, loss in result.losses.items():
-        losses.add_row(name, f"{loss:.6f}", f"{loss - result.losses['float']:+.6f}")
+        losses.add_row(name, f"{loss:.4f}", f"{loss - result.losses['float']:+.4f}")
     console.print(losses)
 
 
+def label(name: str) -> str:
+    """A version's name in tables and pictures: dynquant, per_token unless the name says otherwise."""
+    return name.removeprefix("dynquant ").removeprefix("per_token, ")
+
+
 def show_encoder(results: Sequence[VersionResult], console: Console, *, threads: int, sentences: int) -> None:
-    """One row a version: latency and ratio for each workload, size, closeness to the first version."""
+    """One row a version: latency and ratio for each workload, size, closeness to the first version. At most
+    80 columns wide."""
     title = f"all-MiniLM-L6-v2, {sentences} sentences, {threads} thread{'s' if threads > 1 else ''}"
-    table = Table(title=title, caption="batch x tokens: milliseconds a call (speed, fp32 = 1)")
-    table.add_column("", no_wrap=True)
+    caption = "batch x tokens: milliseconds a call and speed (fp32 = 1); cosine to fp32"
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("")
     for workload in results[0].milliseconds:
         table.add_column(workload, justify="right", no_wrap=True)
-    for heading in ("weights MB", "of it Linear", "min cosine", "mean cosine"):
-        table.add_column(heading, justify="right")
+    for heading in ("MB", "cosine\nlowest", "\nmean"):
+        table.add_column(heading, justify="right", no_wrap=True)
     baseline = results[0]
     for result in results:
         times = (
-            f"{ms:.1f} ({baseline.milliseconds[workload] / ms:.2f}x)"
+            f"{ms:.1f} {baseline.milliseconds[workload] / ms:.2f}x"
             for workload, ms in result.milliseconds.items()
         )
         table.add_row(
-            result.name,
+            label(result.name),
             *times,
-            f"{result.megabytes:.1f}",
-            f"{result.linear_megabytes:.1f}",
+            f"{result.megabytes:.0f}",
             f"{result.min_cosine:.4f}",
             f"{result.mean_cosine:.4f}",
         )
@@ -90,13 +101,14 @@ def plot_encoder(results: Sequence[VersionResult], path: Path) -> None:
     for index, result in enumerate(results):
         ratios = [results[0].milliseconds[w] / result.milliseconds[w] for w in workloads]
         places = [place + (index - (len(results) - 1) / 2) * width for place in range(len(workloads))]
-        bars = speed.bar(places, ratios, width, label=result.name, color=colors[index])
+        bars = speed.bar(places, ratios, width, label=label(result.name), color=colors[index])
         speed.bar_label(bars, fmt="%.2f", fontsize=7)
     speed.set_xticks(range(len(workloads)), [f"{workload} tokens" for workload in workloads])
     speed.set_ylabel("speed, fp32 = 1")
-    figure.legend(
-        *speed.get_legend_handles_labels(), loc="outside lower center", ncols=len(results), fontsize=8
-    )
+    # Within the axes, above the bars: room for a line of the legend for every two versions.
+    lines = math.ceil(len(results) / 2)
+    speed.set_ylim(0, speed.get_ylim()[1] * (1 + 0.07 * lines))
+    speed.legend(loc="upper left", ncols=2, fontsize=8)
 
     rows = range(len(results))
     size.barh(rows, [result.megabytes for result in results], color="lightgrey")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor, nn
 from typer.testing import CliRunner
@@ -18,21 +20,27 @@ from dynquant.demo import encoder, regression, show
 from dynquant.demo.sentences import SENTENCES
 
 
-def test_seed_example_learns_and_survives_quantization() -> None:
-    result = regression.run()
-    variance = sum(c * c for c in regression.COEFFICIENTS)
-    assert list(result.losses) == ["float", "torch.ao", "dynquant per_tensor", "dynquant per_token"]
-    assert result.losses["float"] < variance / 10
-    for name, loss in result.losses.items():
-        assert abs(loss - result.losses["float"]) < variance / 100, name
-    first, second = result.layers
-    assert first.weight_int8.shape == (3, 3)
-    assert second.weight_int8.shape == (1, 3)
-    for layer in result.layers:
-        assert layer.weight_int8.dtype == torch.int8
+def test_seed_example_has_the_weights_of_the_notebook() -> None:
+    first, second = regression.run().layers
+    expected = [[0.7387, 1.4585, 2.1794], [-0.7526, -1.5223, -2.0909], [-0.4093, -0.6998, -1.4874]]
+    torch.testing.assert_close(first.weight, torch.tensor(expected), rtol=0, atol=1e-3)
+    assert first.torch_ao_int8.tolist() == [[43, 85, 127], [-44, -89, -122], [-24, -41, -87]]
+    assert f"{first.torch_ao_scale:.5f}" == "0.01709"
+    assert second.weight.shape == (1, 3)
+    for layer in (first, second):
+        assert layer.weight_int8.dtype == layer.torch_ao_int8.dtype == torch.int8
         restored = layer.weight_int8 * layer.weight_scale[:, None]
         assert (restored - layer.weight).abs().max() <= layer.weight_scale.max() / 2 + 1e-6
         assert layer.input_scale > 0
+
+
+def test_seed_example_has_the_losses_of_the_notebook() -> None:
+    losses = regression.run().losses
+    assert list(losses) == ["float", "torch.ao", "dynquant per_tensor", "dynquant per_token"]
+    assert losses["float"] == pytest.approx(0.0013, abs=1e-4)
+    assert losses["torch.ao"] == pytest.approx(0.0057, abs=2e-4)
+    assert losses["dynquant per_token"] == pytest.approx(0.0017, abs=2e-4)
+    assert losses["dynquant per_tensor"] < losses["torch.ao"]
 
 
 def test_seed_example_is_the_same_every_time() -> None:
@@ -40,15 +48,19 @@ def test_seed_example_is_the_same_every_time() -> None:
     assert one.losses == other.losses
 
 
-def test_seed_tables_show_weights_and_losses() -> None:
+def test_seed_tables_show_weights_and_losses_in_80_columns() -> None:
     result = regression.run()
-    console = Console(width=120, record=True, file=io.StringIO())
+    console = Console(width=80, record=True, file=io.StringIO())
     show.show_regression(result, console)
     text = console.export_text()
-    row = result.layers[0].weight_int8[0].tolist()
-    assert "  ".join(str(value) for value in row) in text
-    assert f"{result.losses['dynquant per_token']:.6f}" in text
-    assert str(result.layers[0].input_zero_point) in text
+    assert "…" not in text
+    for shown in (" 0.7387  1.4585  2.1794", "  43   85  127  0.01709", " -44  -89 -122", " -24  -41  -87"):
+        assert shown in text
+    row = result.layers[0].weight_int8[1].tolist()
+    assert " ".join(f"{value:4d}" for value in row) in text
+    for loss in result.losses.values():
+        assert f"{loss:.4f}" in text
+    assert f"zero_point {result.layers[0].input_zero_point}" in text
 
 
 class _Encoder(nn.Module):
@@ -111,12 +123,62 @@ def test_encoder_run_on_a_stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         assert 0.98 < result.min_cosine <= result.mean_cosine <= 1.0 + 1e-6
         assert result.milliseconds["1x4"] > 0
 
-    console = Console(width=120, record=True, file=io.StringIO())
+    console = Console(width=80, record=True, file=io.StringIO())
     show.show_encoder(results, console, threads=1, sentences=len(SENTENCES))
     text = console.export_text()
-    assert all(result.name in text for result in results)
+    assert all(show.label(result.name) in text for result in results)
     show.plot_encoder(results, tmp_path / "demo.png")
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def _results(names: Iterable[str]) -> list[encoder.VersionResult]:
+    """Numbers as wide as real ones."""
+    milliseconds = {"1x16": 12.3, "1x128": 45.6, "8x128": 178.9}
+    return [encoder.VersionResult(name, milliseconds, 90.9, 43.1, 0.9888, 0.9999) for name in names]
+
+
+@pytest.mark.parametrize("names", [encoder.SHORT_LIST, encoder.VERSIONS], ids=["short", "all"])
+def test_encoder_table_fits_80_columns(names: Iterable[str]) -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    show.show_encoder(_results(names), console, threads=2, sentences=38)
+    lines = console.export_text().splitlines()
+    for name in names:
+        (row,) = (line.split() for line in lines if line.split("  ")[0].strip() == show.label(name))
+        assert row[-9:] == ["12.3", "1.00x", "45.6", "1.00x", "178.9", "1.00x", "91", "0.9888", "0.9999"]
+
+
+@pytest.mark.parametrize("names", [encoder.SHORT_LIST, encoder.VERSIONS], ids=["short", "all"])
+def test_legend_is_inside_the_axes(
+    names: Iterable[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k)))
+    show.plot_encoder(_results(names), tmp_path / "demo.png")
+    (figure,) = drawn
+    assert not figure.legends
+    axes = figure.axes[0]
+    legend, bounds = axes.get_legend().get_window_extent(), axes.get_window_extent()
+    assert bounds.x0 <= legend.x0 <= legend.x1 <= bounds.x1
+    tallest = max(bar.get_window_extent().y1 for bar in axes.patches)
+    assert tallest < legend.y0 < legend.y1 <= bounds.y1
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [show.label(n) for n in names]
+
+
+@pytest.mark.parametrize(("options", "expected"), [([], encoder.SHORT_LIST), (["--all"], encoder.VERSIONS)])
+def test_demo_shows_few_versions_unless_asked_for_all(
+    options: list[str], expected: Iterable[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[list[str]] = []
+
+    def run(*, versions: Iterable[str], threads: int) -> list[encoder.VersionResult]:
+        asked.append(list(versions))
+        return _results(versions)
+
+    monkeypatch.setattr(encoder, "run", run)
+    result = CliRunner().invoke(app, ["demo", "--png", str(tmp_path / "demo.png"), *options])
+    assert result.exit_code == 0, result.output
+    assert asked == [list(expected)]
 
 
 def test_there_are_a_few_dozen_different_sentences() -> None:

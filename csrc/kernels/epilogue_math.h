@@ -5,6 +5,7 @@
 // of a forced inline function. V offers the types F (fp32) and I (int32), of any number of lanes, and
 //   F broadcast(float);  I broadcast(int32_t);
 //   F add, sub, mul, div(F, F);            rounded to nearest even, never contracted, no flush to zero
+//   F fma(F a, F b, F c);                  a b + c, rounded once
 //   F min(F a, F b);                       a < b ? a : b, so a NaN in b stays
 //   F max(F a, F b);                       a > b ? a : b
 //   I bit_and(I, I);  I shift_left<count>(I);  I as_int(F);  F as_float(I);
@@ -117,6 +118,7 @@ struct MultiVector {
   static DYNQUANT_INLINE F sub(F a, F b) { DYNQUANT_EACH(F, sub(a.v[i], b.v[i])); }
   static DYNQUANT_INLINE F mul(F a, F b) { DYNQUANT_EACH(F, mul(a.v[i], b.v[i])); }
   static DYNQUANT_INLINE F div(F a, F b) { DYNQUANT_EACH(F, div(a.v[i], b.v[i])); }
+  static DYNQUANT_INLINE F fma(F a, F b, F c) { DYNQUANT_EACH(F, fma(a.v[i], b.v[i], c.v[i])); }
   static DYNQUANT_INLINE F min(F a, F b) { DYNQUANT_EACH(F, min(a.v[i], b.v[i])); }
   static DYNQUANT_INLINE F max(F a, F b) { DYNQUANT_EACH(F, max(a.v[i], b.v[i])); }
   static DYNQUANT_INLINE I bit_and(I a, I b) { DYNQUANT_EACH(I, bit_and(a.v[i], b.v[i])); }

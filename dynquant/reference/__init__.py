@@ -6,6 +6,7 @@ give the same bits. Three habits keep that true on every backend: a constant div
 ``lerp``, ``add(alpha=)``, ``F.gelu``), and an integer product that goes through fp64, exact below 2**53.
 """
 
+from .arithmetic import fma
 from .checks import FLOAT_DTYPES
 from .epilogue import apply_epilogue
 from .layout import pack_weight, packed_shape, unpack_weight
@@ -16,6 +17,7 @@ __all__ = [
     "FLOAT_DTYPES",
     "apply_epilogue",
     "choose_qparams",
+    "fma",
     "int8_mm",
     "linear_dynamic",
     "linear_static",

@@ -53,7 +53,7 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_emulated_kernels_give_the_bits_of_the_scalar_ones(tmp_path: Path) -> None:
     """AVX-VNNI and AVX512-VNNI over intrinsics written as loops, so that any x86-64 machine can run them."""
     shim = str(EMULATED_ISAS / "intrinsics.h")
-    emulated = ["-O1", "-mavx2", "-mf16c", "-include", shim]
+    emulated = ["-O1", "-mavx2", "-mf16c", "-mfma", "-include", shim]
     library = [path.relative_to(CPU_SOURCES).with_suffix("") for path in CPU_SOURCES.rglob("*.cpp")]
     native = [str(name) for name in sorted(library) if name.name not in EMULATED]
     objects = on_every_core(

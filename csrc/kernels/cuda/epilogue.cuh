@@ -26,6 +26,7 @@ struct Scalar {
   static __device__ __forceinline__ F sub(F a, F b) { return a - b; }
   static __device__ __forceinline__ F mul(F a, F b) { return a * b; }
   static __device__ __forceinline__ F div(F a, F b) { return a / b; }
+  static __device__ __forceinline__ F fma(F a, F b, F c) { return __fmaf_rn(a, b, c); }
   static __device__ __forceinline__ F min(F a, F b) { return a < b ? a : b; }
   static __device__ __forceinline__ F max(F a, F b) { return a > b ? a : b; }
   static __device__ __forceinline__ I bit_and(I a, I b) { return a & b; }

@@ -7,7 +7,7 @@
 #include "cpu/kernel_table.h"
 #include "cpu/isa/target.h"
 
-DYNQUANT_TARGET_BEGIN("avx2,f16c")
+DYNQUANT_TARGET_BEGIN("avx2,f16c,fma")
 
 namespace dynquant::cpu {
 namespace {

@@ -11,7 +11,7 @@
 #define DYNQUANT_DPWSSD _mm256_dpwssd_epi32
 #define DYNQUANT_DPBUSD_ASM "%{evex%} vpdpbusd"
 #define DYNQUANT_DPBUSD_REGISTERS "v"
-DYNQUANT_TARGET_BEGIN("avx2,f16c,avx512f,avx512bw,avx512vl,avx512vnni")
+DYNQUANT_TARGET_BEGIN("avx2,f16c,fma,avx512f,avx512bw,avx512vl,avx512vnni")
 
 namespace dynquant::cpu {
 namespace {

@@ -17,7 +17,7 @@
 #define DYNQUANT_DPWSSD _mm512_dpwssd_epi32
 #define DYNQUANT_DPBUSD_ASM "vpdpbusd"
 #define DYNQUANT_DPBUSD_REGISTERS "v"
-DYNQUANT_TARGET_BEGIN("avx2,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+DYNQUANT_TARGET_BEGIN("avx2,f16c,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 
 namespace dynquant::cpu {
 namespace {

@@ -11,7 +11,7 @@
 #define DYNQUANT_DPWSSD _mm256_dpwssd_avx_epi32
 #define DYNQUANT_DPBUSD_ASM "%{vex%} vpdpbusd"
 #define DYNQUANT_DPBUSD_REGISTERS "x"
-DYNQUANT_TARGET_BEGIN("avx2,f16c,avxvnni")
+DYNQUANT_TARGET_BEGIN("avx2,f16c,fma,avxvnni")
 
 namespace dynquant::cpu {
 namespace {

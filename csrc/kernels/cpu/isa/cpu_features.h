@@ -4,7 +4,7 @@
 namespace dynquant::cpu {
 
 struct CpuFeatures {
-  bool avx2 = false, f16c = false, avxvnni = false, avx512 = false, avx512vnni = false;
+  bool avx2 = false, f16c = false, fma = false, avxvnni = false, avx512 = false, avx512vnni = false;
 
   CpuFeatures();
 };

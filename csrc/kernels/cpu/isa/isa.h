@@ -2,10 +2,10 @@
 #pragma once
 
 #if defined(__x86_64__)
-#define DYNQUANT_X86_ISAS(ISA)                                      \
-  ISA(avx2, kAvx2, (cpu.avx2 && cpu.f16c))                          \
-  ISA(avxvnni, kAvxVnni, (cpu.avx2 && cpu.f16c && cpu.avxvnni))     \
-  ISA(avx512vl_vnni, kAvx512VlVnni, (cpu.avx512 && cpu.avx512vnni)) \
+#define DYNQUANT_X86_ISAS(ISA)                                             \
+  ISA(avx2, kAvx2, (cpu.avx2 && cpu.f16c && cpu.fma))                      \
+  ISA(avxvnni, kAvxVnni, (cpu.avx2 && cpu.f16c && cpu.fma && cpu.avxvnni)) \
+  ISA(avx512vl_vnni, kAvx512VlVnni, (cpu.avx512 && cpu.avx512vnni))        \
   ISA(avx512vnni, kAvx512Vnni, (cpu.avx512 && cpu.avx512vnni))
 #else
 #define DYNQUANT_X86_ISAS(ISA)

@@ -46,6 +46,11 @@ struct V {
   static F sub(F a, F b) { return a - b; }
   static F mul(F a, F b) { return a * b; }
   static F div(F a, F b) { return a / b; }
+  static F fma(F a, F b, F c) {  // a b + c, rounded once
+    F out;
+    for (int i = 0; i < kLanes; ++i) out[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return out;
+  }
   static F min(F a, F b) { return a < b ? a : b; }
   static F max(F a, F b) { return a > b ? a : b; }
   static I add(I a, I b) { return as_signed(as_unsigned(a) + as_unsigned(b)); }

@@ -72,6 +72,7 @@ inline float __uint_as_float(uint32_t bits) {
   std::memcpy(&x, &bits, 4);
   return x;
 }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline int32_t __float_as_int(float x) { return static_cast<int32_t>(__float_as_uint(x)); }
 inline float __int_as_float(int32_t bits) { return __uint_as_float(static_cast<uint32_t>(bits)); }
 

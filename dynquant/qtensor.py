@@ -254,7 +254,10 @@ def dequantize(w: QTensor) -> Tensor:
 
 def _pack(weight_int8: Tensor, weight_scale: Tensor, config: Config, dtype: torch.dtype) -> QTensor:
     packed_weight, weight_sum = _ops.pack_weight(weight_int8)
-    channel_scale = weight_scale.detach().expand(weight_int8.shape[0]).contiguous()
+    # A copy: what a file or a caller holds is not the layer's memory.
+    channel_scale = (
+        weight_scale.detach().expand(weight_int8.shape[0]).clone(memory_format=torch.contiguous_format)
+    )
     return QTensor(packed_weight, weight_sum, channel_scale, config, weight_int8.shape, dtype)
 
 

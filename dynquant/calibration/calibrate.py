@@ -99,7 +99,7 @@ def freeze(model: nn.Module) -> nn.Module:
         )
     for name, layer in layers.items():
         if name in observed:
-            lo, hi = (torch.tensor([end], dtype=torch.float32) for end in observed[name])
+            lo, hi = (torch.tensor([end], dtype=torch.float32, device="cpu") for end in observed[name])
             scale, zero_point = torch.ops.dynquant.choose_qparams(lo, hi)
             device = layer.weight.device
             layer.set_activation_qparams(scale.to(device), zero_point.to(device))

@@ -20,12 +20,14 @@ class Observer(ABC):
 
     def observe(self, x: Tensor) -> bool:
         """Record a batch of any shape and float dtype; False, and nothing recorded, if it is not finite."""
-        lo, hi = (end.item() for end in torch.ops.dynquant.min_max(x, False))
-        if not (math.isfinite(lo) and math.isfinite(hi)):
-            return False
-        self.lo, self.hi = min(self.lo, lo), max(self.hi, hi)
-        self.batches += 1
-        self.record(x)
+        # Batches come in any mode, and what is kept of one is written to in the next.
+        with torch.inference_mode(False), torch.no_grad():
+            lo, hi = (end.item() for end in torch.ops.dynquant.min_max(x, False))
+            if not (math.isfinite(lo) and math.isfinite(hi)):
+                return False
+            self.lo, self.hi = min(self.lo, lo), max(self.hi, hi)
+            self.batches += 1
+            self.record(x)
         return True
 
     def range(self) -> tuple[float, float] | None:
@@ -56,10 +58,11 @@ class Histogram(Observer):
 
     bins = 8192
 
+    @torch.inference_mode(False)
     def __init__(self) -> None:
         super().__init__()
         self.limit = 0.0
-        self.counts = torch.zeros(self.bins, dtype=torch.float64)
+        self.counts = torch.zeros(self.bins, dtype=torch.float64, device="cpu")
 
     def record(self, x: Tensor) -> None:
         largest = max(-self.lo, self.hi)
@@ -84,7 +87,7 @@ class Histogram(Observer):
 
     def edges(self) -> Tensor:
         """fp64 [bins + 1]."""
-        return torch.linspace(-self.limit, self.limit, self.bins + 1, dtype=torch.float64)
+        return torch.linspace(-self.limit, self.limit, self.bins + 1, dtype=torch.float64, device="cpu")
 
 
 class Percentile(Histogram):
@@ -109,7 +112,7 @@ class Mse(Histogram):
     """The range whose 256 steps have the smallest squared error of the values: first both ends are drawn in
     together, then each by itself."""
 
-    shares = torch.linspace(1.0, 0.02, 50, dtype=torch.float64)
+    shares = torch.linspace(1.0, 0.02, 50, dtype=torch.float64, device="cpu")
 
     def choose(self) -> tuple[float, float]:
         if self.limit == 0.0:

@@ -21,6 +21,7 @@ from .state import (
     check_entries,
     check_not_rotated,
     check_origin,
+    for_autograd,
     format_entry,
     is_float_weight,
     missing_entries,
@@ -188,7 +189,7 @@ class QLinear(nn.Module):
 
     def _set_qparams(self, qparams: tuple[Tensor, Tensor] | None) -> None:
         """Checked ones; :meth:`_set_weight` has them used."""
-        scale, zero_point = (None, None) if qparams is None else qparams
+        scale, zero_point = (None, None) if qparams is None else map(for_autograd, qparams)
         self._buffers["activation_scale"], self._buffers["activation_zero_point"] = scale, zero_point
 
     def take_members_of(self, float_type: type) -> None:
@@ -317,6 +318,7 @@ class QLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QLinear:
         """Implements ``.to``, ``.cuda``, ``.half``, ``.to_empty`` …: moves all tensors, casts none."""
 
+        @torch.inference_mode(False)
         def move(tensor: Tensor) -> Tensor:
             out = fn(tensor)
             # Memory formats are for images: a packed weight has four dimensions too.

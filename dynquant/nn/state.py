@@ -269,6 +269,14 @@ def check_activation_qparams(scale: Tensor, zero_point: Tensor) -> None:
             raise ValueError(f"expected activation_zero_point in [-128, 127], got {zero_point.item()}")
 
 
+def for_autograd(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of one that was made in inference mode, which no backward may use."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
+
+
 def quantized(weight: Tensor, config: Config) -> QTensor:
     """:meth:`QTensor.quantize` with a ValueError that does not name the op."""
     try:

@@ -12,7 +12,7 @@ from .fusion.modules import fuse
 from .info import Info, available_isas, info, isa
 from .measurement.report import report
 from .measurement.report_data import Report
-from .nn import QLinear
+from .nn import QLinear, QModule
 from .qtensor import QTensor
 from .quantize import quantize_dynamic
 
@@ -23,6 +23,7 @@ __all__ = [
     "Config",
     "Info",
     "QLinear",
+    "QModule",
     "QTensor",
     "Report",
     "__version__",

@@ -16,7 +16,8 @@ from .conversion.sources import default_mapping
 from .conversion.swap import convert, swap
 from .fusion.modules import fuse as fuse_modules
 from .measurement.fusion_check import fuse_checked
-from .measurement.layers import measure_layers, pair_layers
+from .measurement.layers import measure_layers
+from .measurement.pairs import pair_layers
 from .measurement.report import make_report
 from .measurement.report_data import Report
 from .measurement.sample import Sample, measuring

@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..checkpoint.hugging_face import describe
 from ..config import one_of
-from ..nn.linear import QLinear
+from ..nn.module import QModule
 from .observers import OBSERVERS, Observer, make_observer
 
 _OBSERVED = "_observed_range"
@@ -52,11 +52,11 @@ def calibrate(
         raise ValueError(f"dynquant.calibrate: expected percentile in (50, 100], got {percentile}")
     layers = quantized_layers("calibrate", model)
     for name, layer in layers.items():
-        if layer.config.rotation_block:
+        reason = layer.why_not_static()
+        if reason is not None:
             raise ValueError(
-                f"dynquant.calibrate: {_label(name)} rotates its input (rotation=hadamard("
-                f"{layer.config.rotation_block})), and a static range would be of the input before; "
-                "convert the model with rotation=None, or leave it dynamic"
+                f"dynquant.calibrate: {_label(name)} {reason}; convert the model with rotation=None, or "
+                "leave it dynamic"
             )
     observers = {name: make_observer(observer, percentile) for name in layers}
     handles = [
@@ -101,7 +101,7 @@ def freeze(model: nn.Module) -> nn.Module:
         if name in observed:
             lo, hi = (torch.tensor([end], dtype=torch.float32, device="cpu") for end in observed[name])
             scale, zero_point = torch.ops.dynquant.choose_qparams(lo, hi)
-            device = layer.weight.device
+            device = next(iter(layer.int8_tensors().values())).device
             layer.set_activation_qparams(scale.to(device), zero_point.to(device))
             del vars(layer)[_OBSERVED]
     unseen = [_label(name) for name in layers if name not in observed]
@@ -113,9 +113,13 @@ def freeze(model: nn.Module) -> nn.Module:
     return model
 
 
-def quantized_layers(caller: str, model: nn.Module) -> dict[str, QLinear]:
-    """The QLinear layers of a model, each once; a ValueError if there is none."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, QLinear)}
+def quantized_layers(caller: str, model: nn.Module) -> dict[str, Any]:
+    """The quantized modules of a model that have a static form, each once; a ValueError if there is none."""
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, QModule) and module.has_static_form
+    }
     if not layers:
         raise ValueError(
             f"dynquant.{caller}: expected a model with QLinear layers, got {type(model).__name__} with none; "
@@ -125,9 +129,10 @@ def quantized_layers(caller: str, model: nn.Module) -> dict[str, QLinear]:
 
 
 def _watch(name: str, observer: Observer) -> Callable[[nn.Module, Any, Any], None]:
-    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs.get("input")
-        if isinstance(x, Tensor) and x.is_floating_point() and x.numel():
+    def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for x in layer.quantized_inputs(args, kwargs).values():
+            if not x.numel():
+                continue
             with torch.no_grad():
                 if not observer.observe(x.detach()):
                     raise ValueError(

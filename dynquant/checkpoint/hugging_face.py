@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -16,10 +15,9 @@ from typing import Any
 from torch import nn
 
 from ..after_import import after_import
-from ..config import Config
 from ..extras import needs
-from ..nn.linear import QLinear
 from ..nn.merged import MergedLinear
+from ..nn.module import QModule
 
 METHOD = "dynquant"
 """``quant_method`` in a ``config.json``."""
@@ -75,7 +73,7 @@ def describe(model: nn.Module) -> None:
     if base is None:
         return
     for part in _outermost(model, base):
-        if any(isinstance(module, QLinear) for module in part.modules()):
+        if any(isinstance(module, QModule) for module in part.modules()):
             part.config.quantization_config = config_type("describe").of(part)
             for module in part.modules():
                 if isinstance(module, base):
@@ -96,7 +94,7 @@ def contents(model: nn.Module) -> dict[str, Any]:
     layers = {
         name: layer
         for name, layer in model.named_modules(remove_duplicate=False)
-        if isinstance(layer, QLinear)
+        if isinstance(layer, QModule)
     }
     names: dict[int, str] = {}
     for name, layer in layers.items():
@@ -107,25 +105,17 @@ def contents(model: nn.Module) -> dict[str, Any]:
         if isinstance(layer, MergedLinear)
     }
     return {
-        "modules": {name: scheme_of(layer) for name, layer in layers.items()},
+        "modules": {name: layer.saved_scheme() for name, layer in layers.items()},
         "fused": list(_fused(model)),
         "merged": [group for group in groups.values() if None not in group],
     }
-
-
-def scheme_of(layer: QLinear) -> dict[str, Any]:
-    """Where the layer differs from ``dynquant.Config()``, and whether it is static."""
-    config, default = layer.config, Config()
-    values = {field.name: getattr(config, field.name) for field in fields(Config)}
-    scheme = {name: value for name, value in values.items() if value != getattr(default, name)}
-    return {**scheme, "static": True} if layer.activation_scale is not None else scheme
 
 
 def _fused(model: nn.Module) -> Iterator[str]:
     """The names of the nn.Identity modules beside layers with an epilogue, which took it from them."""
     for name, parent in model.named_modules():
         children = dict(parent.named_children())
-        if any(isinstance(child, QLinear) and child.config.epilogue != "none" for child in children.values()):
+        if any(isinstance(child, QModule) and child.config.epilogue != "none" for child in children.values()):
             for child_name, child in children.items():
                 if type(child) is nn.Identity:
                     yield f"{name}.{child_name}" if name else child_name

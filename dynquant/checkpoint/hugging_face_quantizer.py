@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..config import MAX_ROTATION_BLOCK, Config, layer_config
 from ..nn.linear import QLinear
 from ..nn.merged import MergedGroup
+from ..nn.module import QModule
 from ..nn.state import FORMAT_VERSION
 from ..patterns.activations import remove_activation
 from ..patterns.hugging_face import CONV1D
@@ -166,8 +167,9 @@ class DynquantHfQuantizer(HfQuantizer):
         for group in config.merged:
             found_names = [found for name in group if (found := _find(model, name)) is not None]
             parts = [model.get_submodule(name) for name in found_names]
-            if len(parts) == len(group) and all(type(part) is QLinear for part in parts):
-                for name, layer in zip(found_names, MergedGroup(parts).layers, strict=True):
+            mergeable: list[Any] = [part for part in parts if isinstance(part, QModule) and part.is_mergeable]
+            if len(mergeable) == len(group):
+                for name, layer in zip(found_names, MergedGroup(mergeable).layers, strict=True):
                     _replace(model, name, layer)
 
     def is_serializable(self) -> bool:

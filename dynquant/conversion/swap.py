@@ -17,7 +17,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from ..nn.linear import QLinear
+from ..nn.module import QModule
 from ..progress import layer_bar
 from ..qtensor import QTensor
 from .plan import Selected, label
@@ -34,14 +34,21 @@ def convert(selected: Collection[Selected]) -> list[tuple[nn.Module, nn.Module]]
             except (ValueError, TypeError, RuntimeError, AssertionError) as error:
                 reason = str(error).removeprefix("dynquant: ")
                 raise ValueError(f"quantize_dynamic: {label(item.name)}: {reason}") from error
-            parameter = item.module._parameters.get("weight")
-            if isinstance(layer, QLinear) and parameter is not None:
-                tied = weights.setdefault(id(parameter), layer.weight)
-                if tied.config == layer.weight.config:
-                    layer.weight = tied
+            if isinstance(layer, QModule):
+                _tie(item.module, layer, weights)
             pairs.append((item.module, layer))
             advance()
     return pairs
+
+
+def _tie(module: nn.Module, layer: QModule, weights: dict[int, QTensor]) -> None:
+    """Have a layer share the weights of those that were made of the same float parameters."""
+    for name, weight in layer.quantized_weights().items():
+        parameter = module._parameters.get(name)
+        if parameter is not None:
+            tied = weights.setdefault(id(parameter), weight)
+            if tied is not weight and tied.config == weight.config:
+                setattr(layer, name, tied)
 
 
 def _from_float(item: Selected) -> nn.Module:
@@ -108,7 +115,7 @@ def _carry_over(old: nn.Module, new: nn.Module, memo: dict[int, Any] | None) -> 
     for name, value in vars(old).items():
         if name not in vars(new) and name not in replaced:
             new.__dict__[name] = carried(value)
-    if isinstance(new, QLinear):
+    if isinstance(new, QModule):
         new.take_members_of(type_before_parametrizations(old))
 
 

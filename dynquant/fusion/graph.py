@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..nn.linear import QLinear
+from ..nn.module import QModule
 from .epilogues import fold_activations
 from .merge import merge_calls, merge_tensors, parts_of
 from .modules import has_hooks
-from .nodes import LINEAR_OPS, Call, input_of
+from .nodes import Call, input_of
 
 
 def fuse_graph(module: fx.GraphModule) -> fx.GraphModule:
@@ -93,33 +93,21 @@ def fuse_graph(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _modules_to_ops(module: fx.GraphModule) -> None:
-    """Replace calls of QLinear modules by ops on constants."""
+    """Replace calls of quantized modules that are one op by that op on constants."""
     graph = module.graph
     holders: dict[str, nn.Module] = {}
     for node in list(graph.nodes):
         layer = module.get_submodule(node.target) if node.op == "call_module" else None
-        if not isinstance(layer, QLinear) or type(layer).forward is not QLinear.forward or has_hooks(layer):
+        call = layer.op_call() if isinstance(layer, QModule) and not has_hooks(layer) else None
+        if call is None:
             continue
-        packed_weight, weight_sum, weight_scale, qparams, config = layer._packed
-        scale, zero_point = (None, None) if qparams is None else qparams
-        tensors = {
-            "packed_weight": packed_weight,
-            "weight_sum": weight_sum,
-            "weight_scale": weight_scale,
-            "bias": layer.bias,
-            "activation_scale": scale,
-            "activation_zero_point": zero_point,
-        }
-        holders[node.target] = _holder(tensors)
+        holders[node.target] = _holder(call.constants)
         with graph.inserting_before(node):
-            x = input_of(node)
-            nodes = {
-                name: None if tensor is None else graph.create_node("get_attr", f"{node.target}.{name}")
-                for name, tensor in tensors.items()
-            }
-            weights = [nodes.pop(name) for name in ("packed_weight", "weight_sum", "weight_scale", "bias")]
-            qparam_nodes = [] if qparams is None else list(nodes.values())
-            op = graph.call_function(LINEAR_OPS[qparams is not None], (x, *weights, *qparam_nodes, config))
+            constants = [
+                None if tensor is None else graph.create_node("get_attr", f"{node.target}.{name}")
+                for name, tensor in call.constants.items()
+            ]
+            op = graph.call_function(call.op, (input_of(node), *constants, call.config))
         op.meta = dict(node.meta)
         node.replace_all_uses_with(op)
         graph.erase_node(node)

@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 
 from ..checkpoint.hugging_face import describe
-from ..nn.linear import QLinear
 from ..nn.merged import MergedGroup
+from ..nn.module import QModule
 from ..patterns.activations import epilogue_of, remove_activation
 from ..patterns.registry import pattern_of
 from ..patterns.whole_calls import whole_sequentials
@@ -73,8 +73,7 @@ class ActivationFusion:
         return f"{prefix}{self.layer_name} and {prefix}{self.activation_name}"
 
     def undo(self) -> None:
-        layer = getattr(self.parent, self.layer_name)
-        layer._set_weight(layer.weight, replace(layer.config, epilogue="none"))
+        getattr(self.parent, self.layer_name).set_epilogue("none")
         if not isinstance(self.activation, nn.Module):
             delattr(self.parent, self.activation_name)
         setattr(self.parent, self.activation_name, self.activation)
@@ -90,21 +89,22 @@ def _fuse_activation(
 ) -> ActivationFusion | None:
     layer, activation = getattr(parent, layer_name, None), getattr(parent, activation_name, None)
     epilogue = epilogue_of(activation)
-    if not isinstance(layer, QLinear) or epilogue is None or layer.config.epilogue != "none":
+    if not isinstance(layer, QModule) or epilogue is None or not layer.takes_epilogue:
         return None
     if uses[id(layer)] > 1 or has_hooks(layer) or has_hooks(activation):
         return None
     relu_or_gelu = getattr(parent, "activation_relu_or_gelu", None)
-    layer._set_weight(layer.weight, replace(layer.config, epilogue=epilogue))
+    layer.set_epilogue(epilogue)
     remove_activation(parent, activation_name)
     return ActivationFusion(parent, layer_name, activation_name, activation, relu_or_gelu)
 
 
 def _merge(parent: nn.Module, names: tuple[str, ...], uses: Counter[int]) -> None:
-    layers = [getattr(parent, name, None) for name in names]
-    if any(type(layer) is not QLinear or uses[id(layer)] > 1 for layer in layers):
+    found = [getattr(parent, name, None) for name in names]
+    layers: list[Any] = [layer for layer in found if isinstance(layer, QModule) and layer.is_mergeable]
+    if len(layers) < len(names) or any(uses[id(layer)] > 1 for layer in layers):
         return
-    group = MergedGroup([layer for layer in layers if isinstance(layer, QLinear)])
+    group = MergedGroup(layers)
     if group.merged is not None:
         for name, layer in zip(names, group.layers, strict=True):
             setattr(parent, name, layer)

@@ -10,19 +10,15 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, NamedTuple
+from itertools import zip_longest
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..conversion.plan import label
-from ..conversion.sources import default_mapping
-from ..nn.linear import QLinear
-from ..patterns.activations import apply_float
-from ..patterns.hugging_face import CONV1D
-from ..patterns.registry import type_name
 from ..progress import layer_bar
+from .pairs import Pair
 from .sample import Sample
 from .timing import compare
 
@@ -33,25 +29,6 @@ MODEL_ROUNDS, MODEL_SECONDS = 3, 0.02
 TIMED_SHAPES = 8
 """Time at most this many distinct row counts per layer, in order of appearance."""
 _CHUNK = 1 << 22
-
-
-class Pair(NamedTuple):
-    """A layer of the float model and the converted layer of the same name."""
-
-    name: str
-    float_layer: nn.Module
-    int8_layer: nn.Module
-
-    def expected(self, x: Tensor) -> Tensor:
-        """The float layer's output, after the activation that became the int8 layer's epilogue."""
-        epilogue = self.int8_layer.config.epilogue if isinstance(self.int8_layer, QLinear) else "none"
-        y: Tensor = self.float_layer.forward(x)
-        return apply_float(epilogue, y)
-
-    def actual(self, x: Tensor) -> Tensor:
-        """The int8 layer's output."""
-        y: Tensor = self.int8_layer.forward(x)
-        return y
 
 
 class Agreement:
@@ -85,7 +62,7 @@ class Agreement:
     @property
     def sqnr_db(self) -> float | None:
         """10 log10(signal / noise); infinite for equal values, None without values."""
-        if not self.values:
+        if not self.values and not self.noise:
             return None
         if not self.noise:
             return math.inf
@@ -168,11 +145,8 @@ def measure_models(model: nn.Module, int8_model: nn.Module, sample: Sample) -> M
     """
     agreement = Agreement()
     outputs = sample.run(model, "the float model"), sample.run(int8_model, "the int8 model")
-    found = [list(tensors_in(output)) for output in outputs]
-    for expected, actual in zip(*found, strict=False):
-        if expected.shape == actual.shape and _has_floats(expected) and _has_floats(actual):
-            agreement.add(expected, actual)
-    del outputs, found
+    add_outputs(agreement, *outputs)
+    del outputs
     tensors = [*model.parameters(), *model.buffers()]
     cuda = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
     arguments = sample.fresh()
@@ -185,6 +159,17 @@ def measure_models(model: nn.Module, int8_model: nn.Module, sample: Sample) -> M
     return MeasuredModel(
         agreement.sqnr_db, agreement.cosine, times["float"].median_us / 1e3, times["int8"].median_us / 1e3
     )
+
+
+def add_outputs(agreement: Agreement, expected: Any, actual: Any) -> bool:
+    """Add the float tensors of two outputs, pair by pair, where their shapes are equal; whether all are."""
+    floats = [filter(_has_floats, tensors_in(output)) for output in (expected, actual)]
+    pairs = list(zip_longest(*floats))
+    comparable = [(one, other) for one, other in pairs if one is not None and other is not None]
+    comparable = [(one, other) for one, other in comparable if one.shape == other.shape]
+    for one, other in comparable:
+        agreement.add(one, other)
+    return len(comparable) == len(pairs)
 
 
 def _has_floats(tensor: Tensor) -> bool:
@@ -227,43 +212,47 @@ class _Meter:
         self.calls = 0
         self.rows: set[int] = set()
         self.agreement = Agreement()
-        self.times: dict[tuple[int, torch.dtype], tuple[float, float]] = {}
+        self.times: dict[tuple[Any, ...], tuple[float, float]] = {}
         self.timed_calls = 0
         self.us_float = self.us_int8 = 0.0
 
-    def measure(self, x: Any) -> None:
-        """Both layers on x [..., K], the input of a call of the float layer."""
+    def measure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Both layers on the arguments of a call of the float layer."""
         if not self.calls:
             self.advance()
         self.calls += 1
-        if not isinstance(x, Tensor) or not x.is_floating_point() or not x.dim():
+        inputs = self.pair.inputs(args, kwargs)
+        if not inputs:
             return
-        self.rows.add(math.prod(x.shape[:-1]))
-        if not x.numel():
+        rows = tuple(math.prod(x.shape[:-1]) for x in inputs)
+        self.rows.add(rows[0])
+        if not all(x.numel() for x in inputs):
             return
+        samples = self.pair.sample(args, kwargs), self.pair.sample(args, kwargs)
         start = time.perf_counter()
-        outputs = self.pair.expected(x), self.pair.actual(x)
+        outputs = self.pair.expected(samples[0]), self.pair.actual(samples[1])
         seconds = time.perf_counter() - start
-        self.agreement.add(*outputs)
+        if not add_outputs(self.agreement, *outputs):
+            self.agreement.noise = math.inf
         del outputs
         if self.timed:
-            self._time(x, LAYER_ROUNDS if seconds < SLOW_LAYER_SECONDS else SLOW_LAYER_ROUNDS)
+            rounds = LAYER_ROUNDS if seconds < SLOW_LAYER_SECONDS else SLOW_LAYER_ROUNDS
+            self._time((*rows, *(x.dtype for x in inputs)), samples, rounds)
 
-    def _time(self, x: Tensor, rounds: int) -> None:
-        key = (math.prod(x.shape[:-1]), x.dtype)
+    def _time(self, key: tuple[Any, ...], samples: tuple[Sample, Sample], rounds: int) -> None:
         if key not in self.times:
             if len(self.times) == TIMED_SHAPES:
                 return
-            self.times[key] = self._compare(x, rounds)
+            self.times[key] = self._compare(*samples, rounds)
         us_float, us_int8 = self.times[key]
         self.timed_calls += 1
         self.us_float += us_float
         self.us_int8 += us_int8
 
-    def _compare(self, x: Tensor, rounds: int) -> tuple[float, float]:
+    def _compare(self, one: Sample, other: Sample, rounds: int) -> tuple[float, float]:
         """Microseconds of the float and the int8 layer."""
         times = compare(
-            {"float": lambda: self.pair.expected(x), "int8": lambda: self.pair.actual(x)},
+            {"float": lambda: self.pair.expected(one), "int8": lambda: self.pair.actual(other)},
             threads=torch.get_num_threads(),
             rounds=rounds,
             seconds=LAYER_SECONDS,
@@ -310,7 +299,7 @@ def _watching(model: nn.Module, meters: Mapping[str, _Meter]) -> Iterator[None]:
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         torch.backends.mha.set_fastpath_enabled(False)
         for name, meter in meters.items():
-            parent = modules[name.rpartition(".")[0]]
+            parent = modules.get(name.rpartition(".")[0], model)
             if name.endswith("out_proj") and type(parent).forward is nn.MultiheadAttention.forward:
                 _watch_attention(stack, parent, meter)
             else:
@@ -321,7 +310,7 @@ def _watching(model: nn.Module, meters: Mapping[str, _Meter]) -> Iterator[None]:
 
 def _hook(meter: _Meter) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
     def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        meter.measure(next(iter((*args, *kwargs.values())), None))
+        meter.measure(args, kwargs)
 
     return hook
 
@@ -337,7 +326,7 @@ def _watch_attention(stack: contextlib.ExitStack, attention: Any, meter: _Meter)
         mode = modes.pop()
         mode.__exit__(None, None, None)
         if output is not None:
-            meter.measure(mode.x)
+            meter.measure((mode.x,), {})
 
     # always_call: also if the attention raises; its output is None then.
     for handle in (
@@ -345,50 +334,3 @@ def _watch_attention(stack: contextlib.ExitStack, attention: Any, meter: _Meter)
         attention.register_forward_hook(after, always_call=True),
     ):
         stack.callback(handle.remove)
-
-
-def pair_layers(model: nn.Module, int8_model: nn.Module) -> list[Pair]:
-    """The converted layers with the float layers of the same names, each once, in the order of the model.
-
-    Converted layers are QLinears in the place of other types, and other types, such as torch.ao's, in the
-    place of nn.Linear or Hugging Face's Conv1D; not modules without a forward, which hold a graph's tensors.
-
-    Raises:
-        ValueError: if the models are not one model before and after its conversion, with the layer's name.
-    """
-    floats = dict(model.named_modules(remove_duplicate=False))
-    linear_types: tuple[type[nn.Module], ...] = tuple(default_mapping(model))
-    pairs = []
-    for name, layer in int8_model.named_modules():
-        before = floats.get(name)
-        if before is None:
-            if isinstance(layer, QLinear):
-                raise ValueError(
-                    f"dynquant.report: the int8 model has {label(name)}, the float one has not; expected the "
-                    "model before and after its conversion"
-                )
-        elif isinstance(layer, QLinear):
-            if not isinstance(before, QLinear):
-                _check_same_size(name, before, layer)
-                pairs.append(Pair(name, before, layer))
-        elif (
-            isinstance(before, linear_types)
-            and not isinstance(layer, type(before))
-            and type(layer).forward is not nn.Module.forward
-        ):
-            pairs.append(Pair(name, before, layer))
-    return pairs
-
-
-def _check_same_size(name: str, before: nn.Module, after: QLinear) -> None:
-    weight = getattr(before, "weight", None)
-    expected = (after.out_features, after.in_features)
-    shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
-    if type_name(before) == CONV1D and shape is not None:
-        shape = shape[::-1]
-    if shape != expected:
-        raise ValueError(
-            f"dynquant.report: {label(name)} is {expected[0]} x {expected[1]} [N, K] in the int8 model, and "
-            f"in the float one {type(before).__name__} with a weight of shape "
-            f"{None if shape is None else list(shape)}; expected the model before and after its conversion"
-        )

@@ -12,9 +12,11 @@ from ..conversion.plan import Skipped
 from ..conversion.select import select
 from ..conversion.sources import default_mapping
 from ..info import isa
-from ..nn.linear import QLinear
-from ..nn.merged import MergedLinear
-from .layers import Measured, MeasuredModel, Pair, measure_layers, measure_models, pair_layers
+from ..nn.module import QModule
+from ..patterns.hugging_face import CONV1D
+from ..patterns.registry import type_name
+from .layers import Measured, MeasuredModel, measure_layers, measure_models
+from .pairs import Pair, pair_layers
 from .report_data import LayerReport, ModelReport, Report, SkippedLayer
 from .sample import Sample, measuring
 from .sizes import model_bytes, nbytes_of, tensors_of
@@ -92,8 +94,9 @@ def _of_model(model: nn.Module, int8_model: nn.Module, whole: MeasuredModel) -> 
 
 def _of_layer(pair: Pair, layer: Measured) -> LayerReport:
     before, after = pair.float_layer, pair.int8_layer
-    config = after.config if isinstance(after, QLinear) else None
-    sizes: Any = after if isinstance(after, QLinear) else before
+    module = after if isinstance(after, QModule) else None
+    config = None if module is None else module.config
+    n, k = _float_shape(before) if module is None else module.matrix_shape
     return LayerReport(
         name=pair.name,
         float_type=type(before).__name__,
@@ -102,10 +105,10 @@ def _of_layer(pair: Pair, layer: Measured) -> LayerReport:
         weights=config.weights if config else None,
         rotation_block=config.rotation_block if config else None,
         epilogue=config.epilogue if config else None,
-        static=isinstance(after, QLinear) and after.activation_scale is not None,
-        shares_input=_shares_input(after),
-        n=sizes.out_features,
-        k=sizes.in_features,
+        static=module is not None and module.is_static,
+        shares_input=1 if module is None else module.merged_count,
+        n=n,
+        k=k,
         bytes_float=nbytes_of(tensors_of(before)),
         bytes_int8=nbytes_of(tensors_of(after)),
         calls=layer.calls,
@@ -117,10 +120,13 @@ def _of_layer(pair: Pair, layer: Measured) -> LayerReport:
     )
 
 
-def _shares_input(layer: nn.Module) -> int:
-    if isinstance(layer, MergedLinear) and layer.group.merged is not None:
-        return len(layer.group.layers)
-    return 1
+def _float_shape(layer: Any) -> tuple[int | None, int | None]:
+    """N and K of a float layer; None for one that is not linear."""
+    if type_name(layer) == CONV1D:
+        k, n = layer.weight.shape
+        return n, k
+    sizes = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
+    return sizes if all(isinstance(size, int) for size in sizes) else (None, None)
 
 
 def _skipped(
@@ -137,8 +143,8 @@ def _skipped(
     for name, module in model.named_modules():
         if id(module) in converted:
             continue
-        if isinstance(module, QLinear):
-            reason: str | None = "it was a QLinear before"
+        if isinstance(module, QModule):
+            reason: str | None = f"it was a {type(module).__name__} before"
             tensors = tensors_of(module)
         elif types.get(name) is type(module):
             reason = reasons.get(id(module))

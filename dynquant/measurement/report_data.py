@@ -26,11 +26,11 @@ class LayerReport:
         name: its dotted name, the first one if it has several.
         float_type, int8_type: names of the types before and after.
         activations, weights, rotation_block, epilogue: as of :class:`dynquant.Config`; None for a layer that
-            is not a QLinear.
+            is not a :class:`dynquant.QModule`.
         static: whether the qparams of activations are fixed.
         shares_input: the number of layers, with this one, that read the same tensor and run as one in a
             compiled graph (see :func:`dynquant.fuse`); 1 without others. All figures are of each layer alone.
-        n, k: out_features and in_features.
+        n, k: out_features and in_features; None for a layer of a user's type that is not linear.
         bytes_float, bytes_int8: bytes of the layer's tensors; in the int8 layer packed, with sums and scales.
         calls: the number of the layer's calls with the sample. 0: the attributes below are None.
         rows: the different M of its inputs [M, K], ascending.
@@ -49,8 +49,8 @@ class LayerReport:
     epilogue: str | None
     static: bool
     shares_input: int
-    n: int
-    k: int
+    n: int | None
+    k: int | None
     bytes_float: int
     bytes_int8: int
     calls: int
@@ -64,6 +64,11 @@ class LayerReport:
     def speedup(self) -> float | None:
         """Time of the float layer / time of the int8 layer."""
         return _ratio(self.us_float, self.us_int8)
+
+    @property
+    def shape(self) -> str:
+        """N x K in words."""
+        return "" if self.n is None else f"{self.n} x {self.k}"
 
     @property
     def scheme(self) -> tuple[str, ...]:

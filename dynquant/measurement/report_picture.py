@@ -54,7 +54,7 @@ def plot(report: Report, path: Path) -> None:
         # Above the bars, beside the title.
         size.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
 
-    names = [f"{layer.name or '(the model)'}  {layer.n} x {layer.k}" for layer in layers]
+    names = [f"{layer.name or '(the model)'}  {layer.shape}".rstrip() for layer in layers]
     speed.set_yticks(places, names, fontsize=7)
     # Upside down: the first layer on top.
     speed.set_ylim(max(len(layers), 1) - 0.4, -0.6)

@@ -35,7 +35,7 @@ def layer_table(report: Report) -> Table:
     for layer in report.layers:
         table.add_row(
             escape(layer.name or "(the model)"),
-            f"{layer.n} x {layer.k}",
+            layer.shape,
             ", ".join(word for word in layer.scheme if word not in common),
             str(layer.calls),
             rows_text(layer.rows) if layer.calls else NOT_REACHED,

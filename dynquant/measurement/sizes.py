@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn.module import QModule
 from .layers import tensors_in
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
     """All tensors that a module and those in it hold, also packed ones."""
     tensors: list[Tensor] = []
+    if isinstance(module, QModule):
+        return [*module.int8_tensors().values(), *module.other_tensors().values()]
     for part in module.modules():
         tensors += [*part.parameters(recurse=False), *part.buffers(recurse=False)]
         if type(part).__module__.startswith("torch.ao."):

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..conversion.plan import Skipped
-from .layers import Measured, Pair
+from .layers import Measured
+from .pairs import Pair
 from .sample import SAMPLE_WORDS
 
 

@@ -1,5 +1,6 @@
 """Modules that stand in for those of torch.nn."""
 
 from .linear import QLinear
+from .module import QModule
 
-__all__ = ["QLinear"]
+__all__ = ["QLinear", "QModule"]

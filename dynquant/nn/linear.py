@@ -13,8 +13,12 @@ from torch import Tensor, nn
 from .. import ops  # noqa: F401  registers torch.ops.dynquant
 from ..config import Config, layer_config
 from ..own_thread import on_own_thread
+from ..patterns.activations import apply_float
+from ..patterns.hugging_face import CONV1D
+from ..patterns.registry import type_name
 from ..qtensor import FLOAT_WORDS, QTensor, dequantize, tensors_of, to_device, weight_scale, with_tensor
 from ..reference import FLOAT_DTYPES
+from .module import OpCall, QModule
 from .state import (
     check_activation_qparams,
     check_bias,
@@ -43,7 +47,7 @@ _QPARAMS = ("activation_scale", "activation_zero_point")
 """Buffers of a static layer, None in others."""
 
 
-class QLinear(nn.Module):
+class QLinear(QModule):
     """nn.Linear in int8: y = epilogue(x @ weight.T + bias), weights quantized once, x at each call.
 
     A new layer is initialized as nn.Linear is. Casts (``.half()``, ``.to(dtype)``) change the dtype of
@@ -82,6 +86,8 @@ class QLinear(nn.Module):
     activation_scale: Tensor | None
     activation_zero_point: Tensor | None
     _packed: tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None, int]
+
+    has_static_form = True
 
     def __init__(
         self,
@@ -271,6 +277,57 @@ class QLinear(nn.Module):
     @property
     def config(self) -> Config:
         return Config.decode(self._packed[-1])
+
+    @property
+    def is_static(self) -> bool:
+        return self._packed[3] is not None
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    def quantized_weights(self) -> dict[str, QTensor]:
+        return {"weight": self.weight}
+
+    def expected(self, float_module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        y: Tensor = float_module.forward(*args, **kwargs)
+        return apply_float(self.config.epilogue, y)
+
+    def fits(self, float_module: nn.Module) -> bool:
+        weight = getattr(float_module, "weight", None)
+        if not isinstance(weight, Tensor):
+            return False
+        is_transposed = type_name(float_module) == CONV1D
+        return tuple(weight.shape) == self.matrix_shape[:: -1 if is_transposed else 1]
+
+    @property
+    def takes_epilogue(self) -> bool:
+        return self.config.epilogue == "none"
+
+    def set_epilogue(self, epilogue: str) -> None:
+        self._set_weight(self.weight, replace(self.config, epilogue=epilogue))
+
+    @property
+    def is_mergeable(self) -> bool:
+        return type(self) is QLinear
+
+    def why_not_static(self) -> str | None:
+        block = self.config.rotation_block
+        if not block:
+            return None
+        return (
+            f"rotates its input (rotation=hadamard({block})), and a static range would be of the input before"
+        )
+
+    def op_call(self) -> OpCall | None:
+        if type(self).forward is not QLinear.forward:
+            return None
+        *weight, qparams, config = self._packed
+        names = ("packed_weight", "weight_sum", "weight_scale")
+        constants: dict[str, Tensor | None] = {**dict(zip(names, weight, strict=True)), "bias": self.bias}
+        if qparams is None:
+            return OpCall(_linear_dynamic, constants, config)
+        return OpCall(_linear_static, constants | dict(zip(_QPARAMS, qparams, strict=True)), config)
 
     @property
     def weight_scale(self) -> Tensor:

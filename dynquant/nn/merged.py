@@ -126,6 +126,10 @@ class MergedLinear(QLinear):
         # Files of version 0.1.0 name the group "shared".
         super().__setstate__({"group" if name == "shared" else name: value for name, value in state.items()})
 
+    @property
+    def merged_count(self) -> int:
+        return len(self.group.layers) if self.group.merged is not None else 1
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, input shared by {len(self.group.layers)} layers"
 

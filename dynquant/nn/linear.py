@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -79,13 +79,21 @@ class QLinear(QModule):
         RuntimeError: for an input of another shape, dtype or device.
     """
 
-    in_features: int
-    out_features: int
-    weight: QTensor
-    bias: nn.Parameter | None
-    activation_scale: Tensor | None
-    activation_zero_point: Tensor | None
-    _packed: tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None, int]
+    if TYPE_CHECKING:  # at run time torch.jit.script would read them as its own types
+        in_features: int
+        out_features: int
+        weight: QTensor
+        bias: nn.Parameter | None
+        packed_weight: Tensor
+        weight_sum: Tensor
+        channel_scale: Tensor
+        activation_scale: Tensor | None
+        activation_zero_point: Tensor | None
+        _packed: tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None, int]
+        _code: int
+
+    __jit_ignored_attributes__ = ("weight", "_packed")
+    __jit_unused_properties__ = ("config", "weight_scale")
 
     has_static_form = True
 
@@ -170,6 +178,7 @@ class QLinear(QModule):
             qparams,
             config.encode(self.in_features),
         )
+        self.__dict__["_code"] = self._packed[-1]
 
     def set_activation_qparams(self, scale: Tensor | None, zero_point: Tensor | None) -> None:
         """Make the layer static, with these qparams for every input; None for both: dynamic again.
@@ -255,6 +264,28 @@ class QLinear(QModule):
             )
         except (AttributeError, RuntimeError) as error:  # the reference reads attributes before it checks
             raise self._explain(input, error) from None
+
+    def _forward_in_torch_script(self, input: Tensor) -> Tensor:
+        """:meth:`forward` for torch.jit.script, which knows no ``try`` and no ``_parameters``."""
+        scale, zero_point = self.activation_scale, self.activation_zero_point
+        if scale is not None and zero_point is not None:
+            return torch.ops.dynquant.linear_static(
+                input,
+                self.packed_weight,
+                self.weight_sum,
+                self.channel_scale,
+                self.bias,
+                scale,
+                zero_point,
+                self._code,
+            )
+        return torch.ops.dynquant.linear_dynamic(
+            input, self.packed_weight, self.weight_sum, self.channel_scale, self.bias, self._code
+        )
+
+    # torch.jit.script compiles the source of a method, which inspect finds here. __prepare_scriptable__ would
+    # put other modules in place of the layers, in the eager model too.
+    forward.__wrapped__ = _forward_in_torch_script  # type: ignore[attr-defined]
 
     def _explain(self, x: Tensor, error: Exception) -> Exception:
         """The op's error; in terms of the layer if x is at fault."""
@@ -399,7 +430,9 @@ class QLinear(QModule):
 
     def __getstate__(self) -> dict[str, Any]:
         buffers = {name: buffer for name, buffer in self._buffers.items() if name not in _PACKED}
-        return {**self.__dict__, "_buffers": buffers, "_packed": self.config.encode()}
+        state = {**self.__dict__, "_buffers": buffers, "_packed": self.config.encode()}
+        del state["_code"]
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

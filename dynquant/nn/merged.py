@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -109,7 +109,8 @@ class MergedGroup:
 class MergedLinear(QLinear):
     """A QLinear of a :class:`MergedGroup`: QLinear's interface, and a slice of the merged weight."""
 
-    group: MergedGroup
+    if TYPE_CHECKING:  # as in QLinear
+        group: MergedGroup
 
     @classmethod
     def adopt(cls, layer: QLinear, group: MergedGroup) -> MergedLinear:

@@ -93,7 +93,6 @@ class QLinear(QModule):
         _code: int
 
     __jit_ignored_attributes__ = ("weight", "_packed")
-    __jit_unused_properties__ = ("config", "weight_scale")
 
     has_static_form = True
 

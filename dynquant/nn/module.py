@@ -53,6 +53,16 @@ class QModule(nn.Module):
     """Whether :func:`dynquant.calibrate` and :func:`dynquant.freeze` take it: one input is quantized, and may
     have fixed qparams, by ``set_activation_qparams(scale, zero_point)``."""
 
+    __jit_unused_properties__: ClassVar[tuple[str, ...]] = ()
+    """For torch.jit.script, which would compile them: all properties."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        names = {
+            name for base in cls.__mro__ for name, value in vars(base).items() if type(value) is property
+        }
+        cls.__jit_unused_properties__ = tuple(sorted(names))
+
     # ---- from float and back
 
     @classmethod

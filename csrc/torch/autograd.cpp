@@ -12,6 +12,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "autograd.h"
 #include "checks.h"
 
 namespace dynquant {
@@ -180,7 +181,7 @@ Tensor linear_static_autograd(c10::DispatchKeySet keys, const Tensor& x, const T
                                        weight_scale, bias, scale, zero_point, config);
 }
 
-// The other ops have no gradient: they run below autograd, and their results require none.
+// Ops without gradient run below autograd, and their results require none.
 void below_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
@@ -217,11 +218,13 @@ Tensor linear_static_autocast(const Tensor& x, const Tensor& packed_weight, cons
 
 }  // namespace
 
+void run_below_autograd(const std::string& name) {
+  static torch::Library library(torch::Library::IMPL, "dynquant", c10::DispatchKey::Autograd, __FILE__,
+                                __LINE__);
+  library.impl(name.c_str(), torch::CppFunction::makeFromBoxedFunction<&below_autograd>());
+}
+
 TORCH_LIBRARY_IMPL(dynquant, Autograd, m) {
-  for (const char* name : {"min_max", "choose_qparams", "quantize", "rotate", "quantize_weight",
-                           "pack_weight", "unpack_weight", "int8_mm"}) {
-    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&below_autograd>());
-  }
   m.impl("linear_dynamic", linear_dynamic_autograd);
   m.impl("linear_static", linear_static_autograd);
 }

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "autograd.h"
 #include "cpu/isa/dispatch.h"
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
@@ -10,4 +11,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
              "Instruction sets this CPU can run, lowest first.");
   module.def("isa", &dynquant::cpu::isa, "The instruction set in use.");
   module.def("set_isa", &dynquant::cpu::set_isa, pybind11::arg("name"), "Forces one of the available ones.");
+  module.def("run_below_autograd", &dynquant::run_below_autograd, pybind11::arg("name"),
+             "Registers an op as one without gradient.");
 }

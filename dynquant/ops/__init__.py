@@ -1,3 +1,3 @@
 """The ops ``torch.ops.dynquant.*``: importing this registers all of them."""
 
-from . import linear, quantize, weight  # noqa: F401
+from . import registry  # noqa: F401

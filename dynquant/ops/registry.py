@@ -1,60 +1,85 @@
-"""The table of the ops ``torch.ops.dynquant.*``: names and schemas, with the reference as default kernel.
+"""The table of the ops ``torch.ops.dynquant.*``, and their registration.
 
-The extension overrides it for each device (``csrc/torch/*_<device>.cpp``), and brings autograd and autocast
-in C++ (a Python kernel on those keys costs microseconds at every call); without it the same formulas are
-registered here and in :mod:`dynquant.ops.linear`.
+A row gives the schema, the fake kernel and whether the op has derivatives; the reference's function of the
+same name is the kernel of every device without one of its own. The extension brings the kernels of the
+devices (``csrc/torch/*_<device>.cpp``) and, since a Python kernel on these keys costs microseconds at every
+call, autograd and autocast (``csrc/torch/autograd.cpp``); without it :mod:`dynquant.ops.autograd` does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .. import reference
 from .._extension import extension
+from . import autograd, fake
 
-SCHEMAS: dict[str, str] = {
-    "min_max": "(Tensor x, bool per_token) -> (Tensor, Tensor)",
-    "choose_qparams": "(Tensor lo, Tensor hi) -> (Tensor, Tensor)",
-    "quantize": "(Tensor x, Tensor scale, Tensor zero_point) -> Tensor",
-    "rotate": "(Tensor x, int block) -> Tensor",
-    "quantize_weight": "(Tensor weight, int config) -> (Tensor, Tensor)",
-    "pack_weight": "(Tensor weight) -> (Tensor, Tensor)",
-    "unpack_weight": "(Tensor packed_weight, int n, int k) -> Tensor",
-    "int8_mm": "(Tensor q, Tensor packed_weight, Tensor weight_sum) -> Tensor",
-    "linear_dynamic": "(Tensor x, Tensor packed_weight, Tensor weight_sum, Tensor weight_scale, "
-    "Tensor? bias, int config) -> Tensor",
-    "linear_static": "(Tensor x, Tensor packed_weight, Tensor weight_sum, Tensor weight_scale, Tensor? bias, "
-    "Tensor scale, Tensor zero_point, int config) -> Tensor",
-}
-DIFFERENTIABLE = ("linear_dynamic", "linear_static")
+
+@dataclass(frozen=True)
+class Op:
+    """A row of the table.
+
+    Attributes:
+        schema: name, arguments and results, as torch.library.define takes them.
+        fake: shape, dtype and device of the results, by the checks that the kernels make.
+        differentiable: the op has derivatives, in its x and bias, and an output in autocast's dtype. Results
+            of the others require no gradient.
+    """
+
+    schema: str
+    fake: Callable[..., Any]
+    differentiable: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.schema.partition("(")[0]
+
+
+OPS: tuple[Op, ...] = (
+    Op("min_max(Tensor x, bool per_token) -> (Tensor, Tensor)", fake.min_max),
+    Op("choose_qparams(Tensor lo, Tensor hi) -> (Tensor, Tensor)", fake.choose_qparams),
+    Op("quantize(Tensor x, Tensor scale, Tensor zero_point) -> Tensor", fake.quantize),
+    Op("rotate(Tensor x, int block) -> Tensor", fake.rotate),
+    Op("quantize_weight(Tensor weight, int config) -> (Tensor, Tensor)", fake.quantize_weight),
+    Op("pack_weight(Tensor weight) -> (Tensor, Tensor)", fake.pack_weight),
+    Op("unpack_weight(Tensor packed_weight, int n, int k) -> Tensor", fake.unpack_weight),
+    Op("int8_mm(Tensor q, Tensor packed_weight, Tensor weight_sum) -> Tensor", fake.int8_mm),
+    Op(
+        "linear_dynamic(Tensor x, Tensor packed_weight, Tensor weight_sum, Tensor weight_scale, "
+        "Tensor? bias, int config) -> Tensor",
+        fake.linear_dynamic,
+        differentiable=True,
+    ),
+    Op(
+        "linear_static(Tensor x, Tensor packed_weight, Tensor weight_sum, Tensor weight_scale, Tensor? bias, "
+        "Tensor scale, Tensor zero_point, int config) -> Tensor",
+        fake.linear_static,
+        differentiable=True,
+    ),
+)
 
 library = torch.library.Library("dynquant", "DEF")
-for _name, _schema in SCHEMAS.items():
-    library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
 
 
-def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator for the fake kernel of an op."""
-
-    def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
-        # Called in this one file, since torch searches all modules for each file that registers kernels.
-        return torch.library.register_fake(f"dynquant::{name}", kernel, lib=library)
-
-    return register
-
-
-def _without_autograd(name: str) -> Callable[..., Any]:
-    def kernel(*args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return getattr(torch.ops.dynquant, name).default(*args)
-
-    return kernel
+def _register(op: Op) -> None:
+    library.define(op.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(op.name, getattr(reference, op.name), "CompositeExplicitAutograd")
+    # All fake kernels in this one file: torch searches all modules for each file that registers one.
+    torch.library.register_fake(f"dynquant::{op.name}", op.fake, lib=library)
+    if not op.differentiable:
+        if extension is not None:
+            extension.run_below_autograd(op.name)
+        else:
+            library.impl(op.name, autograd.below_autograd(op.name), "Autograd")
+    elif extension is None:
+        library.impl(op.name, autograd.with_derivatives(op.name), "Autograd")
+        for key in ("AutocastCPU", "AutocastCUDA"):
+            library.impl(op.name, autograd.with_autocast_dtype(op.name, key), key)
 
 
-if extension is None:
-    for _name in SCHEMAS.keys() - set(DIFFERENTIABLE):
-        library.impl(_name, _without_autograd(_name), "Autograd")
+for _op in OPS:
+    _register(_op)

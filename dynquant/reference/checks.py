@@ -80,8 +80,37 @@ def check_finite(op: str, name: str, values: Tensor) -> None:
         )
 
 
-def check_qparams(op: str, m: int, scale: Tensor, zero_point: Tensor) -> None:
-    """scale fp32 and zero_point int32, both [1] or both [m]."""
+def check_ranges(op: str, lo: Tensor, hi: Tensor) -> None:
+    """lo and hi are fp32 of one shape."""
+    check(
+        lo.dtype == hi.dtype == torch.float32 and lo.shape == hi.shape,
+        f"{op}: expected lo and hi of dtype float32 and one shape, got {lo.dtype} of shape "
+        f"{list(lo.shape)} and {hi.dtype} of shape {list(hi.shape)}",
+    )
+    check_device(op, "lo", lo, "hi", hi)
+    check_memory(op, "lo", lo)
+    check_memory(op, "hi", hi)
+
+
+def check_weight(op: str, weight: Tensor, rotation_block: int) -> None:
+    """A float matrix [N, K], which ``rotation_block`` (0: none) can rotate."""
+    check(weight.dim() == 2, f"{op}: expected weight with 2 dimensions [N, K], got {weight.dim()}")
+    check_float(op, "weight", weight)
+    if rotation_block:
+        check_rotation(op, weight.shape[1], rotation_block)
+
+
+def check_int8_matrix(op: str, name: str, values: Tensor, sizes: str) -> None:
+    """int8 with 2 dimensions; ``sizes`` is how the error writes them, as in "[M, K]"."""
+    check(
+        values.dtype == torch.int8 and values.dim() == 2,
+        f"{op}: expected {name} to be int8 with 2 dimensions {sizes}, got {values.dtype} with {values.dim()}",
+    )
+    check_memory(op, name, values)
+
+
+def check_qparams(op: str, x: Tensor, m: int, scale: Tensor, zero_point: Tensor) -> None:
+    """scale fp32 and zero_point int32, both [1] or both [m], on the device of x."""
     check(
         scale.dtype == torch.float32 and zero_point.dtype == torch.int32,
         f"{op}: expected scale of dtype float32 and zero_point of dtype int32, got "
@@ -92,6 +121,8 @@ def check_qparams(op: str, m: int, scale: Tensor, zero_point: Tensor) -> None:
         f"{op}: expected scale and zero_point of shape [1] or [{m}], got {list(scale.shape)} and "
         f"{list(zero_point.shape)}",
     )
+    check_device(op, "x", x, "scale", scale)
+    check_device(op, "x", x, "zero_point", zero_point)
     check_memory(op, "scale", scale)
     check_memory(op, "zero_point", zero_point)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check, check_memory
+from .checks import check, check_int8_matrix, check_memory
 
 PANELS = (64, 32, 16)
 ROW_ALIGNMENT = 16
@@ -40,12 +40,7 @@ def pack_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
         [N, 16 * ceil(K/16)], so that every row starts at a multiple of 16 bytes; zeros for padding.
         weight_sum int32 [N].
     """
-    check(
-        weight.dtype == torch.int8 and weight.dim() == 2,
-        f"pack_weight: expected weight to be int8 with 2 dimensions [N, K], got "
-        f"{weight.dtype} with {weight.dim()}",
-    )
-    check_memory("pack_weight", "weight", weight)
+    check_int8_matrix("pack_weight", "weight", weight, "[N, K]")
     if weight.device.type != "meta" and weight.numel() and int(weight.min()) == -128:
         place = (weight == -128).nonzero()[0].tolist()
         raise RuntimeError(f"pack_weight: expected weight in [-127, 127], got -128 at weight{place}")
@@ -84,21 +79,24 @@ def check_packed(op: str, packed_weight: Tensor, n: int, k: int) -> None:
     check_memory(op, "packed_weight", packed_weight)
 
 
-def check_packed_k(op: str, name: str, x: Tensor, packed_weight: Tensor, n: int) -> None:
-    """The packed weight has n channels and the K of x, up to padding, in either layout: on meta a layer keeps
+def check_packed_k(op: str, name: str, k: int, packed_weight: Tensor, n: int) -> None:
+    """The packed weight has n channels and k inputs, up to padding, in either layout: on meta a layer keeps
     the layout of its device. Together with :func:`check_k` this fixes K.
     """
     p, panels = panel_width(n), packed_weight.dim() == 4
     shape = list(packed_weight.shape)
     channels = [-(-n // p), shape[1], p, 4] if panels else [n, *shape[1:2]]
     check(
-        packed_weight.dtype == torch.int8 and len(shape) in (2, 4) and shape == channels,
-        f"{op}: expected packed_weight to be int8 as pack_weight makes it for N = {n}, got "
+        packed_weight.dtype == torch.int8
+        and packed_weight.is_contiguous()
+        and len(shape) in (2, 4)
+        and shape == channels,
+        f"{op}: expected packed_weight to be contiguous int8 as pack_weight makes it for N = {n}, got "
         f"{packed_weight.dtype} of shape {shape}",
     )
-    k, unit = x.shape[-1], 4 if panels else ROW_ALIGNMENT
+    unit = 4 if panels else ROW_ALIGNMENT
     packed = shape[1] * (unit if panels else 1)
     torch._check(
         -(-k // unit) * unit == packed,
-        lambda: f"{op}: expected {name}.shape[-1] to fit packed_weight of shape {shape}, got {k}",
+        lambda: f"{op}: expected {name} to fit packed_weight of shape {shape}, got {k}",
     )

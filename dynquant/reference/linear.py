@@ -12,8 +12,8 @@ from .checks import (
     check_channels,
     check_device,
     check_float,
+    check_int8_matrix,
     check_k,
-    check_memory,
     check_qparams,
     check_rotation,
 )
@@ -34,19 +34,20 @@ def int8_mm(q: Tensor, packed_weight: Tensor, weight_sum: Tensor) -> Tensor:
     Returns:
         int32 [M, N].
     """
-    check(
-        q.dtype == torch.int8 and q.dim() == 2,
-        f"int8_mm: expected q to be int8 with 2 dimensions [M, K], got {q.dtype} with {q.dim()}",
-    )
+    check_int8_mm(q, packed_weight, weight_sum)
+    check_packed("int8_mm", packed_weight, weight_sum.shape[0], q.shape[1])
+    weight = unpack_weight(packed_weight, weight_sum.shape[0], q.shape[1])
+    return _exact_mm(q, weight).to(torch.int32)
+
+
+def check_int8_mm(q: Tensor, packed_weight: Tensor, weight_sum: Tensor) -> None:
+    """The checks of int8_mm without the shape of the packed weight."""
+    check_int8_matrix("int8_mm", "q", q, "[M, K]")
     check_channels("int8_mm", "weight_sum", weight_sum, torch.int32, weight_sum.numel())
     k = q.shape[1]
     check(k <= MAX_K_INT8_MM, f"int8_mm: expected K <= {MAX_K_INT8_MM} so that int32 is exact, got {k}")
     check_device("int8_mm", "q", q, "packed_weight", packed_weight)
     check_device("int8_mm", "q", q, "weight_sum", weight_sum)
-    check_memory("int8_mm", "q", q)
-    check_packed("int8_mm", packed_weight, weight_sum.shape[0], k)
-    weight = unpack_weight(packed_weight, weight_sum.shape[0], k)
-    return _exact_mm(q, weight).to(torch.int32)
 
 
 def _exact_mm(q: Tensor, weight: Tensor) -> Tensor:
@@ -129,9 +130,7 @@ def linear_static(
         [..., N]; a row of x with a NaN or an infinity gives NaN.
     """
     check_linear("linear_static", x, packed_weight, weight_sum, weight_scale, bias)
-    check_qparams("linear_static", 1, scale, zero_point)
-    check_device("linear_static", "x", x, "scale", scale)
-    check_device("linear_static", "x", x, "zero_point", zero_point)
+    check_qparams("linear_static", x, 1, scale, zero_point)
     if zero_point.device.type == "cpu":
         value = int(zero_point.item())
         check(-128 <= value <= 127, f"linear_static: expected zero_point in [-128, 127], got {value}")

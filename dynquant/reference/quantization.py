@@ -7,13 +7,12 @@ from torch import Tensor
 
 from ..config import Config
 from .checks import (
-    check,
-    check_device,
     check_finite,
     check_float,
-    check_memory,
     check_qparams,
+    check_ranges,
     check_rotation,
+    check_weight,
 )
 
 FLT_MIN = torch.finfo(torch.float32).tiny
@@ -61,14 +60,7 @@ def choose_qparams(lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         scale fp32 and zero_point int32 in [-128, 127]; NaN and 0 where lo or hi is not finite.
     """
-    check(
-        lo.dtype == hi.dtype == torch.float32 and lo.shape == hi.shape,
-        f"choose_qparams: expected lo and hi of dtype float32 and one shape, got {lo.dtype} of shape "
-        f"{list(lo.shape)} and {hi.dtype} of shape {list(hi.shape)}",
-    )
-    check_device("choose_qparams", "lo", lo, "hi", hi)
-    check_memory("choose_qparams", "lo", lo)
-    check_memory("choose_qparams", "hi", hi)
+    check_ranges("choose_qparams", lo, hi)
     steps = constant(255.0, lo)
     finite = lo.isfinite() & hi.isfinite()
     scale = torch.where(finite, (hi / steps - lo / steps).clamp(min=FLT_MIN), constant(float("nan"), lo))
@@ -91,9 +83,7 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         int8 of x's shape.
     """
     rows = rows_of("quantize", x)
-    check_qparams("quantize", rows.shape[0], scale, zero_point)
-    check_device("quantize", "x", x, "scale", scale)
-    check_device("quantize", "x", x, "zero_point", zero_point)
+    check_qparams("quantize", x, rows.shape[0], scale, zero_point)
     steps = (rows * _inverse(scale)[:, None]).round() + zero_point[:, None].to(torch.float32)
     q = torch.where(steps.isnan(), 0.0, steps.clamp(-128.0, 127.0))
     return q.to(torch.int8).reshape(x.shape)
@@ -136,11 +126,10 @@ def quantize_weight(weight: Tensor, config: int) -> tuple[Tensor, Tensor]:
         RuntimeError: for a non-finite element, with its index.
     """
     cfg = Config.decode(config)
-    check(weight.dim() == 2, f"quantize_weight: expected weight with 2 dimensions [N, K], got {weight.dim()}")
+    check_weight("quantize_weight", weight, cfg.rotation_block)
     w = rows_of("quantize_weight", weight, "weight")
     check_finite("quantize_weight", "weight", w)
     if cfg.rotation_block:
-        check_rotation("quantize_weight", w.shape[1], cfg.rotation_block)
         w = rotate(w, cfg.rotation_block) * (1.0 / cfg.rotation_block)
         check_finite("quantize_weight", "rotated weight", w)
     groups = w if cfg.weights == "per_channel" else w.reshape(1, -1)

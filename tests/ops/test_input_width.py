@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dynquant import QLinear, fuse_graph, ops, reference
+from dynquant import QLinear, fuse_graph, reference
 from dynquant.config import Config, k_modulo_16, recode
 from dynquant.nn.merged import MergedGroup
+from dynquant.ops.autograd import with_autocast_dtype
 from tests.support.same_bits import assert_same_bits
 
 K, N = 15, 64
@@ -130,7 +131,7 @@ def test_autocast_keeps_it(dtype: torch.dtype) -> None:
     *tensors, _, code = layer()._packed
     with torch.autocast("cpu", dtype):
         refuses_others(lambda x: torch.ops.dynquant.linear_dynamic(x, *tensors, None, code))
-        in_python = ops.linear._with_autocast_dtype("linear_dynamic", "AutocastCPU")
+        in_python = with_autocast_dtype("linear_dynamic", "AutocastCPU")
         refuses_others(lambda x: in_python(x, *tensors, None, code))
         made, x = layer(), torch.randn(2, K)
         assert_same_bits(in_python(x, *tensors, made.bias, code), made(x))
@@ -270,10 +271,10 @@ def test_a_fake_kernel_refuses_other_shapes_of_a_packed_weight(shape: tuple[int,
     weight_sum = torch.empty(N, dtype=torch.int32, device="meta")
     x, scale = torch.empty(2, K, device="meta"), torch.empty(N, device="meta")
     with pytest.raises(
-        RuntimeError, match="linear_dynamic: expected packed_weight to be int8 as pack_weight"
+        RuntimeError, match="linear_dynamic: expected packed_weight to be contiguous int8 as pack_weight"
     ):
         torch.ops.dynquant.linear_dynamic(x, packed_weight, weight_sum, scale, None, 0)
-    with pytest.raises(RuntimeError, match="int8_mm: expected packed_weight to be int8 as pack_weight"):
+    with pytest.raises(RuntimeError, match="int8_mm: expected packed_weight to be contiguous int8 as pack_weight"):
         torch.ops.dynquant.int8_mm(x.to(torch.int8), packed_weight, weight_sum)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 
@@ -9,10 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dynquant
 from dynquant import _extension, reference
 from dynquant.config import EPILOGUES, Config, rotation_block
+from dynquant.ops.registry import OPS
 from tests.support.isas import EVERY_ISA, ISAS, forced
 from tests.support.same_bits import assert_same_bits
 
@@ -575,13 +578,36 @@ def wrong_arguments() -> dict[str, tuple[str, tuple[object, ...], str]]:
     }
 
 
-@pytest.mark.parametrize("through", ["op", "reference"])
+# The fake kernels see no values, and on meta a packed weight keeps the layout of either device.
+OF_VALUES = ("nan weight", "lowest weight")
+FAKE_WORDS = {"inner size": r"expected x.shape\[-1\] to fit packed_weight of shape .* got 16"}
+
+
+@pytest.mark.parametrize("through", ["op", "reference", "fake"])
 @pytest.mark.parametrize("name", wrong_arguments().keys())
 def test_errors_are_sentences(name: str, through: str) -> None:
     op, arguments, words = wrong_arguments()[name]
-    function = getattr(ops if through == "op" else reference, op)
-    with pytest.raises((RuntimeError, ValueError), match=words):
-        function(*arguments)
+    function = getattr(reference if through == "reference" else ops, op)
+    if through != "fake":
+        with pytest.raises((RuntimeError, ValueError), match=words):
+            function(*arguments)
+    elif name not in OF_VALUES:
+        with (
+            FakeTensorMode() as mode,
+            pytest.raises((RuntimeError, ValueError), match=FAKE_WORDS.get(name, words)),
+        ):
+            function(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
+
+
+def test_every_row_of_the_table_is_registered() -> None:
+    """The reference for every device, a kernel of the CPU in C++, autograd, and autocast where it counts."""
+    assert {op.name for op in OPS} == opcheck_cases().keys(), "a case for opcheck for each op, and no other"
+    for op in OPS:
+        has = functools.partial(torch._C._dispatch_has_kernel_for_dispatch_key, f"dynquant::{op.name}")
+        assert has("CompositeExplicitAutograd"), op.name
+        assert has("Autograd"), op.name
+        assert has("AutocastCPU") == has("AutocastCUDA") == op.differentiable, op.name
+        assert has("CPU") == (_extension.extension is not None), op.name
 
 
 def test_an_unavailable_isa() -> None:

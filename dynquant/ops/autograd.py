@@ -1,4 +1,4 @@
-"""Fake kernels of the products, autograd and autocast of the linear ops."""
+"""Autograd and autocast of the ops without the extension; csrc/torch/autograd.cpp has the same formulas."""
 
 from __future__ import annotations
 
@@ -9,69 +9,22 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .._extension import extension
 from ..config import Config, recode
 from ..patterns.activations import apply_float
 from ..reference import FLOAT_DTYPES, rotate, unpack_weight
-from ..reference.checks import check_device, check_k
-from ..reference.layout import check_packed_k
-from ..reference.linear import check_operands
-from .registry import DIFFERENTIABLE, fake, library
 
 
-@fake("int8_mm")
-def _(q: Tensor, packed_weight: Tensor, weight_sum: Tensor) -> Tensor:
-    check_device("int8_mm", "q", q, "packed_weight", packed_weight)
-    check_device("int8_mm", "q", q, "weight_sum", weight_sum)
-    check_packed_k("int8_mm", "q", q, packed_weight, weight_sum.shape[0])
-    return q.new_empty(q.shape[0], weight_sum.shape[0], dtype=torch.int32)
+def below_autograd(name: str) -> Callable[..., Any]:
+    """An op without derivatives: its results require no gradient."""
+
+    def kernel(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.dynquant, name).default(*args)
+
+    return kernel
 
 
-def _fake_output(
-    op: str,
-    x: Tensor,
-    packed_weight: Tensor,
-    weight_sum: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    config: int,
-) -> Tensor:
-    dtype = Config.decode(config).out_dtype or x.dtype
-    check_operands(op, x, packed_weight, weight_sum, weight_scale, bias)
-    check_packed_k(op, "x", x, packed_weight, weight_scale.shape[0])
-    check_k(op, x, config)
-    return x.new_empty(*x.shape[:-1], weight_scale.shape[0], dtype=dtype)
-
-
-@fake("linear_dynamic")
-def _(
-    x: Tensor,
-    packed_weight: Tensor,
-    weight_sum: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    config: int,
-) -> Tensor:
-    return _fake_output("linear_dynamic", x, packed_weight, weight_sum, weight_scale, bias, config)
-
-
-@fake("linear_static")
-def _(
-    x: Tensor,
-    packed_weight: Tensor,
-    weight_sum: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    scale: Tensor,
-    zero_point: Tensor,
-    config: int,
-) -> Tensor:
-    check_device("linear_static", "x", x, "scale", scale)
-    check_device("linear_static", "x", x, "zero_point", zero_point)
-    return _fake_output("linear_static", x, packed_weight, weight_sum, weight_scale, bias, config)
-
-
-def _with_autocast_dtype(name: str, key: str) -> Callable[..., Any]:
+def with_autocast_dtype(name: str, key: str) -> Callable[..., Any]:
     device_type = key.removeprefix("Autocast").lower()
     excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
@@ -86,7 +39,7 @@ def _with_autocast_dtype(name: str, key: str) -> Callable[..., Any]:
     return kernel
 
 
-def _with_derivatives(name: str) -> Callable[..., Any]:
+def with_derivatives(name: str) -> Callable[..., Any]:
     """Straight-through: the op as x @ dequantized weight.T + bias, then the epilogue, for any derivative."""
 
     def kernel(x: Tensor, *args: Any) -> Any:
@@ -116,10 +69,3 @@ def _with_derivatives(name: str) -> Callable[..., Any]:
         return out + change.to(out.dtype)
 
     return kernel
-
-
-if extension is None:
-    for _name in DIFFERENTIABLE:
-        library.impl(_name, _with_derivatives(_name), "Autograd")
-        for _key in ("AutocastCPU", "AutocastCUDA"):
-            library.impl(_name, _with_autocast_dtype(_name, _key), _key)

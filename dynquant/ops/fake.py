@@ -1,0 +1,119 @@
+"""Fake kernels: shapes, dtypes and devices of each op's results, by the checks that the kernels make."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..config import Config
+from ..reference import packed_shape
+from ..reference.checks import (
+    check_float,
+    check_int8_matrix,
+    check_k,
+    check_qparams,
+    check_ranges,
+    check_rotation,
+    check_weight,
+)
+from ..reference.layout import check_packed_k
+from ..reference.linear import check_int8_mm, check_operands
+
+# ---- rows of x ----
+
+
+def min_max(x: Tensor, per_token: bool) -> tuple[Tensor, Tensor]:
+    check_float("min_max", "x", x)
+    m = x.shape[:-1].numel() if per_token else 1
+    return x.new_empty(m, dtype=torch.float32), x.new_empty(m, dtype=torch.float32)
+
+
+def choose_qparams(lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+    check_ranges("choose_qparams", lo, hi)
+    return torch.empty_like(lo), torch.empty_like(lo, dtype=torch.int32)
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    check_float("quantize", "x", x)
+    check_qparams("quantize", x, x.shape[:-1].numel(), scale, zero_point)
+    return x.new_empty(x.shape, dtype=torch.int8)
+
+
+def rotate(x: Tensor, block: int) -> Tensor:
+    check_float("rotate", "x", x)
+    check_rotation("rotate", x.shape[-1], block)
+    return x.new_empty(x.shape, dtype=torch.float32)
+
+
+# ---- weights ----
+
+
+def quantize_weight(weight: Tensor, config: int) -> tuple[Tensor, Tensor]:
+    cfg = Config.decode(config)
+    check_weight("quantize_weight", weight, cfg.rotation_block)
+    scales = weight.shape[0] if cfg.weights == "per_channel" else 1
+    return weight.new_empty(weight.shape, dtype=torch.int8), weight.new_empty(scales, dtype=torch.float32)
+
+
+def pack_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    check_int8_matrix("pack_weight", "weight", weight, "[N, K]")
+    n, k = weight.shape
+    packed = weight.new_empty(packed_shape(weight.device, n, k), dtype=torch.int8)
+    return packed, weight.new_empty(n, dtype=torch.int32)
+
+
+def unpack_weight(packed_weight: Tensor, n: int, k: int) -> Tensor:
+    check_packed_k("unpack_weight", "k", k, packed_weight, n)
+    return packed_weight.new_empty(n, k)
+
+
+# ---- products ----
+
+
+def int8_mm(q: Tensor, packed_weight: Tensor, weight_sum: Tensor) -> Tensor:
+    check_int8_mm(q, packed_weight, weight_sum)
+    check_packed_k("int8_mm", "q.shape[-1]", q.shape[1], packed_weight, weight_sum.shape[0])
+    return q.new_empty(q.shape[0], weight_sum.shape[0], dtype=torch.int32)
+
+
+def _fake_output(
+    op: str,
+    x: Tensor,
+    packed_weight: Tensor,
+    weight_sum: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    config: int,
+) -> Tensor:
+    cfg = Config.decode(config)
+    check_operands(op, x, packed_weight, weight_sum, weight_scale, bias)
+    check_packed_k(op, "x.shape[-1]", x.shape[-1], packed_weight, weight_scale.shape[0])
+    check_k(op, x, config)
+    if cfg.rotation_block:
+        check_rotation(op, x.shape[-1], cfg.rotation_block)
+    return x.new_empty(*x.shape[:-1], weight_scale.shape[0], dtype=cfg.out_dtype or x.dtype)
+
+
+def linear_dynamic(
+    x: Tensor,
+    packed_weight: Tensor,
+    weight_sum: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    config: int,
+) -> Tensor:
+    return _fake_output("linear_dynamic", x, packed_weight, weight_sum, weight_scale, bias, config)
+
+
+def linear_static(
+    x: Tensor,
+    packed_weight: Tensor,
+    weight_sum: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    zero_point: Tensor,
+    config: int,
+) -> Tensor:
+    check_qparams("linear_static", x, 1, scale, zero_point)
+    return _fake_output("linear_static", x, packed_weight, weight_sum, weight_scale, bias, config)

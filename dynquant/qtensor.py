@@ -340,10 +340,17 @@ def _map_tensors(w: QTensor, function: Callable[[Tensor], Tensor], dtype: torch.
 
 
 def _alias(w: QTensor, *args: Any, **kwargs: Any) -> QTensor:
-    """A new QTensor of the same tensors: they are never written to, so a clone may share them."""
+    """A new QTensor of the same tensors."""
     if torch.compiler.is_compiling():
         return w
     return _map_tensors(w, lambda tensor: tensor, w.dtype)
+
+
+def _clone(w: QTensor, *args: Any, **kwargs: Any) -> QTensor:
+    """A copy: loading a state_dict writes to the tensors of a layer's weight."""
+    if torch.compiler.is_compiling():
+        return w
+    return _map_tensors(w, Tensor.clone, w.dtype)
 
 
 def _share_memory(w: QTensor) -> QTensor:
@@ -411,7 +418,7 @@ _METHODS: dict[str, Callable[..., Any]] = {
     "double": lambda w, *args, **kwargs: _to(w, torch.float64),
     "contiguous": lambda w, *args, **kwargs: w,
     "detach": _alias,
-    "clone": _alias,
+    "clone": _clone,
     "size": lambda w, dim=None: w.shape if dim is None else w.shape[dim],
     "dim": lambda w: 2,
     "numel": lambda w: w.shape.numel(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -18,11 +17,14 @@ from ..patterns.hugging_face import CONV1D
 from ..patterns.registry import type_name
 from ..qtensor import FLOAT_WORDS, QTensor, dequantize, tensors_of, to_device, weight_scale, with_tensor
 from ..reference import FLOAT_DTYPES
-from .module import OpCall, QModule
+from . import tied
+from .module import OpCall
+from .names import LinearNames
 from .state import (
     check_activation_qparams,
     check_bias,
     check_entries,
+    check_loaded_bias,
     check_not_rotated,
     check_origin,
     for_autograd,
@@ -35,7 +37,6 @@ from .state import (
     warn_of_float_weights,
     warn_of_meta,
     weight_entries,
-    with_fp32_bias,
 )
 
 _linear_dynamic = torch.ops.dynquant.linear_dynamic.default
@@ -47,11 +48,12 @@ _QPARAMS = ("activation_scale", "activation_zero_point")
 """Buffers of a static layer, None in others."""
 
 
-class QLinear(QModule):
+class QLinear(LinearNames):
     """nn.Linear in int8: y = epilogue(x @ weight.T + bias), weights quantized once, x at each call.
 
-    A new layer is initialized as nn.Linear is. Casts (``.half()``, ``.to(dtype)``) change the dtype of
-    ``.weight`` and nothing else: scales and bias stay fp32, and inputs of every float dtype are accepted.
+    A new layer is initialized as nn.Linear is. Casts (``.half()``, ``.to(dtype)``) change the dtype that
+    ``.weight`` shows, and the bias as nn.Linear's; the op computes with it in fp32. Scales stay fp32, and
+    inputs of every float dtype are accepted.
 
     Args:
         in_features, out_features, bias, device, dtype: as nn.Linear's.
@@ -63,7 +65,7 @@ class QLinear(QModule):
     Attributes:
         weight: the :class:`dynquant.QTensor` [N, K]. Assigning a float tensor quantizes that one instead.
         weight_scale: fp32 [N], [1] per_tensor.
-        bias: fp32 Parameter [N], or None.
+        bias: float Parameter [N], or None.
         activation_scale, activation_zero_point: fp32 and int32 [1], the qparams of every input if the
             layer is static (see :func:`dynquant.freeze`), else None: qparams come from each input.
         config: the :class:`dynquant.Config` in use.
@@ -149,7 +151,7 @@ class QLinear(QModule):
         bias = linear.bias
         if bias is not None:
             with torch.inference_mode(False):
-                copy = bias.detach().to(torch.float32, copy=True)
+                copy = bias.detach().clone(memory_format=torch.contiguous_format)
                 bias = nn.Parameter(copy, requires_grad=bias.requires_grad)
         self.register_parameter("bias", bias)
         self.register_buffer("activation_scale", None)
@@ -206,29 +208,6 @@ class QLinear(QModule):
         scale, zero_point = (None, None) if qparams is None else map(for_autograd, qparams)
         self._buffers["activation_scale"], self._buffers["activation_zero_point"] = scale, zero_point
 
-    def take_members_of(self, float_type: type) -> None:
-        """Answer for the methods, properties and constants that ``float_type``, a subclass of nn.Linear, has
-        beyond nn.Linear's, as an instance of it would."""
-        members = {
-            name: member
-            for base in reversed(float_type.__mro__)
-            if issubclass(base, nn.Linear) and base is not nn.Linear
-            for name, member in vars(base).items()
-            if not (name.startswith("__") or hasattr(QLinear, name))
-        }
-        if members:
-            self.__dict__["_float_type"] = float_type
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            member = inspect.getattr_static(self.__dict__.get("_float_type"), name, None)
-            if member is None or name.startswith("__"):
-                raise
-        bind = getattr(type(member), "__get__", None)
-        return member if bind is None else bind(member, self, type(self))
-
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _PACKED:
             self._set_weight(with_tensor(self.weight, name, value), self.config)
@@ -236,11 +215,7 @@ class QLinear(QModule):
             qparams = {other: self._buffers[other] for other in _QPARAMS} | {name: value}
             self.set_activation_qparams(*qparams.values())
         elif name != "weight":
-            member = inspect.getattr_static(self.__dict__.get("_float_type"), name, None)
-            if isinstance(member, property):
-                member.__set__(self, value)
-            else:
-                super().__setattr__(name, value)
+            super().__setattr__(name, value)
         elif isinstance(value, QTensor):
             config = value.config
             config = replace(self.config, weights=config.weights, rotation_block=config.rotation_block)
@@ -403,7 +378,7 @@ class QLinear(QModule):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={has_bias}, {scheme}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QLinear:
-        """Implements ``.to``, ``.cuda``, ``.half``, ``.to_empty`` …: moves all tensors, casts none."""
+        """Implements ``.to``, ``.cuda``, ``.half``, ``.to_empty`` …: moves all tensors, casts the bias."""
 
         @torch.inference_mode(False)
         def move(tensor: Tensor) -> Tensor:
@@ -414,10 +389,10 @@ class QLinear(QModule):
         dtype = fn(torch.empty(0, dtype=self.weight.dtype, device=self.weight.device)).dtype
         if dtype not in FLOAT_DTYPES:
             raise TypeError(f"QLinear: expected a cast to {FLOAT_WORDS}, got {dtype}")
-        weight = to_device(self.weight, move, dtype)
+        weight = tied.replaced(self.weight, fn, lambda: to_device(self.weight, move, dtype))
         for name in _PACKED:
             del self._buffers[name]
-        own = {id(tensor) for tensor in (self.bias, self.activation_scale, self.activation_zero_point)}
+        own = {id(tensor) for tensor in (self.activation_scale, self.activation_zero_point)}
         try:
             if recurse:
                 for child in self.children():
@@ -462,7 +437,7 @@ class QLinear(QModule):
         on_meta = self.weight.device.type == "meta"
         device = None if assign else self.weight.device
 
-        def read() -> tuple[tuple[QTensor, Config] | None, tuple[Tensor, Tensor] | None, dict[str, Any]]:
+        def read() -> tuple[tuple[QTensor, Config] | None, tuple[Tensor, Tensor] | None]:
             check_origin(state_dict, prefix)
             check_entries(state_dict, prefix, meta=assign or on_meta)
             missing = missing_entries(entries)
@@ -472,11 +447,12 @@ class QLinear(QModule):
                 loaded = read_weight(entries, like=self.weight, config=self.config, device=device)
             config = self.config if loaded is None else loaded[1]
             qparams = read_activation_qparams(state_dict, prefix, config, self._packed[3], device)
-            return loaded, qparams, with_fp32_bias(state_dict, prefix, self.bias)
+            check_loaded_bias(state_dict, prefix, self.bias)
+            return loaded, qparams
 
         tensors = [value for value in entries.values() if isinstance(value, Tensor)]
         try:
-            loaded, qparams, state_dict = on_own_thread(tensors, read)
+            loaded, qparams = on_own_thread(tensors, read)
         except (ValueError, RuntimeError, TypeError) as error:
             error_msgs.append(f"QLinear {prefix.removesuffix('.')!r}: {error}")
             return
@@ -486,8 +462,15 @@ class QLinear(QModule):
         if loaded is not None and on_meta and not assign and tensors[0].device.type != "meta":
             warn_of_meta(prefix + "weight")
         if loaded is not None or qparams is not None:
+            weight, config = self.weight, self.config
+            if loaded is not None:
+                weight, config = tied.loaded(weight, loaded[0], error_msgs, assign), loaded[1]
             self._set_qparams(qparams)
-            self._set_weight(*(loaded or (self.weight, self.config)))
+            self._set_weight(weight, config)
+        bias = state_dict.get(prefix + "bias")
+        if bias is not None and self.bias is not None and not is_float_weight(entries):
+            # As the dtype of .weight, that of the bias is the saved layer's: no bit of it is lost.
+            self.bias.data = self.bias.data.to(bias.dtype)
         unexpected: list[str] = []
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected, error_msgs

@@ -1,8 +1,8 @@
 """The state_dict formats of quantized layers: entries, their loading, and checks of a layer's tensors.
 
-Format 2: ``weight`` int8 [N, K, 1], ``weight_scale`` fp32 [N] or [1], ``bias`` fp32 [N] if the layer has one,
-and ``format`` int64 [4]: (version, config, 1 + index in FLOAT_DTYPES of the dtype of ``.weight``, 0). A
-static layer has ``activation_scale`` fp32 [1] and ``activation_zero_point`` int32 [1] as well.
+Format 2: ``weight`` int8 [N, K, 1], ``weight_scale`` fp32 [N] or [1], ``bias`` [N] of any float dtype if the
+layer has one, and ``format`` int64 [4]: (version, config, 1 + index in FLOAT_DTYPES of the dtype of
+``.weight``, 0). A static layer has ``activation_scale`` fp32 [1] and ``activation_zero_point`` int32 [1] too.
 
 The last dimension of ``weight`` keeps it out of float layers. Loaders that only log keys they do not know
 (transformers' from_pretrained, accelerate, ``strict=False``) would copy the integers into the float weights;
@@ -71,7 +71,7 @@ def missing_entries(entries: Mapping[str, Any]) -> list[str]:
 def read_weight(
     entries: Mapping[str, Any], *, like: QTensor, config: Config, device: torch.device | None
 ) -> tuple[QTensor, Config]:
-    """The weight of a state_dict, packed on ``device`` (None: its own), and its scheme.
+    """The weight of a state_dict, packed on ``device`` (None: assigned, where it is), and its scheme.
 
     Args:
         entries: ``weight``, ``weight_scale`` and ``format``; the last two are None for a float weight.
@@ -83,7 +83,8 @@ def read_weight(
     weight, scale, format = entries["weight"], entries["weight_scale"], entries["format"]
     if is_float_weight(entries):
         _check_shape(weight, list(like.shape))
-        return with_dtype(quantized(weight.to(device), config), like.dtype), config
+        weight = quantized(weight.to(device), config)
+        return (weight if device is None else with_dtype(weight, like.dtype)), config
     version, saved, dtype = read_format(format)
     _check_shape(weight, [*like.shape, 1] if version > 1 else list(like.shape))
     if saved.epilogue != config.epilogue:
@@ -118,8 +119,8 @@ def read_format(format: Tensor) -> tuple[int, Config, torch.dtype]:
     return version, saved, FLOAT_DTYPES[dtype - 1]
 
 
-def with_fp32_bias(state_dict: dict[str, Any], prefix: str, own: Tensor | None) -> dict[str, Any]:
-    """The state_dict with a layer's bias in fp32, which may have any float dtype in it.
+def check_loaded_bias(state_dict: Mapping[str, Any], prefix: str, own: Tensor | None) -> None:
+    """The bias of a state_dict, which may have any float dtype.
 
     Args:
         own: the bias of the layer.
@@ -129,13 +130,10 @@ def with_fp32_bias(state_dict: dict[str, Any], prefix: str, own: Tensor | None) 
     """
     bias = state_dict.get(prefix + "bias")
     if bias is None or own is None:
-        return state_dict
+        return
     check_bias(bias)
     if bias.shape != own.shape:
         raise ValueError(f"expected bias of shape {list(own.shape)}, got {list(bias.shape)}")
-    return (
-        state_dict if bias.dtype == torch.float32 else {**state_dict, prefix + "bias": bias.to(torch.float32)}
-    )
 
 
 def check_origin(state_dict: Mapping[str, Any], prefix: str) -> None:

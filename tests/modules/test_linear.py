@@ -73,7 +73,8 @@ def test_equals_nn_linear_within_the_bound(k, n, scheme):
 def test_any_float_dtype_of_input_and_weight(dtype, weight_dtype):
     linear, layer = pair(32, 9, dtype=weight_dtype)
     assert layer.weight.dtype == weight_dtype
-    assert layer.bias.dtype == layer.weight_scale.dtype == torch.float32
+    assert layer.bias.dtype == weight_dtype
+    assert layer.weight_scale.dtype == torch.float32
     assert_close_to_float(linear, layer, torch.randn(4, 32, dtype=dtype))
 
 
@@ -308,10 +309,10 @@ def test_hooks_run():
     assert seen == ["pre"]
 
 
-def test_casts_change_only_the_dtype_that_weight_shows():
+def test_casts_change_the_dtype_that_weight_shows_and_the_bias():
     _, layer = pair(16, 6)
     x = torch.randn(3, 16)
-    y = layer(x)
+    bias = layer.bias.detach().clone()
     for cast, dtype in (
         (lambda m: m.half(), torch.float16),
         (lambda m: m.to(torch.bfloat16), torch.bfloat16),
@@ -320,9 +321,12 @@ def test_casts_change_only_the_dtype_that_weight_shows():
         (lambda m: m.float(), torch.float32),
     ):
         assert cast(layer) is layer
-        assert layer.weight.dtype == dtype
-        assert layer.weight_scale.dtype == layer.bias.dtype == torch.float32
-        assert_same_bits(layer(x), y)
+        assert layer.weight.dtype == layer.bias.dtype == dtype
+        assert layer.weight_scale.dtype == torch.float32
+        bias = bias.to(dtype)
+        assert_same_bits(layer.bias.detach(), bias)
+        fp32 = copy.deepcopy(layer).float()
+        assert_same_bits(layer(x), fp32(x))
 
 
 def test_moving_to_another_device_and_back():
@@ -589,8 +593,8 @@ def test_a_float_state_dict_is_quantized_with_a_warning():
     with pytest.warns(UserWarning, match=r"QLinear: the state_dict holds float weights"):
         fresh.load_state_dict(linear.state_dict())
     x = torch.randn(3, 32)
-    assert_same_bits(fresh(x), layer(x))
-    assert fresh.weight.dtype == torch.float16
+    assert_same_bits(fresh(x), layer.half()(x))
+    assert fresh.weight.dtype == fresh.bias.dtype == torch.float16
 
 
 def _altered(**changes) -> dict[str, Tensor]:

@@ -111,8 +111,8 @@ def test_linear_with_it_runs_in_int8(scheme):
         lambda w: w.to(dtype=torch.float16, device=torch.device("cpu"), copy=True),
         lambda w: w.half(),
         lambda w: w.bfloat16().half(),
-        lambda w: w.double().float().half().cpu().detach().contiguous().clone().data,
-        lambda w: torch.clone(torch.detach(w.half())),
+        lambda w: w.double().float().half().cpu().detach().contiguous().data,
+        lambda w: torch.detach(w.half()),
     ],
 )
 def test_casts_and_copies_stay_quantized(same):
@@ -122,6 +122,16 @@ def test_casts_and_copies_stay_quantized(same):
     assert half.dtype == torch.float16
     assert_same_bits(half.int_repr(), w.int_repr())
     assert half.packed_weight is w.packed_weight
+
+
+@pytest.mark.parametrize("clone", [Tensor.clone, torch.clone, lambda w: w.half().clone().float()])
+def test_a_clone_has_memory_of_its_own(clone):
+    w = quantized()
+    copied = clone(w)
+    assert type(copied) is QTensor
+    assert_same_bits(copied.int_repr(), w.int_repr())
+    for name in ("packed_weight", "weight_sum", "channel_scale"):
+        assert getattr(copied, name).data_ptr() != getattr(w, name).data_ptr()
 
 
 def test_a_cast_that_changes_nothing_returns_itself():

@@ -27,6 +27,7 @@ import torch
 ACTIVATIONS = ("per_token", "per_tensor")
 WEIGHTS = ("per_channel", "per_tensor")
 EPILOGUES = ("none", "relu", "gelu", "gelu_tanh", "silu")
+NORMS = ("layer_norm", "rms_norm")
 OUT_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_ROTATION_BLOCK = 128
 K_MODULUS = 16

@@ -187,6 +187,27 @@ void below_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet keys, tor
   op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
 }
 
+bool requires_grad(const c10::IValue& value) {
+  if (value.isTensor()) return value.toTensor().requires_grad();
+  if (!value.isList()) return false;
+  for (const c10::IValue& element : value.toListRef()) {
+    if (requires_grad(element)) return true;
+  }
+  return false;
+}
+
+// Ops of whole blocks: their callers have the parts, which have derivatives.
+void refuse_gradients(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  if (at::GradMode::is_enabled()) {
+    for (const c10::IValue& argument : torch::jit::last(*stack, op.schema().arguments().size())) {
+      TORCH_CHECK_NOT_IMPLEMENTED(!requires_grad(argument), op.schema().name().substr(10),
+                                  ": expected inputs that require no gradient, since this op has no "
+                                  "derivative; call it under torch.no_grad()");
+    }
+  }
+  below_autograd(op, keys, stack);
+}
+
 // Under autocast the output has the autocast dtype; the input keeps its dtype. fp64 stays as it is, as in
 // torch.
 int64_t autocast_config(c10::DeviceType device, const Tensor& x, int64_t code) {
@@ -218,10 +239,12 @@ Tensor linear_static_autocast(const Tensor& x, const Tensor& packed_weight, cons
 
 }  // namespace
 
-void run_below_autograd(const std::string& name) {
+void run_below_autograd(const std::string& name, bool refuses_gradients) {
   static torch::Library library(torch::Library::IMPL, "dynquant", c10::DispatchKey::Autograd, __FILE__,
                                 __LINE__);
-  library.impl(name.c_str(), torch::CppFunction::makeFromBoxedFunction<&below_autograd>());
+  library.impl(name.c_str(), refuses_gradients
+                                 ? torch::CppFunction::makeFromBoxedFunction<&refuse_gradients>()
+                                 : torch::CppFunction::makeFromBoxedFunction<&below_autograd>());
 }
 
 TORCH_LIBRARY_IMPL(dynquant, Autograd, m) {

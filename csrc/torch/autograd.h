@@ -5,7 +5,7 @@
 
 namespace dynquant {
 
-// An op without gradient: its results require none.
-void run_below_autograd(const std::string& name);
+// An op without gradient: its results require none, or it refuses inputs that do.
+void run_below_autograd(const std::string& name, bool refuses_gradients);
 
 }  // namespace dynquant

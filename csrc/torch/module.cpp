@@ -12,5 +12,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("isa", &dynquant::cpu::isa, "The instruction set in use.");
   module.def("set_isa", &dynquant::cpu::set_isa, pybind11::arg("name"), "Forces one of the available ones.");
   module.def("run_below_autograd", &dynquant::run_below_autograd, pybind11::arg("name"),
-             "Registers an op as one without gradient.");
+             pybind11::arg("refuses_gradients"), "Registers an op as one without gradient.");
 }

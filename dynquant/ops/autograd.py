@@ -13,11 +13,21 @@ from ..config import Config, recode
 from ..patterns.activations import apply_float
 from ..reference import FLOAT_DTYPES, rotate, unpack_weight
 
+NO_DERIVATIVE = (
+    "{}: expected inputs that require no gradient, since this op has no derivative; call it under "
+    "torch.no_grad()"
+)
 
-def below_autograd(name: str) -> Callable[..., Any]:
-    """An op without derivatives: its results require no gradient."""
+
+def below_autograd(name: str, refuses: bool) -> Callable[..., Any]:
+    """An op without derivatives: its results require no gradient, or it ``refuses`` inputs that do."""
 
     def kernel(*args: Any) -> Any:
+        if refuses and torch.is_grad_enabled():
+            lists = [argument if isinstance(argument, (list, tuple)) else [argument] for argument in args]
+            tensors = [value for values in lists for value in values if isinstance(value, Tensor)]
+            if any(tensor.requires_grad for tensor in tensors):
+                raise NotImplementedError(NO_DERIVATIVE.format(name))
         with torch._C._AutoDispatchBelowAutograd():
             return getattr(torch.ops.dynquant, name).default(*args)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from ..reference.checks import (
 )
 from ..reference.layout import check_packed_k
 from ..reference.linear import check_int8_mm, check_operands
+from ..reference.mlp import Tensors, channels, check_linear_mlp, check_linear_norm, check_mlp
 
 # ---- rows of x ----
 
@@ -88,7 +91,7 @@ def _fake_output(
     cfg = Config.decode(config)
     check_operands(op, x, packed_weight, weight_sum, weight_scale, bias)
     check_packed_k(op, "x.shape[-1]", x.shape[-1], packed_weight, weight_scale.shape[0])
-    check_k(op, x, config)
+    check_k(op, x.shape[-1], config)
     if cfg.rotation_block:
         check_rotation(op, x.shape[-1], cfg.rotation_block)
     return x.new_empty(*x.shape[:-1], weight_scale.shape[0], dtype=cfg.out_dtype or x.dtype)
@@ -117,3 +120,58 @@ def linear_static(
 ) -> Tensor:
     check_qparams("linear_static", x, 1, scale, zero_point)
     return _fake_output("linear_static", x, packed_weight, weight_sum, weight_scale, bias, config)
+
+
+# ---- layers with residual and norm ----
+
+
+def _like(x: Tensor, n: int, config: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], n, dtype=Config.decode(config).out_dtype or x.dtype)
+
+
+def linear_norm(
+    x: Tensor,
+    layer: Tensors,
+    config: int,
+    residual: Tensor | None,
+    norm_in: Tensors,
+    norm_out: Tensors,
+    eps: float,
+    norm: int,
+) -> Tensor:
+    check_linear_norm(x, layer, config, residual, norm_in, norm_out, norm)
+    return _like(x, channels(layer), config)
+
+
+def mlp(
+    x: Tensor,
+    gate: Tensors,
+    up: Tensors,
+    down: Tensors,
+    configs: Sequence[int],
+    residual: Tensor | None,
+    norm_in: Tensors,
+    norm_out: Tensors,
+    eps: float,
+    norm: int,
+) -> Tensor:
+    check_mlp(x, gate, up, down, configs, residual, norm_in, norm_out, norm)
+    return _like(x, channels(down), configs[2])
+
+
+def linear_mlp(
+    x: Tensor,
+    layer: Tensors,
+    gate: Tensors,
+    up: Tensors,
+    down: Tensors,
+    configs: Sequence[int],
+    residual: Tensor,
+    first_norm: Tensors,
+    second_norm: Tensors,
+    eps: float,
+    norm: int,
+    pre_norm: bool,
+) -> Tensor:
+    check_linear_mlp(x, layer, gate, up, down, configs, residual, first_norm, second_norm, norm, pre_norm)
+    return _like(x, channels(down), configs[3])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -19,6 +20,14 @@ from .._extension import extension
 from . import autograd, fake
 
 
+class Derivative(Enum):
+    """What happens where a gradient of an op is asked for."""
+
+    NONE = "its results require no gradient"
+    REFUSED = "an error: the caller has another way to compute it"
+    STRAIGHT_THROUGH = "derivatives in x and bias; the output has autocast's dtype under autocast"
+
+
 @dataclass(frozen=True)
 class Op:
     """A row of the table.
@@ -26,13 +35,12 @@ class Op:
     Attributes:
         schema: name, arguments and results, as torch.library.define takes them.
         fake: shape, dtype and device of the results, by the checks that the kernels make.
-        differentiable: the op has derivatives, in its x and bias, and an output in autocast's dtype. Results
-            of the others require no gradient.
+        derivative: see :class:`Derivative`.
     """
 
     schema: str
     fake: Callable[..., Any]
-    differentiable: bool = False
+    derivative: Derivative = Derivative.NONE
 
     @property
     def name(self) -> str:
@@ -52,13 +60,32 @@ OPS: tuple[Op, ...] = (
         "linear_dynamic(Tensor x, Tensor packed_weight, Tensor weight_sum, Tensor weight_scale, "
         "Tensor? bias, int config) -> Tensor",
         fake.linear_dynamic,
-        differentiable=True,
+        Derivative.STRAIGHT_THROUGH,
     ),
     Op(
         "linear_static(Tensor x, Tensor packed_weight, Tensor weight_sum, Tensor weight_scale, Tensor? bias, "
         "Tensor scale, Tensor zero_point, int config) -> Tensor",
         fake.linear_static,
-        differentiable=True,
+        Derivative.STRAIGHT_THROUGH,
+    ),
+    Op(
+        "linear_norm(Tensor x, Tensor?[] layer, int config, Tensor? residual, Tensor?[] norm_in, "
+        "Tensor?[] norm_out, float eps, int norm) -> Tensor",
+        fake.linear_norm,
+        Derivative.REFUSED,
+    ),
+    Op(
+        "mlp(Tensor x, Tensor?[] gate, Tensor?[] up, Tensor?[] down, int[] configs, Tensor? residual, "
+        "Tensor?[] norm_in, Tensor?[] norm_out, float eps, int norm) -> Tensor",
+        fake.mlp,
+        Derivative.REFUSED,
+    ),
+    Op(
+        "linear_mlp(Tensor x, Tensor?[] layer, Tensor?[] gate, Tensor?[] up, Tensor?[] down, int[] configs, "
+        "Tensor residual, Tensor?[] first_norm, Tensor?[] second_norm, float eps, int norm, bool pre_norm) "
+        "-> Tensor",
+        fake.linear_mlp,
+        Derivative.REFUSED,
     ),
 )
 
@@ -70,15 +97,17 @@ def _register(op: Op) -> None:
     library.impl(op.name, getattr(reference, op.name), "CompositeExplicitAutograd")
     # All fake kernels in this one file: torch searches all modules for each file that registers one.
     torch.library.register_fake(f"dynquant::{op.name}", op.fake, lib=library)
-    if not op.differentiable:
-        if extension is not None:
-            extension.run_below_autograd(op.name)
-        else:
-            library.impl(op.name, autograd.below_autograd(op.name), "Autograd")
-    elif extension is None:
-        library.impl(op.name, autograd.with_derivatives(op.name), "Autograd")
-        for key in ("AutocastCPU", "AutocastCUDA"):
-            library.impl(op.name, autograd.with_autocast_dtype(op.name, key), key)
+    if op.derivative is Derivative.STRAIGHT_THROUGH:
+        if extension is None:
+            library.impl(op.name, autograd.with_derivatives(op.name), "Autograd")
+            for key in ("AutocastCPU", "AutocastCUDA"):
+                library.impl(op.name, autograd.with_autocast_dtype(op.name, key), key)
+        return
+    refuses = op.derivative is Derivative.REFUSED
+    if extension is not None:
+        extension.run_below_autograd(op.name, refuses)
+    else:
+        library.impl(op.name, autograd.below_autograd(op.name, refuses), "Autograd")
 
 
 for _op in OPS:

@@ -11,6 +11,8 @@ from .checks import FLOAT_DTYPES
 from .epilogue import apply_epilogue
 from .layout import pack_weight, packed_shape, unpack_weight
 from .linear import int8_mm, linear_dynamic, linear_static
+from .mlp import linear_mlp, linear_norm, mlp
+from .norm import layer_norm, rms_norm
 from .quantization import choose_qparams, min_max, quantize, quantize_weight, rotate
 
 __all__ = [
@@ -19,13 +21,18 @@ __all__ = [
     "choose_qparams",
     "fma",
     "int8_mm",
+    "layer_norm",
     "linear_dynamic",
+    "linear_mlp",
+    "linear_norm",
     "linear_static",
     "min_max",
+    "mlp",
     "pack_weight",
     "packed_shape",
     "quantize",
     "quantize_weight",
+    "rms_norm",
     "rotate",
     "unpack_weight",
 ]

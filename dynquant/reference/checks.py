@@ -135,9 +135,9 @@ def check_rotation(op: str, k: int, block: int) -> None:
     )
 
 
-def check_k(op: str, x: Tensor, config: int) -> None:
+def check_k(op: str, k: int, config: int) -> None:
     """K of x is the one in ``config``, modulo 16; check_packed_k compares it with the packed weight."""
-    expected, k = k_modulo_16(config), x.shape[-1]
+    expected = k_modulo_16(config)
     torch._check(
         expected is None or k % K_MODULUS == expected,
         lambda: f"{op}: expected x.shape[-1] to be {expected} modulo {K_MODULUS}, as config says, got {k}",

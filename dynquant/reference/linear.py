@@ -105,7 +105,7 @@ def linear_dynamic(
     """
     check_linear("linear_dynamic", x, packed_weight, weight_sum, weight_scale, bias)
     cfg = Config.decode(config)
-    check_k("linear_dynamic", x, config)
+    check_k("linear_dynamic", x.shape[-1], config)
     rows = _rotated_rows("linear_dynamic", x, cfg)
     scale, zero_point = choose_qparams(*min_max(rows, cfg.activations == "per_token"))
     return _linear(x, rows, packed_weight, weight_sum, weight_scale, bias, scale, zero_point, cfg)
@@ -136,7 +136,7 @@ def linear_static(
         check(-128 <= value <= 127, f"linear_static: expected zero_point in [-128, 127], got {value}")
         check(not scale.item() <= 0, f"linear_static: expected scale to be positive, got {scale.item():g}")
     cfg = Config.decode(config)
-    check_k("linear_static", x, config)
+    check_k("linear_static", x.shape[-1], config)
     rows = _rotated_rows("linear_static", x, cfg)
     finite = rows.isfinite().all(1)
     nan = constant(float("nan"), rows)

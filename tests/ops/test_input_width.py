@@ -274,7 +274,9 @@ def test_a_fake_kernel_refuses_other_shapes_of_a_packed_weight(shape: tuple[int,
         RuntimeError, match="linear_dynamic: expected packed_weight to be contiguous int8 as pack_weight"
     ):
         torch.ops.dynquant.linear_dynamic(x, packed_weight, weight_sum, scale, None, 0)
-    with pytest.raises(RuntimeError, match="int8_mm: expected packed_weight to be contiguous int8 as pack_weight"):
+    with pytest.raises(
+        RuntimeError, match="int8_mm: expected packed_weight to be contiguous int8 as pack_weight"
+    ):
         torch.ops.dynquant.int8_mm(x.to(torch.int8), packed_weight, weight_sum)
 
 

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import dynquant
 from dynquant import _extension, reference
 from dynquant.config import EPILOGUES, Config, rotation_block
-from dynquant.ops.registry import OPS
+from dynquant.ops.registry import OPS, Derivative
 from tests.support.isas import EVERY_ISA, ISAS, forced
 from tests.support.same_bits import assert_same_bits
 
@@ -462,6 +462,11 @@ def opcheck_cases() -> dict[str, tuple[object, ...]]:
     x = random_x(3, 4, 24)
     lo, hi = reference.min_max(x, True)
     s, z = reference.choose_qparams(*reference.min_max(x, False))
+    square = Layer(24, 24, Config(rotation_block=8))
+    wide, narrow = Layer(24, 40, Config(epilogue="gelu")), Layer(40, 24, Config())
+    norm = [torch.rand(24), torch.randn(24)]
+    around = (list(wide.arguments), list(wide.arguments), list(narrow.arguments))
+    configs = [wide.config, wide.config, narrow.config]
     return {
         "min_max": (x, True),
         "choose_qparams": (lo, hi),
@@ -473,12 +478,23 @@ def opcheck_cases() -> dict[str, tuple[object, ...]]:
         "int8_mm": (q[:3], packed, weight_sum),
         "linear_dynamic": (x, packed, weight_sum, weight_scale, bias, layer.config),
         "linear_static": (x, packed, weight_sum, weight_scale, bias, s, z, layer.config),
+        "linear_norm": (x, list(square.arguments), square.config, x, [], norm, 1e-5, 0),
+        "mlp": (x, *around, configs, x, [norm[0], None], [], 1e-5, 1),
+        "linear_mlp": (
+            *(x, list(square.arguments), *around, [square.config, *configs]),
+            *(x, norm, norm, 1e-5, 0, False),
+        ),
     }
+
+
+REFUSED = [op.name for op in OPS if op.derivative is Derivative.REFUSED]
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("name", opcheck_cases().keys())
 def test_opcheck(name: str, requires_grad: bool) -> None:
+    if requires_grad and name in REFUSED:
+        pytest.skip("this op refuses inputs that require a gradient: test_mlp.py")
     arguments = []
     for argument in opcheck_cases()[name]:
         if requires_grad and isinstance(argument, torch.Tensor) and argument.is_floating_point():
@@ -606,8 +622,10 @@ def test_every_row_of_the_table_is_registered() -> None:
         has = functools.partial(torch._C._dispatch_has_kernel_for_dispatch_key, f"dynquant::{op.name}")
         assert has("CompositeExplicitAutograd"), op.name
         assert has("Autograd"), op.name
-        assert has("AutocastCPU") == has("AutocastCUDA") == op.differentiable, op.name
-        assert has("CPU") == (_extension.extension is not None), op.name
+        in_autocast = op.derivative is Derivative.STRAIGHT_THROUGH
+        assert has("AutocastCPU") == has("AutocastCUDA") == in_autocast, op.name
+        if op.derivative is not Derivative.REFUSED:  # the reference is their only kernel yet
+            assert has("CPU") == (_extension.extension is not None), op.name
 
 
 def test_an_unavailable_isa() -> None:

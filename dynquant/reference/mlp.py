@@ -1,0 +1,297 @@
+"""Layers with what stands around them in a transformer block: residual, norm, and whole MLPs.
+
+Between the layers of one op values stay fp32, whatever the dtype of x: one cast, at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..config import NORMS, Config, recode
+from .checks import check, check_device, check_float, check_k, check_memory
+from .layout import check_packed_k
+from .linear import check_operands, linear_dynamic
+from .norm import layer_norm, rms_norm
+
+Tensors = Sequence[Tensor | None]
+
+
+def linear_norm(
+    x: Tensor,
+    layer: Tensors,
+    config: int,
+    residual: Tensor | None,
+    norm_in: Tensors,
+    norm_out: Tensors,
+    eps: float,
+    norm: int,
+) -> Tensor:
+    """norm_out(layer(norm_in(x)) + residual).
+
+    Args:
+        x: [..., K], fp32, bf16, fp16 or fp64.
+        layer: packed_weight, weight_sum, weight_scale and bias (or None) as linear_dynamic takes them.
+        config: of the layer; activations per_token. Its out_dtype is the op's.
+        residual: [..., N] of any float dtype, or None.
+        norm_in, norm_out: weight and bias, each of any float dtype or None; an empty list for no norm.
+        eps: of both norms, rounded to fp32.
+        norm: index into ``dynquant.config.NORMS``.
+
+    Returns:
+        [..., N].
+
+    Raises:
+        RuntimeError: for shapes, dtypes and devices that do not fit.
+    """
+    check_linear_norm(x, layer, config, residual, norm_in, norm_out, norm)
+    y = _layer(_normed(_rows(x), norm_in, eps, norm), layer, config)
+    return _output(_normed(_add(y, residual), norm_out, eps, norm), x, config)
+
+
+def mlp(
+    x: Tensor,
+    gate: Tensors,
+    up: Tensors,
+    down: Tensors,
+    configs: Sequence[int],
+    residual: Tensor | None,
+    norm_in: Tensors,
+    norm_out: Tensors,
+    eps: float,
+    norm: int,
+) -> Tensor:
+    """norm_out(down(up(n)) + residual), n = norm_in(x); with a gate, gate(n) * up(n) instead of up(n).
+
+    Args:
+        x: [..., K].
+        gate, up, down: layers as in :func:`linear_norm`; gate may be empty. Activations are their epilogues.
+        configs: of gate (0 without one), up and down.
+        residual: [..., N] of any float dtype, or None.
+
+    Other arguments, results and errors as in :func:`linear_norm`.
+    """
+    check_mlp(x, gate, up, down, configs, residual, norm_in, norm_out, norm)
+    y = _mlp(_normed(_rows(x), norm_in, eps, norm), gate, up, down, configs)
+    return _output(_normed(_add(y, residual), norm_out, eps, norm), x, configs[2])
+
+
+def linear_mlp(
+    x: Tensor,
+    layer: Tensors,
+    gate: Tensors,
+    up: Tensors,
+    down: Tensors,
+    configs: Sequence[int],
+    residual: Tensor,
+    first_norm: Tensors,
+    second_norm: Tensors,
+    eps: float,
+    norm: int,
+    pre_norm: bool,
+) -> Tensor:
+    """What follows attention in a transformer block: output projection, MLP, both with residual and norm.
+
+    ``h = layer(x) + residual``; post-norm ``h = first_norm(h)``, ``out = second_norm(mlp(h) + h)``; pre-norm
+    ``out = mlp(first_norm(h)) + h``, and ``second_norm`` is empty.
+
+    Args:
+        x: [..., K], the output of attention.
+        layer, gate, up, down: as in :func:`mlp`.
+        configs: of layer, gate (0 without one), up and down.
+        residual: [..., N] of any float dtype.
+
+    Other arguments, results and errors as in :func:`linear_norm`.
+    """
+    check_linear_mlp(x, layer, gate, up, down, configs, residual, first_norm, second_norm, norm, pre_norm)
+    h = _add(_layer(_rows(x), layer, configs[0]), residual)
+    normed = _normed(h, first_norm, eps, norm)
+    y = _mlp(normed, gate, up, down, configs[1:])
+    out = y + h if pre_norm else _normed(y + normed, second_norm, eps, norm)
+    return _output(out, x, configs[3])
+
+
+# ---- checks, which the fake kernels share ----
+
+
+def channels(layer: Tensors) -> int:
+    """N of a packed layer."""
+    scale = layer[2] if len(layer) == 4 else None
+    return 0 if scale is None else scale.numel()
+
+
+def _check_layer(op: str, name: str, layer: Tensors, x: Tensor, k: int, config: int) -> None:
+    """A layer with k inputs, its operands on the device of x, per_token."""
+    check_float(op, "x", x)
+    op = f"{op}, {name}"
+    check(
+        len(layer) == 4,
+        f"{op}: expected packed_weight, weight_sum, weight_scale and bias (or None), got {len(layer)} tensors",
+    )
+    packed_weight, weight_sum, weight_scale, bias = layer
+    if packed_weight is None or weight_sum is None or weight_scale is None:
+        raise RuntimeError(f"{op}: expected packed_weight, weight_sum and weight_scale, got None")
+    activations = Config.decode(config).activations
+    check(activations == "per_token", f"{op}: expected per_token activations in config, got {activations}")
+    check_operands(op, x, packed_weight, weight_sum, weight_scale, bias)
+    check_packed_k(op, "K", k, packed_weight, weight_scale.numel())
+    check_k(op, k, config)
+
+
+def _check_mlp_layers(
+    op: str, x: Tensor, k: int, gate: Tensors, up: Tensors, down: Tensors, configs: Sequence[int]
+) -> None:
+    """The layers of an MLP fit each other; gate and up read the same quantized rows."""
+    check(len(configs) == 3, f"{op}: expected a config of gate, up and down, got {len(configs)} configs")
+    _check_layer(op, "up", up, x, k, configs[1])
+    inner = channels(up)
+    if gate:
+        _check_layer(op, "gate", gate, x, k, configs[0])
+        check(
+            channels(gate) == inner,
+            f"{op}: expected gate to have {inner} channels, as up has, got {channels(gate)}",
+        )
+        rotations = [Config.decode(code).rotation_block for code in configs[:2]]
+        check(
+            rotations[0] == rotations[1],
+            f"{op}: expected gate and up with one rotation block, got {rotations[0]} and {rotations[1]}",
+        )
+    _check_layer(op, "down", down, x, inner, configs[2])
+
+
+def _check_norm(op: str, name: str, parameters: Tensors, x: Tensor, size: int, norm: int) -> None:
+    """Weight and bias of a norm over ``size`` elements."""
+    check(0 <= norm < len(NORMS), f"{op}: expected norm in [0, {len(NORMS) - 1}], got {norm}")
+    if not parameters:
+        return
+    check(len(parameters) == 2, f"{op}: expected {name} to be weight and bias, got {len(parameters)} tensors")
+    check(size > 0, f"{op}: expected {name} over at least 1 element, got {size}")
+    biased = NORMS[norm] == "rms_norm" and parameters[1] is not None
+    check(not biased, f"{op}: expected no bias in {name}, since rms_norm has none")
+    for role, tensor in zip(("weight", "bias"), parameters, strict=True):
+        if tensor is not None:
+            check_float(op, f"{name}'s {role}", tensor)
+            check(
+                list(tensor.shape) == [size],
+                f"{op}: expected {name}'s {role} of shape [{size}], got {list(tensor.shape)}",
+            )
+            check_device(op, "x", x, f"{name}'s {role}", tensor)
+
+
+def _check_residual(op: str, residual: Tensor | None, x: Tensor, n: int) -> None:
+    """A residual has the shape of the output."""
+    if residual is None:
+        return
+    check_float(op, "residual", residual)
+    expected = [*x.shape[:-1], n]
+    check(
+        list(residual.shape) == expected,
+        f"{op}: expected residual of shape {expected}, got {list(residual.shape)}",
+    )
+    check_device(op, "x", x, "residual", residual)
+    check_memory(op, "residual", residual)
+
+
+def check_linear_norm(
+    x: Tensor,
+    layer: Tensors,
+    config: int,
+    residual: Tensor | None,
+    norm_in: Tensors,
+    norm_out: Tensors,
+    norm: int,
+) -> None:
+    """All requirements of :func:`linear_norm`."""
+    _check_layer("linear_norm", "layer", layer, x, x.shape[-1], config)
+    _check_norm("linear_norm", "norm_in", norm_in, x, x.shape[-1], norm)
+    _check_norm("linear_norm", "norm_out", norm_out, x, channels(layer), norm)
+    _check_residual("linear_norm", residual, x, channels(layer))
+
+
+def check_mlp(
+    x: Tensor,
+    gate: Tensors,
+    up: Tensors,
+    down: Tensors,
+    configs: Sequence[int],
+    residual: Tensor | None,
+    norm_in: Tensors,
+    norm_out: Tensors,
+    norm: int,
+) -> None:
+    """All requirements of :func:`mlp`."""
+    check_float("mlp", "x", x)
+    _check_mlp_layers("mlp", x, x.shape[-1], gate, up, down, configs)
+    _check_norm("mlp", "norm_in", norm_in, x, x.shape[-1], norm)
+    _check_norm("mlp", "norm_out", norm_out, x, channels(down), norm)
+    _check_residual("mlp", residual, x, channels(down))
+
+
+def check_linear_mlp(
+    x: Tensor,
+    layer: Tensors,
+    gate: Tensors,
+    up: Tensors,
+    down: Tensors,
+    configs: Sequence[int],
+    residual: Tensor,
+    first_norm: Tensors,
+    second_norm: Tensors,
+    norm: int,
+    pre_norm: bool,
+) -> None:
+    """All requirements of :func:`linear_mlp`."""
+    op, n = "linear_mlp", channels(layer)
+    check(
+        len(configs) == 4, f"{op}: expected a config of layer, gate, up and down, got {len(configs)} configs"
+    )
+    _check_layer(op, "layer", layer, x, x.shape[-1], configs[0])
+    _check_mlp_layers(op, x, n, gate, up, down, configs[1:])
+    check(
+        channels(down) == n, f"{op}: expected down to have {n} channels, as layer has, got {channels(down)}"
+    )
+    _check_norm(op, "first_norm", first_norm, x, n, norm)
+    _check_norm(op, "second_norm", second_norm, x, n, norm)
+    check(not (pre_norm and second_norm), f"{op}: expected no second_norm with pre_norm")
+    _check_residual(op, residual, x, n)
+
+
+# ---- parts ----
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.to(torch.float32).reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def _layer(x: Tensor, layer: Tensors, config: int) -> Tensor:
+    packed_weight, weight_sum, weight_scale, bias = layer
+    assert packed_weight is not None
+    assert weight_sum is not None
+    assert weight_scale is not None
+    fp32 = recode(config, out_dtype=torch.float32)
+    return linear_dynamic(x, packed_weight, weight_sum, weight_scale, bias, fp32)
+
+
+def _mlp(x: Tensor, gate: Tensors, up: Tensors, down: Tensors, configs: Sequence[int]) -> Tensor:
+    hidden = _layer(x, up, configs[1])
+    if gate:
+        hidden = _layer(x, gate, configs[0]) * hidden
+    return _layer(hidden, down, configs[2])
+
+
+def _add(y: Tensor, residual: Tensor | None) -> Tensor:
+    return y if residual is None else y + _rows(residual)
+
+
+def _normed(y: Tensor, parameters: Tensors, eps: float, norm: int) -> Tensor:
+    if not parameters:
+        return y
+    weight, bias = (None if tensor is None else tensor.to(torch.float32) for tensor in parameters)
+    return layer_norm(y, weight, bias, eps) if NORMS[norm] == "layer_norm" else rms_norm(y, weight, eps)
+
+
+def _output(y: Tensor, x: Tensor, config: int) -> Tensor:
+    dtype = Config.decode(config).out_dtype or x.dtype
+    return y.to(dtype).reshape(*x.shape[:-1], y.shape[1])

@@ -3,13 +3,14 @@
 //
 // Shapes are M (rows of x), N (output channels), K (inputs). The packed weight is
 // [ceil(N/P)][ceil(K/4)][P][4] int8, P = 64, 32 or 16, zero-padded. Every kernel runs on the calling thread
-// alone and expects round-to-nearest without flushing of denormals: see FloatEnvironment.
+// alone, within the thread scope of its table.
 #pragma once
 
 #include <cstdint>
 
 #include "config.h"
 #include "types.h"
+#include "cpu/isa/thread_scope.h"
 
 namespace dynquant::cpu {
 
@@ -57,6 +58,8 @@ struct KernelTable {
   double gops;
 
   const KernelTable* few_rows;  // for calls with 2 to kFewRows rows; null: this table
+
+  const ThreadScope* scope;  // to be entered by each thread that calls the kernels below
 
   int64_t max_rows;  // of a row tile
 

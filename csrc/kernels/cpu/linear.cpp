@@ -101,7 +101,7 @@ void linear_by_rows(const Linear& args, const LinearPlan& plan, const QParams& s
   const KernelTable& kernels = *plan.kernels;
   const int64_t row_parts = plan.partition.row_parts, blocks = blocks_of(args.weight.n);
   const int64_t rows_of_piece = divide_up(args.x.m, plan.pieces);
-  parallel.run(row_parts, [&](int64_t t) {
+  parallel.run(*kernels.scope, row_parts, [&](int64_t t) {
     const Workspace work =
         workspace_at(kernels, plan.layout, memory + t * plan.layout.bytes(), rows_of_piece, args.x.k);
     const auto [p0, p1] = share(plan.pieces, row_parts, t);
@@ -121,12 +121,12 @@ void linear_by_channels(const Linear& args, const LinearPlan& plan, const QParam
   const Partition& partition = plan.partition;
   const Workspace work = workspace_at(kernels, plan.layout, memory, args.x.m, args.x.k);
   const int64_t row = row_scratch(args.x), blocks = blocks_of(args.weight.n);
-  parallel.run(plan.quantize_threads, [&](int64_t t) {
+  parallel.run(*kernels.scope, plan.quantize_threads, [&](int64_t t) {
     Workspace of_thread = work;
     of_thread.row += t * row;
     quantize_rows(args, kernels, args.x, share_of(plan.tiles, plan.quantize_threads, t), shared, of_thread);
   });
-  parallel.run(partition.tasks(), [&](int64_t t) {
+  parallel.run(*kernels.scope, partition.tasks(), [&](int64_t t) {
     const auto [b0, b1] = share(blocks, partition.channel_parts, t % partition.channel_parts);
     const RowTiles tiles = share_of(plan.tiles, partition.row_parts, t / partition.channel_parts);
     kernels.linear(work.a, work.qparams, args.weight, args.out, work.gemm + t * plan.gemm_bytes, tiles, b0,
@@ -155,8 +155,11 @@ void int8_mm(const Int8Mm& args, const Int8MmPlan& plan, void* workspace, const 
   uint8_t* memory = static_cast<uint8_t*>(workspace);
   int8_t* gemm = reinterpret_cast<int8_t*>(memory + plan.activation_bytes);
   const PackedActivations a = activations_at(kernels, memory, args.m, args.weight.k);
-  kernels.pack_int8(args.q, args.weight.k, plan.tiles, a);
-  parallel.run(partition.tasks(), [&](int64_t t) {
+  {
+    const InThreadScope scope(*kernels.scope);
+    kernels.pack_int8(args.q, args.weight.k, plan.tiles, a);
+  }
+  parallel.run(*kernels.scope, partition.tasks(), [&](int64_t t) {
     const RowTiles tiles = share_of(plan.tiles, partition.row_parts, t / partition.channel_parts);
     const auto [b0, b1] =
         share(blocks_of(args.weight.n), partition.channel_parts, t % partition.channel_parts);
@@ -199,7 +202,7 @@ void linear(const Linear& args, const LinearPlan& plan, void* workspace, const P
   if (args.given != nullptr) {
     shared = *args.given;
   } else if (args.per_tensor) {
-    const FloatEnvironment environment;
+    const InThreadScope scope(*plan.kernels->scope);
     shared = choose_qparams(min_max(args.x, plan.range, workspace, parallel));
   }
   uint8_t* memory = static_cast<uint8_t*>(workspace);

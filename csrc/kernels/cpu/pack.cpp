@@ -81,7 +81,7 @@ void for_shares_of_panels(int64_t n, int64_t k, int64_t panels, const Parallel& 
   constexpr double kBytesPerMicrosecond = 2e3;  // of one core
   const double microseconds = static_cast<double>(n) * static_cast<double>(k) / kBytesPerMicrosecond;
   const int64_t threads = std::min(std::max<int64_t>(1, panels), threads_for(microseconds, parallel));
-  parallel.run(threads, [&](int64_t t) {
+  parallel.run(kFloatModes, threads, [&](int64_t t) {
     const auto [p0, p1] = share(panels, threads, t);
     task(p0, p1);
   });

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cpu/isa/float_environment.h"
+#include "cpu/isa/thread_scope.h"
 
 namespace dynquant::cpu {
 
@@ -15,11 +15,12 @@ class Parallel {
   // Whether the calling thread is inside a parallel region already.
   virtual bool in_region() const = 0;
 
-  // Calls task(t) for each t in [0, tasks), each on its own thread if there are enough.
+  // Calls task(t) for each t in [0, tasks), each on its own thread if there are enough, and within `scope` on
+  // each thread.
   template <typename Task>
-  void run(int64_t tasks, const Task& task) const {
+  void run(const ThreadScope& scope, int64_t tasks, const Task& task) const {
     const auto run_some = [&](int64_t begin, int64_t end) {
-      const FloatEnvironment environment;
+      const InThreadScope in_scope(scope);
       for (int64_t t = begin; t < end; ++t) task(t);
     };
     if (tasks == 1) return run_some(0, 1);

@@ -11,9 +11,9 @@ namespace {
 
 // Calls task(m) for each row m of x, on as many threads as the work justifies.
 template <typename Task>
-void for_each_row(const Rows& x, const Parallel& parallel, const Task& task) {
+void for_each_row(const KernelTable& table, const Rows& x, const Parallel& parallel, const Task& task) {
   const int64_t threads = threads_over_rows(x, parallel);
-  parallel.run(threads, [&](int64_t t) {
+  parallel.run(*table.scope, threads, [&](int64_t t) {
     const auto [m0, m1] = share(x.m, threads, t);
     for (int64_t i = m0; i < m1; ++i) task(i);
   });
@@ -25,7 +25,7 @@ void for_each_row(const Rows& x, const Parallel& parallel, const Task& task) {
 
 void min_max_rows(const Rows& x, float* lo, float* hi, const Parallel& parallel) {
   const KernelTable& table = kernels();
-  for_each_row(x, parallel, [&](int64_t i) {
+  for_each_row(table, x, parallel, [&](int64_t i) {
     const Range range = table.min_max(x, i, i + 1, nullptr);
     lo[i] = range.lo;
     hi[i] = range.hi;
@@ -43,7 +43,7 @@ Range min_max(const Rows& x, const RowsPlan& plan, void* workspace, const Parall
   float* rows = static_cast<float*>(workspace);
   Range* ranges =
       reinterpret_cast<Range*>(static_cast<uint8_t*>(workspace) + piece_bytes<float>(threads * row));
-  parallel.run(threads, [&](int64_t t) {
+  parallel.run(*table.scope, threads, [&](int64_t t) {
     const auto [m0, m1] = share(x.m, threads, t);
     ranges[t] = table.min_max(x, m0, m1, rows + t * row);
   });
@@ -67,7 +67,7 @@ QParams choose_qparams(Range range) {
 }
 
 void choose_qparams(const float* lo, const float* hi, int64_t count, float* scale, int32_t* zero_point) {
-  const FloatEnvironment environment;
+  const InThreadScope scope(kFloatModes);
   for (int64_t i = 0; i < count; ++i) {
     const QParams q = choose_qparams(Range{lo[i], hi[i]});
     scale[i] = q.scale;
@@ -78,7 +78,7 @@ void choose_qparams(const float* lo, const float* hi, int64_t count, float* scal
 void quantize(const Rows& x, const float* scale, const int32_t* zero_point, bool per_row, int8_t* q,
               const Parallel& parallel) {
   const KernelTable& table = kernels();
-  for_each_row(x, parallel, [&](int64_t i) {
+  for_each_row(table, x, parallel, [&](int64_t i) {
     const int64_t at = per_row ? i : 0;
     table.quantize(x, i, QParams{scale[at], zero_point[at]}, q + i * x.k, nullptr);
   });
@@ -86,13 +86,15 @@ void quantize(const Rows& x, const float* scale, const int32_t* zero_point, bool
 
 void rotate(const Rows& x, float* out, const Parallel& parallel) {
   const KernelTable& table = kernels();
-  for_each_row(x, parallel, [&](int64_t i) { table.rotate(x, i, out + i * x.k); });
+  for_each_row(table, x, parallel, [&](int64_t i) { table.rotate(x, i, out + i * x.k); });
 }
 
 void read_row(const Rows& x, int64_t m, float* out) {
   Rows plain = x;
   plain.rotation_block = 1;  // the identity: converts any dtype to fp32
-  kernels().rotate(plain, m, out);
+  const KernelTable& table = kernels();
+  const InThreadScope scope(*table.scope);
+  table.rotate(plain, m, out);
 }
 
 // ---- rows of a weight ----
@@ -113,7 +115,7 @@ int64_t quantize_weight(const QuantizeWeight& args, const RowsPlan& plan, void* 
   const auto scale_of = [](float magnitude) {
     return magnitude == 0.0f ? 1.0f : std::max(magnitude / 127.0f, 0x1p-126f);
   };
-  parallel.run(threads, [&](int64_t t) {
+  parallel.run(*table.scope, threads, [&](int64_t t) {
     const auto [n0, n1] = share(n, threads, t);
     for (int64_t i = n0; i < n1; ++i) {
       largest[i] = table.weight_range(weight, i, rows + t * row);
@@ -129,7 +131,7 @@ int64_t quantize_weight(const QuantizeWeight& args, const RowsPlan& plan, void* 
     float magnitude = 0.0f;
     for (int64_t i = 0; i < n; ++i) magnitude = std::max(magnitude, largest[i]);
     *args.scale = scale_of(magnitude);
-    parallel.run(threads, [&](int64_t t) {
+    parallel.run(*table.scope, threads, [&](int64_t t) {
       const auto [n0, n1] = share(n, threads, t);
       for (int64_t i = n0; i < n1; ++i) {
         table.quantize_weight(weight, i, *args.scale, args.q + i * weight.k, rows + t * row);

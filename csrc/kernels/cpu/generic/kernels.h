@@ -19,13 +19,30 @@ void store_part(T* p, F x, int64_t count) {
 #include "cpu/generic/quantize.h"
 #include "cpu/generic/gemm.h"
 
-constexpr KernelTable make_kernels(const char* name, double gops, const KernelTable* few_rows = nullptr) {
+constexpr KernelTable make_kernels(const char* name, double gops, const KernelTable* few_rows = nullptr,
+                                   const ThreadScope* scope = &kFloatModes) {
   // Measured. 48 rows of K = 384 fit L1 beside a panel. Tiles of 16 channels pass over the rows four times as
   // often, and repacking a weight pays from more rows on.
   constexpr int64_t kRowsAtOnce = kWidth == kBlock ? 48 : 96;
   return KernelTable{
-      name,         gops,           few_rows, Dot::kMaxRows, kRowsAtOnce,        activation_stride,
-      plan_bytes<>, min_max,        rotate,   quantize,      quantize_per_token, quantize_per_tensor,
-      pack_int8,    gemm_scratch<>, linear,   int8_mm,       weight_range,       quantize_weight,
+      name,
+      gops,
+      few_rows,
+      scope,
+      Dot::kMaxRows,
+      kRowsAtOnce,
+      activation_stride,
+      plan_bytes<>,
+      min_max,
+      rotate,
+      quantize,
+      quantize_per_token,
+      quantize_per_tensor,
+      pack_int8,
+      gemm_scratch<>,
+      linear,
+      int8_mm,
+      weight_range,
+      quantize_weight,
   };
 }

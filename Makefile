@@ -1,5 +1,6 @@
 # make demo    build, then run the main job
 # make test    build, then all tests, lint, format and type checks
+# make test-kernels    the C++ tests of csrc/kernels;  make test-sanitized  the same under ASan, UBSan and TSan
 # make bench   build, then the benchmarks beside the baselines
 # make build   compile what changed, in place
 # make lint    ruff, clang-format and mypy;  make format  mends what the first two can
@@ -12,17 +13,35 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 
 BIN := $(VENV)/bin
+JOBS := $(shell nproc)
+comma := ,
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CPP = $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test bench build lint format clean
+.PHONY: demo test test-kernels test-sanitized bench build lint format clean
 .NOTPARALLEL:
 
 demo: $(VENV)/demo.stamp build
 	$(BIN)/python -m dynquant demo
 
-test: $(VENV)/test.stamp build lint
+test: $(VENV)/test.stamp build lint test-kernels
 	$(BIN)/python -m pytest
+
+# csrc/kernels by its own CMakeLists.txt. doctest is the system's, or Debian's package unpacked in $(VENV).
+define KERNEL_TESTS
+	@prefix=$$($(BIN)/python -m tests.support.doctest_header $(VENV)/doctest) && \
+	$(BIN)/cmake --log-level=WARNING -G Ninja -S csrc/kernels -B $(1) -DCMAKE_PREFIX_PATH=$$prefix \
+	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja $(2) && \
+	$(BIN)/cmake --build $(1) --parallel $(JOBS) -- --quiet && \
+	$(BIN)/ctest --test-dir $(1) --output-on-failure --no-tests=error
+endef
+
+test-kernels: $(VENV)/test.stamp
+	$(call KERNEL_TESTS,build/kernels)
+
+test-sanitized: $(VENV)/test.stamp
+	$(call KERNEL_TESTS,build/kernels-address,-DDYNQUANT_SANITIZE=address$(comma)undefined)
+	$(call KERNEL_TESTS,build/kernels-thread,-DDYNQUANT_SANITIZE=thread)
 
 bench: $(VENV)/bench.stamp build
 	$(BIN)/python -m dynquant bench

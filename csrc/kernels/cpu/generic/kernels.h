@@ -2,6 +2,11 @@
 // set. Each isa/*.cpp includes this inside its own namespace and target region. Nothing here may call an
 // inline function from outside: the linker could keep the copy with instructions that other CPUs lack.
 
+#if defined(DYNQUANT_HAS_CONCEPTS)
+static_assert(VectorType<V>);
+static_assert(DotProduct<Dot, V>);
+#endif
+
 template <typename T>
 F load_part(const T* p, int64_t count) {  // zeros beyond count
   T lanes[W] = {};

@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include "cpu/kernel_table.h"
+#include "cpu/dot/concept.h"
 #include "cpu/isa/target.h"
 
 DYNQUANT_TARGET_BEGIN("avx2,f16c,fma")

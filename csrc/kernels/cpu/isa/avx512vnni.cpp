@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include "cpu/kernel_table.h"
+#include "cpu/dot/concept.h"
 #include "cpu/isa/target.h"
 
 // GCC 12 warns about the undefined vectors inside the intrinsics.

@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include "cpu/kernel_table.h"
+#include "cpu/dot/concept.h"
 #include "cpu/isa/target.h"
 
 #define DYNQUANT_DPBUSD _mm256_dpbusd_avx_epi32

@@ -1,6 +1,7 @@
 // For any CPU, over the compiler's portable vectors: no instruction beyond the platform's baseline.
 #include "cpu/isa/isa.h"
 #include "cpu/kernel_table.h"
+#include "cpu/dot/concept.h"
 
 namespace dynquant::cpu {
 namespace {

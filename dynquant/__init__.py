@@ -13,6 +13,7 @@ from .info import Info, available_isas, info, isa
 from .measurement.report import report
 from .measurement.report_data import Report
 from .nn import QLinear, QModule
+from .patterns.registry import register_pattern
 from .qtensor import QTensor
 from .quantize import quantize_dynamic
 
@@ -36,6 +37,7 @@ __all__ = [
     "isa",
     "quantize_dynamic",
     "reference",
+    "register_pattern",
     "report",
 ]
 

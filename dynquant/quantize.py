@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from .checkpoint.hugging_face import describe
-from .config import layer_config
-from .conversion.plan import Scheme, Selected
-from .conversion.select import read_spec, select, warn_of_unconverted
+from .config import Config, layer_config
+from .conversion.left_float import describe_left_float
+from .conversion.plan import Plan, Scheme
+from .conversion.select import select
 from .conversion.sources import default_mapping
-from .conversion.swap import convert, swap
-from .fusion.modules import fuse as fuse_modules
+from .conversion.spec import read_spec
+from .conversion.swap import Converted, convert, swap
+from .fusion.modules import describe_unfused, fuse_steps, planned_epilogues
 from .measurement.fusion_check import fuse_checked
-from .measurement.layers import measure_layers
-from .measurement.pairs import pair_layers
+from .measurement.layers import Measured
+from .measurement.pairs import Pair, pair_layers
 from .measurement.report import make_report
 from .measurement.report_data import Report
 from .measurement.sample import Sample, measuring
-from .measurement.thresholds import below_thresholds, check_arguments
+from .measurement.thresholds import check_arguments, judge
+from .nn.module import QModule
 from .own_thread import on_own_thread
 
 Spec = Mapping[type | str, Any] | Collection[type | str] | None
@@ -97,7 +102,9 @@ def quantize_dynamic(
             ``qconfig`` attribute over all.
         dtype: torch.qint8 or torch.int8; ignored if ``qconfig_spec`` is a dict, as by torch.ao.
         mapping: float type to quantized type with a ``from_float``; None for {nn.Linear: QLinear}, and
-            Hugging Face's Conv1D, GPT-2's linear layer, likewise.
+            Hugging Face's Conv1D, GPT-2's linear layer, likewise. torch.ao's classes and its whole default
+            mapping may be in it: for the call of ``from_float`` a layer has the ``qconfig`` that they read.
+            What becomes of other types is measured, judged and reported as the rest.
         inplace: swap in ``model`` itself instead of a copy. A model that is itself an nn.Linear never
             changes: use the returned one.
         activations, weights, rotation: the scheme, as of :class:`dynquant.QLinear`.
@@ -115,6 +122,8 @@ def quantize_dynamic(
     A transformers model's config then says which layers are quantized, for ``save_pretrained`` and
     ``from_pretrained``; see :class:`dynquant.DynquantConfig`.
 
+    One warning names what a user may expect to be converted or fused and is not, with counts and reasons.
+
     Returns:
         The converted model; with ``report=True`` the pair of it and a :class:`dynquant.Report`.
 
@@ -128,93 +137,123 @@ def quantize_dynamic(
     scheme: Scheme = {"activations": activations, "weights": weights, "rotation": rotation}
     layer_config(1, **scheme)
     check_arguments(sample, report, fuse, min_speedup, min_sqnr)
-    spec = read_spec(qconfig_spec, dtype, scheme)
     if mapping is None:
         mapping = default_mapping(model)
-        if qconfig_spec is None:
-            spec = {**dict.fromkeys(mapping, spec[nn.Linear]), **spec}
-    selected, skipped = select(model, spec, scheme, mapping)
-    warn_of_unconverted(model, spec if qconfig_spec is not None else {}, selected, skipped)
+    spec = read_spec(model, qconfig_spec, dtype, scheme, mapping)
+    plan = select(model, spec, scheme, mapping, covers_all=qconfig_spec is None)
+    unusual = describe_left_float(model, {} if qconfig_spec is None else spec, plan)
     if sample is None:
-        return _build(model, selected, fuse=fuse, inplace=inplace)
-    result, made_report = _convert_measured(
-        model,
-        selected,
-        Sample.of(sample),
-        fuse=fuse,
-        inplace=inplace,
-        min_speedup=min_speedup,
-        min_sqnr=min_sqnr,
-        report=report,
-    )
+        result, unfused = _build(model, _convert(model, plan), fuse=fuse, inplace=inplace)
+        made_report = None
+    else:
+        limits = {"min_speedup": min_speedup, "min_sqnr": min_sqnr}
+        result, unfused, made_report = _measured(
+            model, plan, Sample.of(sample), fuse=fuse, inplace=inplace, report=report, **limits
+        )
+    _warn(unusual, unfused if plan.converted else None)
     return result if made_report is None else (result, made_report)
+
+
+def _convert(model: nn.Module, plan: Plan) -> list[Converted]:
+    with torch.inference_mode(False):
+        return on_own_thread([*model.parameters(), *model.buffers()], lambda: convert(plan))
 
 
 def _build(
     model: nn.Module,
-    selected: Collection[Selected],
+    converted: list[Converted],
     *,
     fuse: bool,
-    inplace: bool = False,
+    inplace: bool,
     shared: Iterable[Tensor] = (),
     sample: Sample | None = None,
-    warn: bool = False,
-) -> nn.Module:
+) -> tuple[nn.Module, str | None]:
+    """The model, or a copy, with the converted layers, fused; and what a user should know of the fusion."""
+    reason = None
+
     def build() -> nn.Module:
-        with torch.inference_mode(False):
-            result = swap(model, convert(selected), inplace, shared).eval()
-            if fuse and sample is None:
-                fuse_modules(result)
-            describe(result)
-            return result
+        result = swap(model, converted, inplace, shared).eval()
+        if fuse and sample is None:
+            for _ in fuse_steps(result):
+                pass
+        return result
 
-    result = on_own_thread([*model.parameters(), *model.buffers()], build)
-    if fuse and sample is not None:
-        with measuring(result):
-            fuse_checked(result, sample, warn=warn)
+    with torch.inference_mode(False):
+        result = on_own_thread([*model.parameters(), *model.buffers()], build)
+        if fuse and sample is not None:
+            with measuring(result):
+                reason = fuse_checked(result, sample)
+        elif fuse:
+            reason = describe_unfused(result)
         describe(result)
-    return result
+    return result, reason
 
 
-def _convert_measured(
+def _measured(
     model: nn.Module,
-    selected: list[Selected],
+    plan: Plan,
     sample: Sample,
     *,
     fuse: bool,
     inplace: bool,
+    report: bool,
     min_speedup: float | None,
     min_sqnr: float | None,
-    report: bool,
-) -> tuple[nn.Module, Report | None]:
-    """Convert the selected modules but for those that miss a threshold on the sample; report the result."""
+) -> tuple[nn.Module, str | None, Report | None]:
+    """Convert, leave float the layers that miss a threshold on the sample, build a copy, report it. In place,
+    the model itself is built last, when nothing can fail any more."""
     with measuring(model):
         # A sample that does not fit is an error before the conversion.
         sample.run(model, "the model")
-        # In place, the model itself comes last, when nothing can fail any more: the measured model is a copy
-        # that shares its tensors.
+        converted = _convert(model, plan)
+        measured: dict[tuple[str, Config | None], Measured] = {}
+        if min_speedup is not None or min_sqnr is not None:
+            layers = [layer for _, layer in converted]
+            with _fused_as_planned(model, converted if fuse else ()), measuring(*layers):
+                pairs = [Pair(decision.name, decision.module, layer) for decision, layer in converted]
+                reasons, figures = judge(
+                    model, pairs, sample, timed=report, min_speedup=min_speedup, min_sqnr=min_sqnr
+                )
+                measured = {(pair.name, pair.config): figures[pair.name] for pair in pairs}
+            plan = plan.without(reasons)
+            converted = [item for item in converted if item.decision.name not in reasons]
+        # The copy shares the tensors of a model that is converted in place.
         shared = [*model.parameters(), *model.buffers()] if inplace else []
-        result = _build(model, selected, fuse=fuse, shared=shared, sample=sample, warn=True)
-        pairs = pair_layers(model, result)
-        measured = measure_layers(model, pairs, sample, timed=report or min_speedup is not None)
-        # A user's from_float may have converted layers that are not selected themselves; they stay int8.
-        selected_ids = {id(item.module) for item in selected}
-        candidates = [pair for pair in pairs if id(pair.float_layer) in selected_ids]
-        rejected = below_thresholds(candidates, measured, min_speedup, min_sqnr)
-        if rejected and min_speedup is not None:
-            # On a busy machine any layer may look slow once: rejected layers are timed again, which decides.
-            names = {item.name for item in rejected}
-            candidates = [pair for pair in candidates if pair.name in names]
-            measured |= measure_layers(model, candidates, sample)
-            rejected = below_thresholds(candidates, measured, min_speedup, min_sqnr)
-        if rejected:
-            del result, pairs, candidates
-            rejected_ids = {id(item.module) for item in rejected}
-            selected = [item for item in selected if id(item.module) not in rejected_ids]
-            result = _build(model, selected, fuse=fuse, shared=shared, sample=sample)
+        result, unfused = _build(model, converted, fuse=fuse, inplace=False, shared=shared, sample=sample)
         made_report = None
         if report:
-            made_report = make_report(model, result, sample, rejected=rejected, measured=measured)
+            pairs = pair_layers(model, result, [decision.module for decision in plan.converted])
+            known = {
+                pair.name: measured[key] for pair in pairs if (key := (pair.name, pair.config)) in measured
+            }
+            made_report = make_report(model, result, sample, plan, pairs, known)
     if inplace:
-        result = _build(model, selected, fuse=fuse, inplace=True, sample=sample)
-    return result, made_report
+        del converted, result
+        result, _ = _build(model, _convert(model, plan), fuse=fuse, inplace=True, sample=sample)
+    return result, unfused, made_report
+
+
+@contextmanager
+def _fused_as_planned(model: nn.Module, converted: Collection[Converted]) -> Iterator[None]:
+    """Within the block, converted layers, which are not in the model yet, have the epilogues that fusion
+    would give them."""
+    epilogues = planned_epilogues(model, {id(decision.module): layer for decision, layer in converted})
+    changed = [
+        (layer, epilogues[id(decision.module)])
+        for decision, layer in converted
+        if isinstance(layer, QModule) and id(decision.module) in epilogues
+    ]
+    for layer, epilogue in changed:
+        layer.set_epilogue(epilogue)
+    try:
+        yield
+    finally:
+        for layer, _ in changed:
+            layer.set_epilogue("none")
+
+
+def _warn(left_float: str | None, unfused: str | None) -> None:
+    parts = [] if left_float is None else [f"quantize_dynamic: {left_float}"]
+    parts += [] if unfused is None else [f"fuse: {unfused}"]
+    if parts:
+        warnings.warn(". ".join(parts), stacklevel=3)

@@ -1,123 +1,125 @@
-"""Selection: the layers of a model to quantize, with their schemes, and the reasons why others stay float."""
+"""Selection: the decision about each module of a model, made by the spec and the types of the modules."""
 
 from __future__ import annotations
 
-import difflib
-import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
-from ..config import Config
+from ..nn.module import QModule
+from ..patterns.hugging_face import CONV1D
+from ..patterns.registry import type_name
 from ..reference import FLOAT_DTYPES
-from .plan import Scheme, Selected, Skipped, label
+from .plan import NO_INT8_VERSION, SPEC_LEAVES_FLOAT, Decision, Plan, Request, Scheme, label
+from .sources import is_own
+from .spec import Spec, read_qconfig
 
-
-def read_spec(
-    qconfig_spec: Mapping[type | str, Any] | Collection[type | str] | None,
-    dtype: torch.dtype,
-    default: Scheme,
-) -> dict[type | str, Scheme | None]:
-    """``qconfig_spec`` as a dict of types and names to their scheme, None for those that stay float."""
-    if not isinstance(qconfig_spec, Mapping) and dtype not in (torch.qint8, torch.int8):
-        raise ValueError(
-            f"quantize_dynamic: expected dtype to be torch.qint8 or torch.int8, got {dtype}; dynquant has no "
-            "weights of that dtype"
-        )
-    if qconfig_spec is None:
-        return {nn.Linear: default}
-    if isinstance(qconfig_spec, str) or not isinstance(qconfig_spec, Collection):
-        raise TypeError(
-            "quantize_dynamic: expected qconfig_spec to be None, a set of types and names or a dict of them, "
-            f"got {qconfig_spec!r}"
-        )
-    for key in qconfig_spec:
-        if not isinstance(key, (type, str)):
-            raise TypeError(f"quantize_dynamic: expected types and names in qconfig_spec, got {key!r}")
-    if isinstance(qconfig_spec, Mapping):
-        return {key: read_qconfig(label(key), value, default) for key, value in qconfig_spec.items()}
-    return dict.fromkeys(qconfig_spec, default)
-
-
-def read_qconfig(of: str, qconfig: Any, default: Scheme) -> Scheme | None:
-    """One value of the spec: None, a Config, or torch.ao's QConfig (a pair of observer factories)."""
-    if qconfig is None:
-        return None
-    if isinstance(qconfig, Config):
-        if qconfig.out_dtype is not None:
-            raise ValueError(
-                f"quantize_dynamic: the Config of {of} has an out_dtype, which layers do not take"
-            )
-        return {
-            "activations": qconfig.activations,
-            "weights": qconfig.weights,
-            "rotation": qconfig.rotation_block or None,
-            "epilogue": qconfig.epilogue,
-        }
-    if not callable(getattr(qconfig, "weight", None)):
-        raise TypeError(
-            f"quantize_dynamic: expected None, a dynquant.Config or a QConfig of torch.ao for {of}, got "
-            f"{qconfig!r}"
-        )
-    observer = qconfig.weight()
-    if observer.dtype not in (torch.qint8, torch.int8):
-        raise ValueError(
-            f"quantize_dynamic: expected the qconfig of {of} to ask for weights of torch.qint8, "
-            f"got {observer.dtype}"
-        )
-    per_channel = observer.qscheme in (torch.per_channel_symmetric, torch.per_channel_affine)
-    return {**default, "weights": "per_channel" if per_channel else "per_tensor"}
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+EXPERTS = "its weights are 3-D, a matrix for each expert, and there is no int8 version of such a module"
 
 
 def select(
-    model: nn.Module, spec: Mapping[type | str, Scheme | None], default: Scheme, mapping: Mapping[type, Any]
-) -> tuple[list[Selected], list[Skipped]]:
-    """The modules that the spec covers, each once: those to convert, and those that cannot be converted.
+    model: nn.Module, spec: Spec, default: Scheme, mapping: Mapping[type, Any], *, covers_all: bool = False
+) -> Plan:
+    """The plan of a conversion by a spec.
 
     Args:
         default: the scheme that a module's ``qconfig`` attribute completes.
+        covers_all: whether the spec stands for everything that can be converted (``qconfig_spec=None``), so
+            that a linear or recurrent module that cannot be is notable.
 
     Raises:
-        ValueError: for a name in ``spec`` that ``model`` does not have, a layer that has no weight yet.
+        ValueError: for a layer that has no weight yet, a request for weights other than int8 for a module
+            that could be int8.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    for key in spec:
-        if isinstance(key, str) and key not in modules:
-            close = difflib.get_close_matches(key, modules, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(
-                f"quantize_dynamic: qconfig_spec names {key!r}, which the model does not have{hint}"
-            )
+    requests = _requests(modules, spec, default)
+    # A shared module stays float if any of its names maps to None.
+    stays_float = {id(modules[name]) for name, request in requests.items() if request is None}
+    covered = {id(modules[name]) for name, request in requests.items() if request is not None} - stays_float
 
-    covered: dict[str, Scheme | None] = {}
+    decisions: dict[int, Decision] = {}
+    replaced: tuple[str, ...] = ()  # prefixes of names within modules that are converted as a whole
+    for name, module in modules.items():
+        request = requests.get(name)
+        if id(module) in decisions or name.startswith(replaced):
+            continue
+        if id(module) in covered and request is None:
+            continue  # another of its names is covered
+        if id(module) in stays_float:
+            request = None
+        decision = _decide(name, module, request, mapping)
+        if decision is None:
+            continue
+        if decision.target is None and id(module) not in stays_float:
+            decision = _noted(decision, spec, covers_all)
+        if isinstance(module, torch.jit.ScriptModule) or (decision.target and not is_own(decision.target)):
+            replaced = (*replaced, f"{name}." if name else "")
+        decisions[id(module)] = decision
+    return Plan(tuple(decisions.values()))
+
+
+def _requests(modules: Mapping[str, Any], spec: Spec, default: Scheme) -> dict[str, Request | None]:
+    """What the spec asks for each name that it covers: by name, by type, by the parent's."""
+    requests: dict[str, Request | None] = {}
     for name, module in modules.items():
         keys = [name, *type(module).__mro__]
         found = next((key for key in keys if key in spec), None)
         if "qconfig" in vars(module):
-            covered[name] = read_qconfig(label(name), module.qconfig, default)
+            requests[name] = read_qconfig(label(name), module.qconfig, default)
         elif found is not None:
-            covered[name] = spec[found]
-        elif name and (parent := name.rpartition(".")[0]) in covered:
-            covered[name] = covered[parent]
-    # A shared module stays float if any of its names maps to None.
-    stays_float = {id(modules[name]) for name, scheme in covered.items() if scheme is None}
+            requests[name] = spec[found]
+        elif name and (parent := name.rpartition(".")[0]) in requests:
+            requests[name] = requests[parent]
+    return requests
 
-    selected: dict[int, Selected] = {}
-    skipped: dict[int, Skipped] = {}
-    for name, scheme in covered.items():
-        module = modules[name]
-        if scheme is None or id(module) in stays_float or id(module) in selected:
-            continue
-        base = next((base for base in type(module).__mro__ if base in mapping), None)
-        reason = _why_not(name, module, base)
-        if reason is not None:
-            skipped[id(module)] = Skipped(name, module, reason)
-        elif base is not None:
-            selected[id(module)] = Selected(name, module, mapping[base], scheme)
-    return list(selected.values()), list(skipped.values())
+
+def _decide(
+    name: str, module: nn.Module, request: Request | None, mapping: Mapping[type, Any]
+) -> Decision | None:
+    """The decision about a module, None for one that has nothing to quantize."""
+    if isinstance(module, QModule):
+        return Decision(name, module, None, request, f"it was a {type(module).__name__} before")
+    if isinstance(module, torch.jit.ScriptModule):
+        made = "torch.jit.script or torch.jit.trace made it; convert the model before"
+        return Decision(name, module, None, request, made) if any(True for _ in module.parameters()) else None
+    base: Any = next((base for base in type(module).__mro__ if base in mapping), None)
+    if base is None and not _has_matrix(module):
+        return None
+    if request is None:
+        return Decision(name, module, None, None, SPEC_LEAVES_FLOAT if base else _no_version(module))
+    if base is None:
+        return Decision(name, module, None, request, _no_version(module, request))
+    reason = _why_not(name, module, base, mapping[base])
+    if reason is not None:
+        return Decision(name, module, None, request, reason)
+    if is_own(mapping[base]) and not request.is_int8:
+        raise ValueError(
+            f"quantize_dynamic: expected the qconfig of {label(name)} ({type(module).__name__}) to ask for "
+            f"weights of torch.qint8, got {request.dtype}"
+        )
+    return Decision(name, module, mapping[base], request)
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    parameters = module.parameters(recurse=False)
+    return any(not is_lazy(parameter) and parameter.dim() > 1 for parameter in parameters)
+
+
+def _no_version(module: nn.Module, request: Request | None = None) -> str:
+    if request is not None and not request.is_int8:
+        return f"its qconfig asks for weights of {request.dtype}, which dynquant does not have"
+    return EXPERTS if _has_experts(module) else NO_INT8_VERSION
+
+
+def _has_experts(module: nn.Module) -> bool:
+    parameters = [parameter for parameter in module.parameters(recurse=False) if not is_lazy(parameter)]
+    is_torchs = type(module).__module__.startswith("torch.nn.")
+    return not is_torchs and any(p.dim() == 3 and min(p.shape) > 1 for p in parameters)
 
 
 _CALL_MEMBERS = (
@@ -132,12 +134,8 @@ _CALL_MEMBERS = (
 """Members that decide what a call or a state_dict of a module is; a quantized layer has its own."""
 
 
-def _why_not(name: str, module: nn.Module, base: Any) -> str | None:
-    """The reason why a module stays float; None if it can be converted or has no matrix to quantize."""
-    if base is None:
-        parameters = module.parameters(recurse=False)
-        has_matrix = any(not is_lazy(parameter) and parameter.dim() > 1 for parameter in parameters)
-        return "there is no int8 version of it" if has_matrix else None
+def _why_not(name: str, module: Any, base: Any, target: Any) -> str | None:
+    """The reason why a module of a mapped type stays float; None if it can be converted."""
     weight = getattr(module, "weight", None)
     if weight is not None and is_lazy(weight):
         raise ValueError(
@@ -146,33 +144,32 @@ def _why_not(name: str, module: nn.Module, base: Any) -> str | None:
         )
     for member in _CALL_MEMBERS:
         if getattr(type(module), member) is not getattr(base, member) or member in vars(module):
+            if "_hf_hook" in vars(module):
+                return "accelerate replaced its forward; call remove_hook_from_submodules(model) before"
+            if type(module).__module__.startswith("torch.ao.nn.qat."):
+                return "torch.ao.quantization.prepare_qat made it; convert the float model"
             return f"its {member} is not that of {base.__name__}"
     if base is nn.Linear and weight is not None and weight.dtype not in FLOAT_DTYPES:
         return f"its weight is {weight.dtype}"
+    if isinstance(module, NonDynamicallyQuantizableLinear) and not is_own(target):
+        return f"nn.MultiheadAttention reads its weight, which is not a tensor in a {target.__name__}"
     return None
 
 
-def warn_of_unconverted(
-    model: nn.Module,
-    spec: Mapping[type | str, Scheme | None],
-    selected: list[Selected],
-    skipped: list[Skipped],
-) -> None:
-    """One warning that lists the keys of the spec under which no module is converted."""
-    converted = {id(item.module) for item in selected}
-    reasons = {id(item.module): item.reason for item in skipped}
-    stays = {}
-    for key, scheme in spec.items():
-        if scheme is None:
-            continue
-        matches = {
-            name: module
-            for name, module in model.named_modules(remove_duplicate=False)
-            if (name == key or key in type(module).__mro__) and spec.get(name, scheme) is not None
-        }
-        if converted.isdisjoint(id(part) for module in matches.values() for part in module.modules()):
-            for name, module in matches.items():
-                reason = reasons.get(id(module), "there is nothing in it to convert")
-                stays[name] = f"{label(name)} ({type(module).__name__}): {reason}"
-    if stays:
-        warnings.warn("quantize_dynamic: left as they are: " + "; ".join(stays.values()), stacklevel=3)
+def _noted(decision: Decision, spec: Spec, covers_all: bool) -> Decision:
+    """The decision to leave a module float, notable if its user may expect otherwise."""
+    module, request = decision.module, decision.request
+    asks_for_linear = spec.get(nn.Linear) is not None
+    if type_name(module) == CONV1D and request is None and asks_for_linear:
+        return decision._replace(reason="the spec names Linear, and not its type", is_notable=True)
+    if isinstance(module, QModule):
+        is_notable = False
+    elif isinstance(module, torch.jit.ScriptModule) or decision.reason == EXPERTS:
+        is_notable = request is not None or asks_for_linear
+    elif request is None:
+        is_notable = covers_all and isinstance(module, RECURRENT)
+    else:
+        keys: list[type | str] = [decision.name, *type(module).__mro__]
+        is_named = any(spec.get(key) is not None for key in keys if key is not nn.Module)
+        is_notable = is_named or decision.reason != NO_INT8_VERSION or isinstance(module, RECURRENT)
+    return decision._replace(is_notable=is_notable)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..nn.linear import QLinear
+from ..nn.module import QModule
 from ..patterns.hugging_face import CONV1D
 from ..patterns.registry import type_name
 
@@ -15,6 +16,12 @@ def default_mapping(model: nn.Module) -> dict[type, Any]:
     """Float type to quantized type: nn.Linear, and Hugging Face's Conv1D if ``model`` has any."""
     conv1d = {type(module): _Conv1D for module in model.modules() if type_name(module) == CONV1D}
     return {nn.Linear: QLinear, **conv1d}
+
+
+def is_own(target: Any) -> bool:
+    """Whether ``from_float`` of a target makes QModules by a scheme; other classes may need torch.ao's
+    ``qconfig``."""
+    return target is _Conv1D or (isinstance(target, type) and issubclass(target, QModule))
 
 
 class _Conv1D:

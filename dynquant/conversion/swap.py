@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 from collections import OrderedDict
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Iterator
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,25 +21,34 @@ from torch.nn.utils.weight_norm import WeightNorm
 from ..nn.module import QModule
 from ..progress import layer_bar
 from ..qtensor import QTensor
-from .plan import Selected, label
+from .plan import Decision, Plan, Request, label
+from .sources import is_own
 
 
-def convert(selected: Collection[Selected]) -> list[tuple[nn.Module, nn.Module]]:
-    """Each selected module with its quantized counterpart; the model does not change."""
-    pairs = []
+class Converted(NamedTuple):
+    """A decision and the quantized counterpart that it led to."""
+
+    decision: Decision
+    layer: nn.Module
+
+
+def convert(plan: Plan) -> list[Converted]:
+    """The quantized counterpart of each module that the plan converts; the model does not change."""
+    converted = []
     weights: dict[int, QTensor] = {}
-    with layer_bar("quantize_dynamic", len(selected)) as advance:
-        for item in selected:
+    decisions = plan.converted
+    with layer_bar("quantize_dynamic", len(decisions)) as advance:
+        for decision in decisions:
             try:
-                layer = _from_float(item)
+                layer = _from_float(decision)
             except (ValueError, TypeError, RuntimeError, AssertionError) as error:
                 reason = str(error).removeprefix("dynquant: ")
-                raise ValueError(f"quantize_dynamic: {label(item.name)}: {reason}") from error
+                raise ValueError(f"quantize_dynamic: {label(decision.name)}: {reason}") from error
             if isinstance(layer, QModule):
-                _tie(item.module, layer, weights)
-            pairs.append((item.module, layer))
+                _tie(decision.module, layer, weights)
+            converted.append(Converted(decision, layer))
             advance()
-    return pairs
+    return converted
 
 
 def _tie(module: nn.Module, layer: QModule, weights: dict[int, QTensor]) -> None:
@@ -51,8 +61,9 @@ def _tie(module: nn.Module, layer: QModule, weights: dict[int, QTensor]) -> None
                 setattr(layer, name, tied)
 
 
-def _from_float(item: Selected) -> nn.Module:
-    module = item.module
+def _from_float(decision: Decision) -> nn.Module:
+    module = decision.module
+    assert decision.request is not None
     reparametrized = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, _WEIGHT_HOOKS)]
     if reparametrized:
         # These hooks set the weight before each forward: the present one may be stale. A copy takes the new.
@@ -60,24 +71,44 @@ def _from_float(item: Selected) -> nn.Module:
         with torch.no_grad():
             for hook in reparametrized:
                 hook(module, ())
-    accepted = inspect.signature(item.target.from_float).parameters
-    scheme = {name: value for name, value in item.scheme.items() if name in accepted}
-    layer: nn.Module = item.target.from_float(module, **scheme)
+    accepted = inspect.signature(decision.target.from_float).parameters
+    scheme = {name: value for name, value in decision.request.scheme.items() if name in accepted}
+    with contextlib.nullcontext() if is_own(decision.target) else _with_qconfig(module, decision.request):
+        layer: nn.Module = decision.target.from_float(module, **scheme)
     return layer
+
+
+@contextlib.contextmanager
+def _with_qconfig(module: nn.Module, request: Request) -> Iterator[None]:
+    """Within the block, the module has the ``qconfig`` that ``from_float`` of torch.ao's classes reads."""
+    if "qconfig" in vars(module):
+        yield
+        return
+    qconfig = request.qconfig
+    if qconfig is None:
+        from torch.ao.quantization import default_dynamic_qconfig, per_channel_dynamic_qconfig
+
+        per_tensor = request.scheme.get("weights") == "per_tensor"
+        qconfig = default_dynamic_qconfig if per_tensor else per_channel_dynamic_qconfig
+    vars(module)["qconfig"] = qconfig
+    try:
+        yield
+    finally:
+        del vars(module)["qconfig"]
 
 
 def swap(
     model: nn.Module,
-    pairs: Iterable[tuple[nn.Module, nn.Module]],
+    converted: Iterable[Converted],
     inplace: bool,
     shared: Iterable[Tensor] = (),
 ) -> nn.Module:
-    """The model, or a copy of it, with the first module of each pair replaced by the second.
+    """The model, or a copy of it, with each converted module in the place of the float one.
 
     Args:
         shared: tensors of the model that its copy holds too, instead of copies.
     """
-    pairs = list(pairs)
+    pairs = [(decision.module, layer) for decision, layer in converted]
     replacement = {id(old): new for old, new in pairs}
     if inplace:
         for old, new in pairs:
@@ -106,6 +137,8 @@ def _carry_over(old: nn.Module, new: nn.Module, memo: dict[int, Any] | None) -> 
     for hooks in _HOOKS & vars(old).keys():
         value = vars(old)[hooks]
         new.__dict__[hooks] = _hooks_of(new, old, carried(value)) if isinstance(value, dict) else value
+    if not isinstance(new, QModule) and not isinstance(old, nn.Linear):
+        return  # whatever a user's class stands for, its from_float took what it needs
     replaced = _replaced_names(old)
     for tensors in ("_parameters", "_buffers", "_modules"):
         for name, value in vars(old)[tensors].items():

@@ -5,8 +5,9 @@ Fusions follow the patterns of :mod:`dynquant.patterns.registry`, by the type of
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -17,12 +18,21 @@ from ..checkpoint.hugging_face import describe
 from ..nn.merged import MergedGroup
 from ..nn.module import QModule
 from ..patterns.activations import epilogue_of, remove_activation
-from ..patterns.registry import pattern_of
+from ..patterns.registry import (
+    PATTERNS,
+    REGISTERED,
+    ActivationAfter,
+    SharedInput,
+    names_in,
+    patterns_of,
+    type_name,
+)
 from ..patterns.whole_calls import whole_sequentials
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """Fuse the QLinear layers of a model in place, where nn.Sequential or a pattern of PATTERNS allows it.
+    """Fuse the QLinear layers of a model in place, where nn.Sequential or a pattern allows it, see
+    :func:`dynquant.register_pattern`.
 
     An activation function moves into the QLinear before it (``epilogue=``), and nn.Identity takes its place.
     relu gives the same bits; gelu and silu become those of :mod:`dynquant.reference.epilogue`, within 2^-22
@@ -31,7 +41,7 @@ def fuse(model: nn.Module) -> nn.Module:
     become contiguous, so that these layers run as one in a compiled model, with the same bits
     (``torch.compile(model, backend="dynquant")``). ``state_dict()`` keeps its names. Layers and activations
     with hooks, those with several places in the model, and those in an nn.Sequential whose parts are called
-    one by one do not change.
+    one by one do not change; a warning says so if nothing does.
 
     Returns:
         ``model``.
@@ -39,22 +49,88 @@ def fuse(model: nn.Module) -> nn.Module:
     for _ in fuse_steps(model):
         pass
     describe(model)
+    reason = describe_unfused(model)
+    if reason is not None:
+        warnings.warn(f"dynquant.fuse: {reason}", stacklevel=2)
     return model
 
 
 def fuse_steps(model: nn.Module) -> Iterator[ActivationFusion]:
     """Fuse a model in place, one activation after the other, which the caller may undo."""
-    uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
-    whole = whole_sequentials(model)
+    uses = _uses(model)
     names = {id(module): name for name, module in model.named_modules()}
+    whole = whole_sequentials(model)
     for parent in list(model.modules()):
-        pairs = pairwise(parent._modules) if id(parent) in whole else ()
-        for layer_name, activation_name in (*pairs, *pattern_of(parent).activation_after):
+        _warn_of_missing_parts(names[id(parent)], parent)
+        for layer_name, activation_name in _activation_pairs(parent, whole):
             fusion = _fuse_activation(parent, layer_name, activation_name, uses)
             if fusion is not None:
                 yield replace(fusion, parent_name=names[id(parent)])
-        for group in pattern_of(parent).same_input:
-            _merge(parent, group, uses)
+        for pattern in patterns_of(parent, SharedInput):
+            _merge(parent, pattern.layers, uses)
+
+
+def planned_epilogues(model: nn.Module, layers: Mapping[int, nn.Module]) -> dict[int, str]:
+    """The epilogues that a fusion would give the layers once they are in the model.
+
+    Args:
+        model: the float model.
+        layers: by the id of a float layer, the one that will take its place.
+
+    Returns:
+        By the id of the float layer.
+    """
+    uses = _uses(model)
+    whole = whole_sequentials(model)
+    found = {}
+    for parent in model.modules():
+        for layer_name, activation_name in _activation_pairs(parent, whole):
+            float_layer, activation = part_of(parent, layer_name), part_of(parent, activation_name)
+            layer = layers.get(id(float_layer))
+            epilogue = _fusible(layer, activation)
+            if epilogue is not None and uses[id(float_layer)] == 1 and not has_hooks(float_layer):
+                found[id(float_layer)] = epilogue
+    return found
+
+
+def describe_unfused(model: nn.Module) -> str | None:
+    """Why a fused model is as it was, as a clause; None if any layer of it is fused."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QModule)}
+    if not layers:
+        return "nothing was fused: the model has no quantized layers"
+    if any(layer.is_fused for layer in layers.values()):
+        return None
+    parents = {type(model.get_submodule(name.rpartition(".")[0])).__name__ for name in layers if name}
+    types = f" ({', '.join(sorted(parents)[:3])})" if parents else ""
+    return (
+        f"nothing was fused: none of the {len(layers)} quantized layers is followed by an activation with an "
+        "epilogue, or shares its input with others, in an nn.Sequential that is called as a whole or by a "
+        f"known pattern of the modules around them{types}; dynquant.register_pattern adds patterns"
+    )
+
+
+def _uses(model: nn.Module) -> Counter[int]:
+    return Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+
+
+def _activation_pairs(parent: nn.Module, whole: set[int]) -> Iterator[tuple[str, str]]:
+    """Names of layers and of the activations that alone read their outputs."""
+    if id(parent) in whole:
+        yield from pairwise(tuple(parent._modules))
+    yield from patterns_of(parent, ActivationAfter)
+
+
+def _warn_of_missing_parts(name: str, parent: nn.Module) -> None:
+    if type_name(parent) not in REGISTERED:
+        return
+    for pattern in PATTERNS[type_name(parent)]:
+        missing = [part for part in names_in(pattern) if part_of(parent, part) is None]
+        if missing:
+            warnings.warn(
+                f"dynquant.fuse: {pattern} is registered for {type(parent).__name__}, but "
+                f"{name or 'the model'} has no {', '.join(missing)}",
+                stacklevel=4,
+            )
 
 
 @dataclass(frozen=True)
@@ -73,12 +149,13 @@ class ActivationFusion:
         return f"{prefix}{self.layer_name} and {prefix}{self.activation_name}"
 
     def undo(self) -> None:
-        getattr(self.parent, self.layer_name).set_epilogue("none")
+        part_of(self.parent, self.layer_name).set_epilogue("none")
+        owner, name = owner_of(self.parent, self.activation_name)
         if not isinstance(self.activation, nn.Module):
-            delattr(self.parent, self.activation_name)
-        setattr(self.parent, self.activation_name, self.activation)
+            delattr(owner, name)
+        setattr(owner, name, self.activation)
         if self.relu_or_gelu is not None:
-            self.parent.activation_relu_or_gelu = self.relu_or_gelu  # type: ignore[assignment]
+            owner.activation_relu_or_gelu = self.relu_or_gelu
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -87,27 +164,47 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def _fuse_activation(
     parent: nn.Module, layer_name: str, activation_name: str, uses: Counter[int]
 ) -> ActivationFusion | None:
-    layer, activation = getattr(parent, layer_name, None), getattr(parent, activation_name, None)
-    epilogue = epilogue_of(activation)
-    if not isinstance(layer, QModule) or epilogue is None or not layer.takes_epilogue:
+    layer, activation = part_of(parent, layer_name), part_of(parent, activation_name)
+    epilogue = _fusible(layer, activation)
+    if epilogue is None or uses[id(layer)] > 1 or has_hooks(layer):
         return None
-    if uses[id(layer)] > 1 or has_hooks(layer) or has_hooks(activation):
-        return None
-    relu_or_gelu = getattr(parent, "activation_relu_or_gelu", None)
+    owner, name = owner_of(parent, activation_name)
+    relu_or_gelu = getattr(owner, "activation_relu_or_gelu", None)
     layer.set_epilogue(epilogue)
-    remove_activation(parent, activation_name)
+    remove_activation(owner, name)
     return ActivationFusion(parent, layer_name, activation_name, activation, relu_or_gelu)
 
 
+def _fusible(layer: Any, activation: Any) -> str | None:
+    """The epilogue that a layer may take from an activation."""
+    if not isinstance(layer, QModule) or not layer.takes_epilogue or has_hooks(activation):
+        return None
+    return epilogue_of(activation)
+
+
 def _merge(parent: nn.Module, names: tuple[str, ...], uses: Counter[int]) -> None:
-    found = [getattr(parent, name, None) for name in names]
+    found = [part_of(parent, name) for name in names]
     layers: list[Any] = [layer for layer in found if isinstance(layer, QModule) and layer.is_mergeable]
     if len(layers) < len(names) or any(uses[id(layer)] > 1 for layer in layers):
         return
     group = MergedGroup(layers)
     if group.merged is not None:
         for name, layer in zip(names, group.layers, strict=True):
-            setattr(parent, name, layer)
+            setattr(*owner_of(parent, name), layer)
+
+
+def owner_of(module: nn.Module, name: str) -> tuple[Any, str]:
+    """The module that holds a part with a dotted name, and the part's name in it."""
+    path, _, last = name.rpartition(".")
+    return part_of(module, path), last
+
+
+def part_of(module: nn.Module, name: str) -> Any:
+    """A part of a module, or of its parts, by its dotted name; None if there is none."""
+    part: Any = module
+    for step in name.split(".") if name else ():
+        part = getattr(part, step, None)
+    return part
 
 
 def has_hooks(thing: Any) -> bool:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-
 from torch import Tensor, nn
 
-from ..fusion.modules import ActivationFusion, fuse_steps
+from ..fusion.modules import ActivationFusion, describe_unfused, fuse_steps
 from .layers import Agreement, tensors_in
 from .sample import Sample
 
@@ -14,18 +12,18 @@ LEAST_SQNR_DB = 30.0
 """A fused gelu or silu moves a few quantized values by one step; another function is far below this."""
 
 
-def fuse_checked(model: nn.Module, sample: Sample, *, warn: bool) -> None:
+def fuse_checked(model: nn.Module, sample: Sample) -> str | None:
     """:func:`dynquant.fuse`, in place, without the activations whose fusion changes the model's output.
 
     The whole is judged first; only where it differs is each activation judged by itself.
 
-    Args:
-        warn: name the activations that are left as they were in a warning.
+    Returns:
+        The activations that are left as they were, or why nothing is fused, as a clause for a warning.
     """
     expected = _outputs(model, sample)
     fusions = list(fuse_steps(model))
     if not fusions or _agrees(model, sample, expected):
-        return
+        return describe_unfused(model)
     for fusion in fusions:
         fusion.undo()
     apart: list[ActivationFusion] = []
@@ -33,9 +31,9 @@ def fuse_checked(model: nn.Module, sample: Sample, *, warn: bool) -> None:
         if not _agrees(model, sample, expected):
             fusion.undo()
             apart.append(fusion)
-    if apart and warn:
-        names = "; ".join(map(str, apart))
-        warnings.warn(f"fuse: left apart, since the output of the model would change: {names}", stacklevel=5)
+    if not apart:
+        return None
+    return f"left apart, since the output of the model would change: {'; '.join(map(str, apart))}"
 
 
 def _outputs(model: nn.Module, sample: Sample) -> list[Tensor]:

@@ -224,7 +224,7 @@ class _Meter:
         inputs = self.pair.inputs(args, kwargs)
         if not inputs:
             return
-        rows = tuple(math.prod(x.shape[:-1]) for x in inputs)
+        rows = tuple(math.prod(x.shape[:-1] if x.is_floating_point() else x.shape) for x in inputs)
         self.rows.add(rows[0])
         if not all(x.numel() for x in inputs):
             return

@@ -6,7 +6,9 @@ from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
+from ..config import Config
 from ..conversion.plan import label
 from ..nn.module import QModule
 from .sample import Sample
@@ -19,12 +21,17 @@ class Pair(NamedTuple):
     float_layer: nn.Module
     int8_layer: nn.Module
 
+    @property
+    def config(self) -> Config | None:
+        """The scheme of the int8 layer; None if it is not a QModule."""
+        return self.int8_layer.config if isinstance(self.int8_layer, QModule) else None
+
     def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        """The tensors [..., K] that a call quantizes; the first float one if the layer is not a QModule."""
+        """The tensors [..., K] that a call quantizes; the first tensor if the layer is not a QModule."""
         if isinstance(self.int8_layer, QModule):
             return list(self.int8_layer.quantized_inputs(args, kwargs).values())
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        return [tensor for tensor in tensors if tensor.is_floating_point() and tensor.dim()][:1]
+        tensors = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
+        return [tensor for tensor in tensors if tensor.dim()][:1]
 
     def sample(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sample:
         """The arguments of a call, as copies for a layer that may write to them: QModules and linear layers

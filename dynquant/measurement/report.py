@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..conversion.plan import Skipped
+from ..conversion.plan import SPEC_LEAVES_FLOAT, Plan, Request, type_text
 from ..conversion.select import select
 from ..conversion.sources import default_mapping
 from ..info import isa
@@ -48,32 +48,37 @@ def report(model_fp32: nn.Module, model_int8: nn.Module, sample: Any) -> Report:
             f"{type(model_fp32).__name__}; keep a copy of the float model before converting it inplace"
         )
     arguments = Sample.of(sample)
+    mapping = default_mapping(model_fp32)
+    # A spec that covers all modules: the reason of each that cannot be converted.
+    plan = select(model_fp32, {nn.Module: Request({})}, {}, mapping)
     with measuring(model_fp32, model_int8):
-        return make_report(model_fp32, model_int8, arguments)
+        return make_report(model_fp32, model_int8, arguments, plan, pair_layers(model_fp32, model_int8))
 
 
 def make_report(
     model: nn.Module,
     int8_model: nn.Module,
     sample: Sample,
-    *,
-    rejected: Sequence[Skipped] = (),
+    plan: Plan,
+    pairs: Sequence[Pair],
     measured: Mapping[str, Measured] | None = None,
 ) -> Report:
     """:func:`report` under :func:`dynquant.measurement.sample.measuring`.
 
     Args:
-        rejected: layers that stayed float because they missed a threshold.
-        measured: measurements of the layers by name, if there are any already.
+        plan: with the reasons of the modules that stay float.
+        pairs: the converted layers.
+        measured: measurements by the names of layers, where there are any already.
     """
-    pairs = pair_layers(model, int8_model)
     whole = measure_models(model, int8_model, sample)
-    if measured is None:
-        measured = measure_layers(model, pairs, sample)
+    known = dict(measured or {})
+    unmeasured = [pair for pair in pairs if pair.name not in known]
+    if unmeasured:
+        known |= measure_layers(model, unmeasured, sample)
     return Report(
         _of_model(model, int8_model, whole),
-        tuple(_of_layer(pair, measured[pair.name]) for pair in pairs),
-        tuple(_skipped(model, int8_model, pairs, rejected)),
+        tuple(_of_layer(pair, known[pair.name]) for pair in pairs),
+        tuple(_left_float(int8_model, plan, pairs)),
         str(sample),
         torch.get_num_threads(),
         isa(),
@@ -95,7 +100,7 @@ def _of_model(model: nn.Module, int8_model: nn.Module, whole: MeasuredModel) -> 
 def _of_layer(pair: Pair, layer: Measured) -> LayerReport:
     before, after = pair.float_layer, pair.int8_layer
     module = after if isinstance(after, QModule) else None
-    config = None if module is None else module.config
+    config = pair.config
     n, k = _float_shape(before) if module is None else module.matrix_shape
     return LayerReport(
         name=pair.name,
@@ -129,30 +134,16 @@ def _float_shape(layer: Any) -> tuple[int | None, int | None]:
     return sizes if all(isinstance(size, int) for size in sizes) else (None, None)
 
 
-def _skipped(
-    model: nn.Module, int8_model: nn.Module, pairs: Iterable[Pair], rejected: Sequence[Skipped]
-) -> list[SkippedLayer]:
+def _left_float(int8_model: nn.Module, plan: Plan, pairs: Sequence[Pair]) -> Iterator[SkippedLayer]:
     """The modules with a weight matrix that were not converted, in the order of the model."""
-    # By a spec that covers all modules: the reason of each that cannot be converted.
-    _, skipped = select(model, {nn.Module: {}}, {}, default_mapping(model))
-    reasons = {id(item.module): item.reason for item in (*skipped, *rejected)}
-    linear_types = tuple(default_mapping(model))
     converted = {id(pair.float_layer) for pair in pairs}
     types = {name: type(layer) for name, layer in int8_model.named_modules(remove_duplicate=False)}
-    layers = []
-    for name, module in model.named_modules():
-        if id(module) in converted:
-            continue
-        if isinstance(module, QModule):
-            reason: str | None = f"it was a {type(module).__name__} before"
-            tensors = tensors_of(module)
-        elif types.get(name) is type(module):
-            reason = reasons.get(id(module))
-            if reason is None and isinstance(module, linear_types):
-                reason = "the spec leaves it float"
-            tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        else:
-            continue  # another type took its place, by a mapping of the user's or in a graph
-        if reason is not None:
-            layers.append(SkippedLayer(name, type(module).__name__, nbytes_of(tensors), reason))
-    return layers
+    for decision in plan.decisions:
+        name, module = decision.name, decision.module
+        if id(module) in converted or types.get(name) is not type(module):
+            continue  # in a graph, another type may take the place of a layer that is not converted
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        is_whole = not own or isinstance(module, (QModule, torch.jit.ScriptModule))
+        tensors = tensors_of(module) if is_whole else own
+        reason = decision.reason or SPEC_LEAVES_FLOAT
+        yield SkippedLayer(name, type_text(module), nbytes_of(tensors), reason)

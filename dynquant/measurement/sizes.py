@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..nn.module import QModule
-from .layers import tensors_in
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
@@ -23,10 +22,20 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
             # Its packed weights are opaque; the tensors of its state_dict have their size.
             packed: dict[str, Any] = {}
             part._save_to_state_dict(packed, "", False)
-            tensors += [
-                tensor for name in packed.keys() - part._buffers for tensor in tensors_in(packed[name])
-            ]
+            tensors += [tensor for name in packed.keys() - part._buffers for tensor in _held_by(packed[name])]
     return tensors
+
+
+def _held_by(value: Any) -> Iterator[Tensor]:
+    """The tensors of a value in a state_dict; those of torch's packed objects are in their own state."""
+    if isinstance(value, torch.ScriptObject):
+        state = getattr(value, "__getstate__", None)
+        yield from () if state is None else _held_by(state())
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _held_by(part)
+    elif isinstance(value, Tensor):
+        yield value
 
 
 def nbytes_of(tensors: Iterable[Tensor]) -> int:

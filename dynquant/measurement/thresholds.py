@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..conversion.plan import Skipped
-from .layers import Measured
+from torch import nn
+
+from .layers import Measured, measure_layers
 from .pairs import Pair
-from .sample import SAMPLE_WORDS
+from .sample import SAMPLE_WORDS, Sample
 
 
 def check_arguments(
@@ -42,25 +43,41 @@ def check_arguments(
             raise ValueError(f"quantize_dynamic: expected {name} to be a number, got nan")
 
 
-def below_thresholds(
+def judge(
+    model: nn.Module,
     pairs: Sequence[Pair],
-    measured: Mapping[str, Measured],
+    sample: Sample,
+    *,
+    timed: bool,
     min_speedup: float | None,
     min_sqnr: float | None,
-) -> list[Skipped]:
-    """Layers that miss a threshold, and by how much. Unmeasured layers pass.
+) -> tuple[dict[str, str], dict[str, Measured]]:
+    """Measure layers and find those that miss a threshold. Unmeasured layers pass.
 
     Args:
-        measured: by the name of the layer.
+        model: the float model, under :func:`dynquant.measurement.sample.measuring`.
+        timed: whether to measure times even if no threshold needs them.
         min_speedup: time of the float layer / time of the int8 layer.
         min_sqnr: dB.
+
+    Returns:
+        By the name of the layer: why it must stay float; all measurements.
     """
-    rejected = []
-    for pair in pairs:
-        reason = _reason(measured[pair.name], min_speedup, min_sqnr)
-        if reason is not None:
-            rejected.append(Skipped(pair.name, pair.float_layer, reason))
-    return rejected
+    measured = measure_layers(model, pairs, sample, timed=timed or min_speedup is not None)
+    reasons = _reasons(measured, min_speedup, min_sqnr)
+    if reasons and min_speedup is not None:
+        # On a busy machine any layer may look slow once: rejected layers are timed again, which decides.
+        again = measure_layers(model, [pair for pair in pairs if pair.name in reasons], sample)
+        reasons = _reasons(again, min_speedup, min_sqnr)
+        measured |= again
+    return reasons, measured
+
+
+def _reasons(
+    measured: Mapping[str, Measured], min_speedup: float | None, min_sqnr: float | None
+) -> dict[str, str]:
+    found = {name: _reason(layer, min_speedup, min_sqnr) for name, layer in measured.items()}
+    return {name: reason for name, reason in found.items() if reason is not None}
 
 
 def _reason(layer: Measured, min_speedup: float | None, min_sqnr: float | None) -> str | None:

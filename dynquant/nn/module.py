@@ -183,6 +183,11 @@ class QModule(nn.Module):
         """The number of modules, with this one, whose weights are merged: they read the same tensor."""
         return 1
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether it does more than a layer: an activation is a part of it, or it is merged with others."""
+        return self.merged_count > 1 or self.config.epilogue != "none"
+
     def why_not_static(self) -> str | None:
         """The reason why its qparams cannot be fixed in its present scheme, as a clause; None if they can."""
         return None if self.has_static_form else f"is a {type(self).__name__}, which has no static form"

@@ -21,7 +21,7 @@ from dynquant import QLinear
 from dynquant.nn.merged import MergedLinear
 from dynquant.patterns.activations import epilogue_of
 from dynquant.patterns.hugging_face import ACTIVATION_AFTER, QKV_GROUPS
-from dynquant.patterns.registry import PATTERNS, Pattern
+from dynquant.patterns.registry import PATTERNS, SharedInput
 from tests.support.nets import CountInt8, Written
 from tests.support.same_bits import assert_same_bits
 
@@ -211,7 +211,7 @@ class Attention(nn.Module):
 @pytest.fixture(autouse=True)
 def _rule_of_attention():
     name = f"{Attention.__module__}.{Attention.__qualname__}"
-    PATTERNS[name] = Pattern(same_input=(("q", "k", "v"),))
+    PATTERNS[name] = [SharedInput(("q", "k", "v"))]
     yield
     del PATTERNS[name]
 

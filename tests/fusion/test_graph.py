@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import dynquant
 from dynquant import Config, QLinear, fuse_graph
 from dynquant.fusion import compile_backend
-from dynquant.patterns.registry import PATTERNS, Pattern
+from dynquant.patterns.registry import PATTERNS, SharedInput
 from tests.support.nets import Written
 from tests.support.same_bits import assert_same_bits
 
@@ -493,7 +493,7 @@ def test_large_weights_are_merged_only_if_contiguous(monkeypatch: pytest.MonkeyP
             return heads(x, self.a, self.b, self.c)
 
     holder = Holder()
-    monkeypatch.setitem(PATTERNS, f"{__name__}.{Holder.__qualname__}", Pattern(same_input=(("a", "b", "c"),)))
+    monkeypatch.setitem(PATTERNS, f"{__name__}.{Holder.__qualname__}", [SharedInput(("a", "b", "c"))])
     dynquant.fuse(holder)
     for net, widths in ((model, [64, 64, 64]), (holder, [192])):
         torch._dynamo.reset()

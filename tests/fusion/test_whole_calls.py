@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dynquant import QLinear, fuse, quantize_dynamic
-from dynquant.patterns.registry import PATTERNS, Pattern
+from dynquant.patterns.registry import PATTERNS, ActivationAfter
 from tests.support.same_bits import assert_same_bits
 
 X = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
@@ -200,7 +200,7 @@ class Between(nn.Module):
 def test_a_sample_undoes_what_changes_the_output(monkeypatch, inplace) -> None:
     """A pattern that claims too much: the sample tells, and what is right stays fused."""
     pairs = (("layer", "activation"), ("other", "last"))
-    monkeypatch.setitem(PATTERNS, f"{__name__}.Between", Pattern(activation_after=pairs))
+    monkeypatch.setitem(PATTERNS, f"{__name__}.Between", [ActivationAfter(*pair) for pair in pairs])
     model = Between()
     plain = quantize_dynamic(model)(X)
     sentence = "fuse: left apart, since the output of the model would change: layer and activation$"

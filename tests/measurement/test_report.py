@@ -369,9 +369,13 @@ def test_a_from_float_of_the_users() -> None:
     model = nn.Sequential(nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12)), nn.Linear(12, 12))
     mapping = {nn.Sequential: Pair, nn.Linear: QLinear}
     quantized, report = reported(model, qconfig_spec={"0", "1"}, mapping=mapping, min_sqnr=1e6, min_speedup=0)
-    assert converted(quantized) == ["0.0", "0.1"], "the guard does not undo the layer's own conversion"
-    assert names(report) == ["0.0", "0.1"]
-    assert "below min_sqnr=1e+06" in reasons(report)["1"]
+    assert converted(quantized) == []
+    assert names(report) == []
+    assert all("below min_sqnr=1e+06" in reasons(report)[name] for name in ("0", "1"))
+    quantized, report = reported(model, qconfig_spec={"0", "1"}, mapping=mapping, min_sqnr=10)
+    assert converted(quantized) == ["0.0", "0.1", "1"]
+    assert names(report) == ["0", "0.0", "0.1", "1"], "the layer as a whole, and what is in it"
+    assert report.layers[0].sqnr_db < report.layers[1].sqnr_db
 
 
 # ---- outputs and samples of every kind
@@ -605,7 +609,7 @@ def test_hooks_of_the_model_see_each_run_and_come_along() -> None:
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("stage", ["measure_layers", "below_thresholds", "make_report"])
+@pytest.mark.parametrize("stage", ["_convert", "judge", "fuse_checked", "make_report"])
 def test_an_interruption_leaves_the_model_as_it_was(monkeypatch, inplace: bool, stage: str) -> None:
     model = net()
     before = state(model)

@@ -18,7 +18,7 @@ from torch.ao.quantization import quantize_dynamic as torch_ao_quantize_dynamic
 import dynquant
 from dynquant import QLinear, quantize_dynamic
 from dynquant.nn.merged import MergedLinear
-from dynquant.patterns.registry import PATTERNS, Pattern, type_name
+from dynquant.patterns.registry import PATTERNS, SharedInput, type_name
 from tests.support.same_bits import assert_same_bits
 
 K, N = 32, 64
@@ -38,7 +38,7 @@ class Attention(nn.Module):
 @pytest.fixture(autouse=True)
 def attention_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = ("q_proj", "k_proj", "v_proj")
-    monkeypatch.setitem(PATTERNS, type_name(Attention()), Pattern(same_input=(layers,)))
+    monkeypatch.setitem(PATTERNS, type_name(Attention()), [SharedInput(layers)])
 
 
 def sequence() -> nn.Sequential:

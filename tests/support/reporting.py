@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dynquant import Report, quantize_dynamic
 from dynquant.measurement import layers as measure
 from dynquant.measurement.timing import Timing
-from dynquant.patterns.registry import PATTERNS, Pattern
+from dynquant.patterns.registry import PATTERNS, SharedInput
 
 X = torch.linspace(-2, 3, 60).reshape(5, 12)
 
@@ -83,6 +83,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int, int], flo
 @pytest.fixture
 def shared_attention() -> Iterator[Attention]:
     name = f"{Attention.__module__}.{Attention.__qualname__}"
-    PATTERNS[name] = Pattern(same_input=(("q", "k", "v"),))
+    PATTERNS[name] = [SharedInput(("q", "k", "v"))]
     yield Attention()
     del PATTERNS[name]

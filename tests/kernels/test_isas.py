@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 
 from dynquant import _extension
+from tests.support.isas import EMULATED, EVERY_ISA
 from tests.support.paths import CPU_SOURCES, EMULATED_ISAS, KERNEL_SOURCES
 
-EMULATED = ("avxvnni", "avx512vl_vnni", "avx512vnni")
-ISAS = ("scalar", "avx2", *EMULATED)
 FLAGS = ["-std=c++20", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi", f"-I{KERNEL_SOURCES}"]
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the vector kernels are for x86-64")
@@ -47,7 +46,9 @@ def on_every_core(tasks: list[tuple[object, ...]]) -> list[Path]:
 def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The file of each instruction set, compiled with the extension's flags."""
     folder = tmp_path_factory.mktemp("objects")
-    return dict(zip(ISAS, on_every_core([(folder, f"isa/{name}", "-O3") for name in ISAS]), strict=True))
+    return dict(
+        zip(EVERY_ISA, on_every_core([(folder, f"isa/{name}", "-O3") for name in EVERY_ISA]), strict=True)
+    )
 
 
 def test_emulated_kernels_give_the_bits_of_the_scalar_ones(tmp_path: Path) -> None:

@@ -14,6 +14,9 @@ from tests.support.paths import ISA_LIST
 EVERY_ISA = re.findall(r"ISA\((\w+), k", ISA_LIST.read_text())
 """Compiled into an extension for x86-64."""
 
+EMULATED = ("avxvnni", "avx512vl_vnni", "avx512vnni")
+"""Whose intrinsics tests/kernels/emulated/intrinsics.h has as loops: tested on every x86-64 machine."""
+
 ISAS = dynquant.available_isas() or ["reference"]
 
 

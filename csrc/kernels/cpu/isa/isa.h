@@ -1,6 +1,8 @@
 // The instruction sets of this build, lowest first: (name, table, required CPU features).
 #pragma once
 
+#define DYNQUANT_ISAS(ISA) ISA(scalar, kScalar, true) DYNQUANT_X86_ISAS(ISA)
+
 #if defined(__x86_64__)
 #define DYNQUANT_X86_ISAS(ISA)                                             \
   ISA(avx2, kAvx2, (cpu.avx2 && cpu.f16c && cpu.fma))                      \
@@ -10,4 +12,3 @@
 #else
 #define DYNQUANT_X86_ISAS(ISA)
 #endif
-#define DYNQUANT_ISAS(ISA) ISA(scalar, kScalar, true) DYNQUANT_X86_ISAS(ISA)

@@ -14,7 +14,8 @@ constexpr uint64_t kModes = 0x1f80;
 uint64_t modes() { return _mm_getcsr(); }
 void set_modes(uint64_t modes) { _mm_setcsr(static_cast<unsigned>(modes)); }
 #elif defined(__aarch64__)
-// FPCR: nearest even, no flush to zero (FZ, FZ16, FIZ), NaNs propagate (DN), IEEE half precision (AHP), no trap.
+// FPCR: nearest even, no flush to zero (FZ, FZ16, FIZ), NaNs propagate (DN), IEEE half precision (AHP), no
+// trap.
 constexpr uint64_t kModes = 0;
 
 uint64_t modes() {

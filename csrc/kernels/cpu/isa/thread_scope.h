@@ -13,8 +13,8 @@ struct ThreadScope {
 };
 
 // The floating-point modes that every kernel expects: rounding to nearest even, denormals kept, no trap. They
-// are per thread: torch.set_flush_denormal, for one, changes them. An instruction set with further state (AMX:
-// the tile configuration) has a scope of its own, which begins and ends with this one.
+// are per thread: torch.set_flush_denormal, for one, changes them. An instruction set with further state
+// (AMX: the tile configuration) has a scope of its own, which begins and ends with this one.
 extern const ThreadScope kFloatModes;
 
 // Enters a scope for its lifetime.

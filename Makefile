@@ -1,6 +1,7 @@
 # make demo    build, then run the main job
 # make test    build, then all tests, lint, format and type checks
 # make test-kernels    the C++ tests of csrc/kernels;  make test-sanitized  the same under ASan, UBSan and TSan
+# make test-torch TORCH=torch==2.14.1    build and the short tests under another torch, in a copy of the sources
 # make bench   build, then the benchmarks beside the baselines
 # make build   compile what changed, in place
 # make lint    ruff, clang-format and mypy;  make format  mends what the first two can
@@ -18,7 +19,7 @@ comma := ,
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CPP = $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-kernels test-sanitized bench build lint format clean
+.PHONY: demo test test-kernels test-sanitized test-torch test-short bench build lint format clean
 .NOTPARALLEL:
 
 demo: $(VENV)/demo.stamp build
@@ -42,6 +43,18 @@ test-kernels: $(VENV)/test.stamp
 test-sanitized: $(VENV)/test.stamp
 	$(call KERNEL_TESTS,build/kernels-address,-DDYNQUANT_SANITIZE=address$(comma)undefined)
 	$(call KERNEL_TESTS,build/kernels-thread,-DDYNQUANT_SANITIZE=thread)
+
+# A copy, so that the extension of this folder's own torch stays.
+OTHER_TORCH := build/other-torch
+SHORT_TESTS := tests/ops tests/modules tests/conversion tests/fusion tests/calibration tests/fixtures
+
+test-torch:
+	mkdir -p $(OTHER_TORCH)
+	git ls-files -z | xargs -0 cp --parents --preserve=timestamps --target-directory $(OTHER_TORCH)
+	$(MAKE) -C $(OTHER_TORCH) test-short VENV=$(abspath $(VENV)-$(firstword $(TORCH))) TORCH='$(TORCH)'
+
+test-short: $(VENV)/test.stamp build
+	$(BIN)/python -m pytest $(SHORT_TESTS)
 
 bench: $(VENV)/bench.stamp build
 	$(BIN)/python -m dynquant bench

@@ -128,7 +128,8 @@ def _check_layer(op: str, name: str, layer: Tensors, x: Tensor, k: int, config: 
     op = f"{op}, {name}"
     check(
         len(layer) == 4,
-        f"{op}: expected packed_weight, weight_sum, weight_scale and bias (or None), got {len(layer)} tensors",
+        f"{op}: expected packed_weight, weight_sum, weight_scale and bias (or None), "
+        f"got {len(layer)} tensors",
     )
     packed_weight, weight_sum, weight_scale, bias = layer
     if packed_weight is None or weight_sum is None or weight_scale is None:

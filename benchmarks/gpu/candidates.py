@@ -133,7 +133,7 @@ class Operands:
         layer = self.layers[0]
         compensated = acc - zero_point[:, None].double() * layer.weight_sum.double()
         assert layer.bias is not None
-        y = (compensated.float() * scale[:, None]) * layer.weight_scale + layer.bias
+        y = reference.dequantize(compensated, layer.weight_scale, scale, layer.bias)
         return y.to(torch.bfloat16)
 
     # ---- baselines ----

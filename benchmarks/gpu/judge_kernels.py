@@ -56,11 +56,13 @@ def _one_shape(setting: Setting, probe: Probe, tile: Tile, shape: tuple[int, int
     scale, zero_point = torch.rand(m) + 0.01, torch.randint(-128, 128, (m,), dtype=torch.int32)
     weight_sum = layer.weight.sum(1, dtype=torch.int32)
     compensated = exact[0] - zero_point[:, None].double() * weight_sum.double()
-    floats = (compensated.to(torch.float32) * scale[:, None]) * layer.weight_scale
     assert layer.bias is not None
+    plain, biased = (
+        reference.dequantize(compensated, layer.weight_scale, scale, bias) for bias in (None, layer.bias)
+    )
     # By epilogue and whether the bias is left out.
-    expected = {(name, False): reference.apply_epilogue(floats + layer.bias, name) for name in EPILOGUES}
-    expected["none", True] = floats
+    expected = {(name, False): reference.apply_epilogue(biased, name) for name in EPILOGUES}
+    expected["none", True] = plain
     operands = [replace(on_device, scale=scale.to(device), zero_point=zero_point.to(device))]
     operands.append(replace(operands[0], bias=None))
     for parts in (1,) if tile.kernel == "wgmma" else (1, 3):

@@ -10,7 +10,7 @@ from .arithmetic import fma
 from .checks import FLOAT_DTYPES
 from .epilogue import apply_epilogue
 from .layout import pack_weight, packed_shape, unpack_weight
-from .linear import int8_mm, linear_dynamic, linear_static
+from .linear import dequantize, int8_mm, linear_dynamic, linear_static
 from .mlp import linear_mlp, linear_norm, mlp
 from .norm import layer_norm, rms_norm
 from .quantization import choose_qparams, min_max, quantize, quantize_weight, rotate
@@ -19,6 +19,7 @@ __all__ = [
     "FLOAT_DTYPES",
     "apply_epilogue",
     "choose_qparams",
+    "dequantize",
     "fma",
     "int8_mm",
     "layer_norm",

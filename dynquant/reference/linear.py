@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..config import Config
+from .arithmetic import fma
 from .checks import (
     check,
     check_bias,
@@ -145,6 +146,25 @@ def linear_static(
     return _linear(x, rows, packed_weight, weight_sum, weight_scale, bias, row_scale, row_zero_point, cfg)
 
 
+def dequantize(acc: Tensor, weight_scale: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Accumulators as floats: (float(acc) * weight_scale) * scale + bias, the last two rounded as one.
+
+    The weight's scale comes first: float(acc) * scale would overflow for inputs of 1e38 whose outputs are far
+    below that.
+
+    Args:
+        acc: [M, N] integers of any dtype that holds them exactly, the zero point compensated.
+        weight_scale: fp32 [N]. scale: fp32 [M]. bias: any float dtype [N], or None.
+
+    Returns:
+        fp32 [M, N].
+    """
+    product = acc.to(torch.float32) * weight_scale
+    if bias is None:
+        return product * scale[:, None]
+    return fma(product, scale[:, None], bias.to(torch.float32))
+
+
 def _rotated_rows(op: str, x: Tensor, cfg: Config) -> Tensor:
     rows = rows_of(op, x)
     if not cfg.rotation_block:
@@ -168,8 +188,5 @@ def _linear(
     weight = unpack_weight(packed_weight, n, k)
     q = quantize(rows, scale, zero_point)
     acc = _exact_mm(q, weight) - zero_point[:, None].to(torch.float64) * weight_sum.to(torch.float64)
-    out = (acc.to(torch.float32) * scale[:, None]) * weight_scale
-    if bias is not None:
-        out = out + bias.to(torch.float32)
-    out = apply_epilogue(out, cfg.epilogue)
+    out = apply_epilogue(dequantize(acc, weight_scale, scale, bias), cfg.epilogue)
     return out.to(cfg.out_dtype or x.dtype).reshape(*x.shape[:-1], n)

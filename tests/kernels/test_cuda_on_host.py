@@ -140,8 +140,8 @@ def test_outputs(host: CudaOnHost, kernel: str, tile: tuple[int, int], dtype: to
         bias = torch.randn(n) if epilogue != "relu" else None
         dequantization = Dequantization(scale, zero_point, weight_sum, weight_scale, bias, epilogue, dtype)
         acc = exact_product(q, weight) - zero_point[:, None] * weight_sum
-        y = acc.to(torch.float32) * scale[:, None] * weight_scale
-        expected = reference.apply_epilogue(y if bias is None else y + bias, epilogue).to(dtype)
+        y = reference.dequantize(acc, weight_scale, scale, bias)
+        expected = reference.apply_epilogue(y, epilogue).to(dtype)
         actual = host.gemm(kernel, tile, 1, q, weight, dequantization)
         assert_same_bits(actual, expected, f"N = {n}, {epilogue}, aligned to {host.alignment}")
 

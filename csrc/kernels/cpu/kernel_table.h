@@ -95,7 +95,7 @@ struct KernelTable {
   // Bytes of scratch for `rows` of the m rows of a GEMM.
   int64_t (*gemm_scratch)(int64_t m, int64_t k, int64_t rows);
 
-  // out[m, n] = epilogue((float(acc - zero_point[m] * sum[n]) * scale[m]) * weight.scale[n] + bias[n])
+  // out[m, n] = epilogue(fma(float(acc - zero_point[m] * sum[n]) * weight.scale[n], scale[m], bias[n]))
   // for the rows of `tiles` and the channels of the 64-channel blocks [block0, block1).
   void (*linear)(PackedActivations a, const QParams* qparams, const Weight& w, const Destination& out,
                  int8_t* scratch, RowTiles tiles, int64_t block0, int64_t block1);

@@ -1,7 +1,7 @@
 // From accumulators to outputs, for every GEMM kernel:
 //
 //   acc[m, n] = sum_k q[m, k] * weight[n, k] - zero_point[m] * weight_sum[n]
-//   out[m, n] = cast(function((float(acc[m, n]) * scale[m]) * weight_scale[n] + bias[n]))
+//   out[m, n] = cast(function(fma(float(acc[m, n]) * weight_scale[n], scale[m], bias[n])))
 //
 // A thread writes 8 neighbouring outputs of a row: 16 bytes of the narrowest dtype.
 #pragma once
@@ -45,7 +45,7 @@ template <int kColumns>
 struct alignas(16) ColumnQParams {
   float scale[kColumns];
   int32_t sum[kColumns];
-  float bias[kColumns];  // -0 without bias: y + -0 is y, for zeros of either sign too
+  float bias[kColumns];  // -0 without bias: a product plus -0 is the rounded product, also where that is 0
 };
 
 struct GroupQParams {
@@ -97,6 +97,11 @@ __device__ __forceinline__ GroupQParams load_group(const ColumnQParams<kColumns>
   load_group(columns.sum + column, group.sum);
   load_group(columns.bias + column, group.bias);
   return group;
+}
+
+// acc has the zero point compensated.
+__device__ __forceinline__ float dequantized(float acc, float column_scale, float row_scale, float bias) {
+  return Scalar::fma(acc * column_scale, row_scale, bias);
 }
 
 __device__ __forceinline__ void apply(Epilogue function, float (&y)[kGroup]) {
@@ -177,7 +182,7 @@ __device__ __forceinline__ void write_outputs(const Output& out, int64_t m, int6
   float y[kGroup];
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) {
-    y[i] = (acc.compensated[i] * row.scale) * columns.scale[i] + columns.bias[i];
+    y[i] = dequantized(acc.compensated[i], columns.scale[i], row.scale, columns.bias[i]);
   }
   apply(out.function, y);
   if (out.dtype == Dtype::kFloat32) {

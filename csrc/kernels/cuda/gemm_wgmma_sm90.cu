@@ -157,10 +157,10 @@ __device__ __forceinline__ TwoColumns two_columns(const ColumnQParams<kTileN>& t
 }
 
 template <bool kRelu>
-__device__ __forceinline__ float dequantized(int32_t sum, const QParams& row, const TwoColumns& columns,
-                                             int i) {
+__device__ __forceinline__ float output_of(int32_t sum, const QParams& row, const TwoColumns& columns,
+                                           int i) {
   const float acc = static_cast<float>(sum - row.zero_point * columns.sum[i]);
-  const float y = (acc * row.scale) * columns.scale[i] + columns.bias[i];
+  const float y = dequantized(acc, columns.scale[i], row.scale, columns.bias[i]);
   return kRelu ? EpilogueMath<Scalar>::relu(y) : y;
 }
 
@@ -248,8 +248,8 @@ struct RowStore {
         const TwoColumns columns = two_columns(tile_columns, 8 * group + tile.lane % 4 * 2);
 #pragma unroll
         for (int below = 0; below < 2; ++below) {
-          words[2 * i + below] = pair(dequantized<kRelu>(c[2 * below], tile.rows[below], columns, 0),
-                                      dequantized<kRelu>(c[2 * below + 1], tile.rows[below], columns, 1));
+          words[2 * i + below] = pair(output_of<kRelu>(c[2 * below], tile.rows[below], columns, 0),
+                                      output_of<kRelu>(c[2 * below + 1], tile.rows[below], columns, 1));
         }
       }
       ptx::store_matrices(tile.slice + Piece<kTileN>::place(tile.lane % 16, j + tile.lane / 16), words[0],
@@ -275,8 +275,8 @@ struct RowStore {
         const int row = tile.lane / 4 + 8 * below;
         int2 words = make_int2(c[2 * below], c[2 * below + 1]);
         if constexpr (kDtype == Dtype::kFloat32) {
-          words.x = __float_as_int(dequantized<kRelu>(words.x, tile.rows[below], columns, 0));
-          words.y = __float_as_int(dequantized<kRelu>(words.y, tile.rows[below], columns, 1));
+          words.x = __float_as_int(output_of<kRelu>(words.x, tile.rows[below], columns, 0));
+          words.y = __float_as_int(output_of<kRelu>(words.y, tile.rows[below], columns, 1));
         }
         *reinterpret_cast<int2*>(tile.slice + Piece<kTileN>::place(row, chunk) + tile.lane % 2 * 8) = words;
       }

@@ -169,8 +169,9 @@ Floats forward(const Forward& args) {
     const QParams row = qparams[index(i)];
     for (int64_t c = 0; c < n; ++c) {
       const int64_t exact = acc[index(i * n + c)] - static_cast<int64_t>(row.zero_point) * sums[index(c)];
-      float y = OneLane::mul(OneLane::mul(static_cast<float>(exact), row.scale), args.weight_scale[index(c)]);
-      if (!args.bias.empty()) y = OneLane::add(y, args.bias[index(c)]);
+      const float product = OneLane::mul(static_cast<float>(exact), args.weight_scale[index(c)]);
+      const float y = args.bias.empty() ? OneLane::mul(product, row.scale)
+                                        : OneLane::fma(product, row.scale, args.bias[index(c)]);
       out[index(i * n + c)] = epilogue_of(args.epilogue, y);
     }
   }

@@ -1,6 +1,12 @@
 // From the accumulators of a tile to the output: dequantization and epilogue, or int32. Included by
 // generic/kernels.h.
 
+// (acc * scale) * row_scale + bias, the last two rounded as one.
+DYNQUANT_INLINE F dequantized(F acc, const float* scale, F row_scale, const float* bias) {
+  const F product = V::mul(acc, V::load(scale));
+  return bias != nullptr ? V::fma(product, row_scale, V::load(bias)) : V::mul(product, row_scale);
+}
+
 // The dequantization formula, for accumulators of q + activation_offset. The channel constants are read in
 // whole vectors.
 template <int kRows, int kVectors>
@@ -17,8 +23,7 @@ DYNQUANT_INLINE void dequantize(const Accumulators<kRows, kVectors>& tile, const
     DYNQUANT_UNROLL
     for (int j = 0; j < kVectors; ++j) {
       const F acc = V::convert(Dot::ZeroPointCompensation::subtract(tile.acc[i][j], offset, sums[j]));
-      F y = V::mul(V::mul(acc, row_scale), V::load(scale + j * W));
-      if (bias != nullptr) y = V::add(y, V::load(bias + j * W));
+      const F y = dequantized(acc, scale + j * W, row_scale, bias == nullptr ? nullptr : bias + j * W);
       V::store(out + i * stride + j * W, y);
     }
   }
@@ -110,11 +115,15 @@ struct LinearOutput {
     }
     deliver<kRows, kVectors>(m, channel, [&](const Channels& c, float* to, int64_t stride) {
       for (int i = 0; i < kRows; ++i) {
-        const QParams q = qparams[m + i];
-        for (int j = 0; j < kVectors * W; ++j) {
-          const int64_t offset = q.zero_point + Dot::kOffset;
-          const float y = (static_cast<float>(total[i][j] - offset * c.sum[j]) * q.scale) * c.scale[j];
-          to[i * stride + j] = c.bias != nullptr ? y + c.bias[j] : y;
+        const int64_t offset = qparams[m + i].zero_point + Dot::kOffset;
+        const F row_scale = V::broadcast(qparams[m + i].scale);
+        for (int j = 0; j < kVectors * W; j += W) {
+          float rounded[W];
+          for (int lane = 0; lane < W; ++lane) {
+            rounded[lane] = static_cast<float>(total[i][j + lane] - offset * c.sum[j + lane]);
+          }
+          const float* bias = c.bias == nullptr ? nullptr : c.bias + j;
+          V::store(to + i * stride + j, dequantized(V::load(rounded), c.scale + j, row_scale, bias));
         }
       }
     });

@@ -7,9 +7,9 @@ from ._version import __version__
 from .calibration.calibrate import calibrate, freeze
 from .checkpoint import hugging_face as _hugging_face
 from .config import Config
+from .environment import Info, available_isas, info, isa
 from .fusion.graph import fuse_graph
 from .fusion.modules import fuse
-from .info import Info, available_isas, info, isa
 from .measurement.report import report
 from .measurement.report_data import Report
 from .nn import QLinear, QModule

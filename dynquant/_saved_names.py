@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from .calibration.calibrate import calibrate, freeze
+from .environment import Info
 from .fusion.graph import fuse_graph
 from .fusion.modules import fuse
 from .measurement.layers import Measured, MeasuredModel
@@ -26,6 +27,7 @@ _NAMES: dict[str, dict[str, Any]] = {
     "dynquant.convert": {"quantize_dynamic": quantize_dynamic},
     "dynquant.fuse": {"fuse": fuse},
     "dynquant.graph": {"fuse_graph": fuse_graph},
+    "dynquant.info": {"Info": Info},
     "dynquant.measure": {"Measured": Measured, "MeasuredModel": MeasuredModel},
     "dynquant.nn.shared_input": {"SharedInput": MergedGroup, "SharingLinear": MergedLinear},
     "dynquant.report": {

@@ -57,10 +57,15 @@ def select(
             continue
         if decision.target is None and id(module) not in stays_float:
             decision = _noted(decision, spec, covers_all)
-        if isinstance(module, torch.jit.ScriptModule) or (decision.target and not is_own(decision.target)):
+        if isinstance(module, torch.jit.ScriptModule) or _converts_parts(decision.target):
             replaced = (*replaced, f"{name}." if name else "")
         decisions[id(module)] = decision
     return Plan(tuple(decisions.values()))
+
+
+def _converts_parts(target: Any) -> bool:
+    """Whether a module is converted as a whole, and what is in it not by itself."""
+    return target is not None and (not is_own(target) or getattr(target, "converts_parts", False))
 
 
 def _requests(modules: Mapping[str, Any], spec: Spec, default: Scheme) -> dict[str, Request | None]:

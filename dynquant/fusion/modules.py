@@ -23,7 +23,6 @@ from ..patterns.registry import (
     REGISTERED,
     ActivationAfter,
     SharedInput,
-    names_in,
     patterns_of,
     type_name,
 )
@@ -124,7 +123,7 @@ def _warn_of_missing_parts(name: str, parent: nn.Module) -> None:
     if type_name(parent) not in REGISTERED:
         return
     for pattern in PATTERNS[type_name(parent)]:
-        missing = [part for part in names_in(pattern) if part_of(parent, part) is None]
+        missing = [part for part in pattern.parts if part_of(parent, part) is None]
         if missing:
             warnings.warn(
                 f"dynquant.fuse: {pattern} is registered for {type(parent).__name__}, but "

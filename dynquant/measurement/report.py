@@ -11,7 +11,7 @@ from torch import nn
 from ..conversion.plan import SPEC_LEAVES_FLOAT, Plan, Request, type_text
 from ..conversion.select import select
 from ..conversion.sources import default_mapping
-from ..info import isa
+from ..environment import isa
 from ..nn.module import QModule
 from ..patterns.hugging_face import CONV1D
 from ..patterns.registry import type_name

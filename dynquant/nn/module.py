@@ -63,6 +63,9 @@ class QModule(nn.Module):
         }
         cls.__jit_unused_properties__ = tuple(sorted(names))
 
+    converts_parts: ClassVar[bool] = False
+    """Whether from_float also takes what is in the float module, which is then not converted by itself."""
+
     # ---- from float and back
 
     @classmethod

@@ -6,36 +6,53 @@ several kinds; each kind is a tuple of the names of parts, and a fusion asks for
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from . import hugging_face, torch_nn
+
+
+class Pattern(Protocol):
+    """Roles of the parts of a module: a tuple whose fields name them."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of all parts that have a role, dotted for parts of parts (``"mlp.up"``)."""
 
 
 class ActivationAfter(NamedTuple):
     """A layer whose output only an activation reads.
 
     Attributes:
-        layer, activation: names of the parts, dotted for parts of parts (``"mlp.up"``). The activation is a
-            module or a function that an attribute holds.
+        layer: the layer.
+        activation: a module, or a function that an attribute holds.
     """
 
     layer: str
     activation: str
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(self)
 
 
 class SharedInput(NamedTuple):
     """Layers that are usually called with the same tensor, such as query, key and value.
 
     Attributes:
-        layers: names of the parts, in the order of their calls.
+        layers: in the order of their calls.
     """
 
     layers: tuple[str, ...]
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return self.layers
 
-KINDS = (ActivationAfter, SharedInput)
-Pattern = ActivationAfter | SharedInput
-P = TypeVar("P", ActivationAfter, SharedInput)
+
+KINDS: tuple[type[Pattern], ...] = (ActivationAfter, SharedInput)
+"""The kinds of patterns that fusions ask for."""
+
+P = TypeVar("P", bound=Pattern)
 
 PATTERNS: dict[str, list[Pattern]] = {}
 """By the dotted name of a type, such as ``"torch.nn.modules.transformer.TransformerEncoderLayer"``.
@@ -93,7 +110,7 @@ def _check(pattern: Any) -> None:
     if not isinstance(pattern, KINDS):
         kinds = " or ".join(kind.__name__ for kind in KINDS)
         raise TypeError(f"register_pattern: expected patterns of type {kinds}, got {pattern!r}")
-    names = names_in(pattern)
+    names = pattern.parts
     if not isinstance(names, tuple) or not all(isinstance(name, str) and name for name in names):
         raise TypeError(f"register_pattern: expected names of parts in a tuple, got {pattern!r}")
     if len(set(names)) < 2:
@@ -103,11 +120,6 @@ def _check(pattern: Any) -> None:
 def patterns_of(module: Any, kind: type[P]) -> list[P]:
     """The patterns of one kind that a module's own type has."""
     return [pattern for pattern in PATTERNS.get(type_name(module), ()) if isinstance(pattern, kind)]
-
-
-def names_in(pattern: Pattern) -> tuple[str, ...]:
-    """The names of the parts in a pattern."""
-    return pattern.layers if isinstance(pattern, SharedInput) else tuple(pattern)
 
 
 def type_name(thing: Any) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import dynquant
-from dynquant.info import isa as isa_function
+from dynquant.environment import isa as isa_function
 from tests.support.isas import EMULATED, EVERY_ISA, ISAS
 from tests.support.paths import CPU_SOURCES, CSRC, EMULATED_ISAS, ISA_LIST, KERNEL_SOURCES, ROOT, TESTS
 

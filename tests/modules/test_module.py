@@ -230,3 +230,49 @@ def test_a_users_own_type_is_measured_whole() -> None:
     assert_same_bits(x, X)
     again = dynquant.report(model, quantized, x)
     assert names(again) == names(report)
+
+
+class QWhole(QModule):
+    """Takes a whole module with the layers in it, as an encoder layer does."""
+
+    converts_parts = True
+    quantized_input_names = ("x",)
+    inner: QLinear
+
+    @classmethod
+    def from_float(cls, module: Special, **scheme: Any) -> QWhole:
+        self = cls()
+        self.inner = QLinear.from_float(module.inner)
+        return self
+
+    @property
+    def config(self) -> Config:
+        return self.inner.config
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        return self.inner.matrix_shape
+
+    def quantized_weights(self) -> dict[str, QTensor]:
+        return {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x * 2)
+
+
+def test_a_module_that_takes_its_parts_along() -> None:
+    model = nn.Sequential(Special(), nn.Linear(12, 3))
+    calls: list[nn.Module] = []
+    plain = QLinear.from_float
+
+    class Counted(QLinear):
+        @classmethod
+        def from_float(cls, linear: nn.Linear, **scheme: Any) -> QLinear:  # type: ignore[override]
+            calls.append(linear)
+            return plain(linear, **scheme)
+
+    quantized = quantize_dynamic(model, {Special, nn.Linear}, mapping={Special: QWhole, nn.Linear: Counted})
+    assert [type(part) for part in quantized] == [QWhole, QLinear]
+    assert calls == [model[1]]
+    x = X.clone()
+    assert names(dynquant.report(model, quantized, x)) == ["0", "0.inner", "1"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -25,7 +27,7 @@ ROOMS = (
     {"nn"},
     {"qtensor", "ops"},
     {"reference"},
-    {"info", "after_import", "own_thread"},
+    {"environment", "after_import", "own_thread"},
     {"config", "patterns", "_extension", "_version", "extras", "progress"},
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
@@ -121,3 +123,20 @@ def test_a_file_is_short_enough_to_read(path: Path) -> None:
             body = node.body[1:] if documented else node.body
             if body:
                 assert body[-1].end_lineno - body[0].lineno < 70, node.name
+
+
+def test_no_function_hides_a_module() -> None:
+    """An attribute of a package that has a module's name is that module; `dynquant.reference` names ops."""
+    packages = {path.parent for path in PACKAGE.rglob("__init__.py")} - {PACKAGE / "reference"}
+    hidden = []
+    for folder in packages:
+        dotted = ".".join(("dynquant", *folder.relative_to(PACKAGE).parts))
+        package = importlib.import_module(dotted)
+        modules = [*folder.glob("*.py"), *(path.parent for path in folder.glob("*/__init__.py"))]
+        names = {path.stem for path in modules} - {"__init__"}
+        hidden += [
+            f"{dotted}.{name}"
+            for name in names & vars(package).keys()
+            if not isinstance(getattr(package, name), ModuleType)
+        ]
+    assert not hidden

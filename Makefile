@@ -51,7 +51,7 @@ SHORT_TESTS := tests/ops tests/modules tests/conversion tests/fusion tests/calib
 test-torch:
 	mkdir -p $(OTHER_TORCH)
 	git ls-files -z | xargs -0 cp --parents --preserve=timestamps --target-directory $(OTHER_TORCH)
-	$(MAKE) -C $(OTHER_TORCH) test-short VENV=$(abspath $(VENV)-$(firstword $(TORCH))) TORCH='$(TORCH)'
+	$(MAKE) -C $(OTHER_TORCH) test-short VENV=$(abspath $(VENV)-$(subst ==,-,$(firstword $(TORCH)))) TORCH='$(TORCH)'
 
 test-short: $(VENV)/test.stamp build
 	$(BIN)/python -m pytest $(SHORT_TESTS)

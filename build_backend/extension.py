@@ -135,8 +135,16 @@ def _in_repository(paths: list[Path]) -> list[str]:
 
 
 def _check_compiler() -> None:
-    compiler = os.environ.get("CXX", "c++").split()[0]
     pure = "or set DYNQUANT_BUILD=0 for the pure-Python package (all on the slower PyTorch reference)."
+    command = os.environ.get("CXX", "c++")
+    if not command.strip():
+        stop(f"CXX={command!r} names no compiler; unset it, or set it to a C++ compiler, {pure}")
+    if " " in command.strip() and shutil.which(command.strip()):
+        stop(
+            f"CXX={command!r} is a path with a space, which torch's build splits there; set CXX to a link "
+            f"to it without spaces, {pure}"
+        )
+    compiler = command.split()[0]
     if shutil.which(compiler) is None:
         stop(f"no C++ compiler {compiler!r} found; install one (on Debian: apt-get install g++), {pure}")
     header = Path(sysconfig.get_path("include")) / "Python.h"

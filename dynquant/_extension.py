@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import struct
 import warnings
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -19,6 +20,8 @@ import torch
 
 _FOLDER = Path(__file__).resolve().parent
 _FALLBACK = "every op runs on the PyTorch reference"
+# 64-bit and little-endian, as every system with kernels: e_shoff, e_shentsize and e_shnum of the file header.
+_ELF_HEADER = struct.Struct("<40xQ10xHH2x")
 _REBUILD = "`pip install --force-reinstall --no-deps .` in the repository builds it again"
 
 
@@ -63,15 +66,49 @@ def _load() -> tuple[ModuleType | None, str]:
         return None, f"dynquant._C is not built, so {_FALLBACK}; `pip install .` in the repository builds it"
     record = read_record()
     reason = _mismatch(file, record)
+    if reason is None and is_truncated(file):
+        reason = f"{file.name} is truncated, so {_FALLBACK}; {_REBUILD}"
     if reason is None:
         try:
-            return importlib.import_module(
-                "dynquant._C"
-            ), f"dynquant._C is loaded, built for torch {record['torch']}"
+            module = importlib.import_module("dynquant._C")
         except ImportError as error:
             reason = f"dynquant._C cannot be loaded ({error}), so {_FALLBACK}; {_REBUILD}"
+        else:
+            return module, f"dynquant._C is loaded, built for torch {record['torch']}{_unknown_isa(module)}"
     warnings.warn(reason, RuntimeWarning, stacklevel=2)
     return None, reason
+
+
+def is_truncated(file: Path) -> bool:
+    """Whether an ELF file ends before its section headers, which are its last part. The dynamic linker maps
+    such a file, and the process dies of SIGBUS."""
+    with file.open("rb") as opened:
+        header = opened.read(_ELF_HEADER.size)
+    if not header.startswith(b"\x7fELF"):
+        return not header
+    if len(header) < _ELF_HEADER.size:
+        return True
+    offset, size, count = _ELF_HEADER.unpack(header)
+    return bool(file.stat().st_size < offset + size * count)
+
+
+def _unknown_isa(module: ModuleType) -> str:
+    """A clause, after a warning, if DYNQUANT_ISA names no instruction set of this CPU: it is ignored."""
+    name, available = os.environ.get("DYNQUANT_ISA"), module.available_isas()
+    if not name or name in available:
+        module.isa()  # reads the variable now: a later change has no effect
+        return ""
+    del os.environ["DYNQUANT_ISA"]
+    try:
+        chosen = module.isa()
+    finally:
+        os.environ["DYNQUANT_ISA"] = name
+    sentence = (
+        f"DYNQUANT_ISA={name!r}: expected reference or an instruction set that this CPU has "
+        f"({', '.join(available)}), so {chosen} runs"
+    )
+    warnings.warn(sentence, RuntimeWarning, stacklevel=3)
+    return f"; {sentence}"
 
 
 extension: ModuleType | None

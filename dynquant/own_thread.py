@@ -7,9 +7,10 @@ for them forever. Converting, loading and unpickling a model leave no workers to
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -76,3 +77,19 @@ def _default_devices() -> list[torch.device] | None:
     if any(type(mode) is not DeviceContext for mode in modes):
         return None
     return [mode.device for mode in modes]
+
+
+_SMALLEST_SUBNORMAL = 5e-324
+
+
+@contextlib.contextmanager
+def keeping_subnormals() -> Iterator[None]:
+    """Within the block this thread keeps subnormal numbers, also after torch.set_flush_denormal(True)."""
+    if _SMALLEST_SUBNORMAL != 0.0:  # Python's floats are computed in the same mode
+        yield
+        return
+    torch.set_flush_denormal(False)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(True)

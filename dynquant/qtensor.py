@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from .after_import import after_import
 from .config import Config
-from .own_thread import on_own_thread
+from .own_thread import keeping_subnormals, on_own_thread
 from .reference import FLOAT_DTYPES, rotate
 
 FLOAT_WORDS = "float32, bfloat16, float16 or float64"
@@ -88,7 +88,7 @@ class QTensor(torch.Tensor):
         config = Config(config.activations, config.weights, config.rotation_block)
 
         def quantize_and_pack() -> QTensor:
-            with torch.no_grad(), torch.inference_mode(False):
+            with torch.no_grad(), torch.inference_mode(False), keeping_subnormals():
                 weight_int8, weight_scale = _ops.quantize_weight(weight.detach(), config.encode())
                 return _pack(weight_int8, weight_scale, config, weight.dtype)
 
@@ -125,9 +125,9 @@ class QTensor(torch.Tensor):
             )
 
         def check_and_pack() -> QTensor:
-            if weight.device.type != "meta":
-                _check_values(weight, weight_scale)
-            with torch.no_grad(), torch.inference_mode(False):
+            with torch.no_grad(), torch.inference_mode(False), keeping_subnormals():
+                if weight.device.type != "meta":
+                    _check_values(weight, weight_scale)
                 return _pack(weight, weight_scale, config, dtype)
 
         return on_own_thread([weight, weight_scale], check_and_pack)

@@ -18,6 +18,7 @@ from ..patterns.registry import type_name
 from ..qtensor import FLOAT_WORDS, QTensor, dequantize, tensors_of, to_device, weight_scale, with_tensor
 from ..reference import FLOAT_DTYPES
 from . import tied
+from .layouts import is_dense, of_nested, refusal
 from .module import OpCall
 from .names import LinearNames
 from .state import (
@@ -74,7 +75,7 @@ class QLinear(LinearNames):
 
     Shape:
         input [..., K] of float32, bfloat16, float16 or float64 -> [..., N] of the same dtype (under autocast:
-        of the autocast dtype).
+        of the autocast dtype). A nested tensor, jagged or strided, gives one of the same layout.
 
     Raises:
         ValueError: for scheme words that do not exist.
@@ -237,6 +238,8 @@ class QLinear(LinearNames):
                 input, packed_weight, weight_sum, weight_scale, bias, scale, zero_point, config
             )
         except (AttributeError, RuntimeError) as error:  # the reference reads attributes before it checks
+            if isinstance(input, Tensor) and input.is_nested:
+                return of_nested(self, input)
             raise self._explain(input, error) from None
 
     def _forward_in_torch_script(self, input: Tensor) -> Tensor:
@@ -265,6 +268,8 @@ class QLinear(LinearNames):
         """The op's error; in terms of the layer if x is at fault."""
         if not isinstance(x, Tensor):
             return TypeError(f"QLinear: expected input to be a tensor, got {type(x).__name__}")
+        if not is_dense(x):
+            return RuntimeError(refusal(x))
         if x.dtype not in FLOAT_DTYPES:
             return RuntimeError(f"QLinear: expected input of dtype {FLOAT_WORDS}, got {x.dtype}")
         if x.dim() == 0:

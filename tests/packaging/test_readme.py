@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import tomllib
 
 import dynquant
 from build_backend.torch_location import MINIMUM

@@ -34,7 +34,7 @@ define KERNEL_TESTS
 	$(BIN)/cmake --log-level=WARNING -G Ninja -S csrc/kernels -B $(1) -DCMAKE_PREFIX_PATH=$$prefix \
 	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja $(2) && \
 	$(BIN)/cmake --build $(1) --parallel $(JOBS) -- --quiet && \
-	$(BIN)/ctest --test-dir $(1) --output-on-failure --no-tests=error
+	$(BIN)/ctest --test-dir $(1) --verbose --no-tests=error
 endef
 
 test-kernels: $(VENV)/test.stamp

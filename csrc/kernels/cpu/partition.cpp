@@ -23,7 +23,8 @@ int64_t threads_over_rows(const Rows& x, const Parallel& parallel) {
 }
 
 double microseconds_to_read(double bytes) {
-  constexpr double kFromL2 = 100e3, kFromL3 = 50e3, kFromIntelL3 = 30e3;  // bytes a microsecond, measured
+  constexpr double kFromL2 = 100e3, kFromL3 = 50e3;  // bytes a microsecond, measured
+  [[maybe_unused]] constexpr double kFromIntelL3 = 30e3;
 #if defined(_SC_LEVEL2_CACHE_SIZE)
   static const double l2 = static_cast<double>(sysconf(_SC_LEVEL2_CACHE_SIZE));
 #else

@@ -39,7 +39,7 @@ void check_tile(const DotOps& dot, const Bytes& q, int rows, int64_t k, const By
         int64_t expected = 0;
         for (int64_t i = 0; i < k; ++i) expected += (q[at(m * k + i)] + offset) * weight[at(c * k + i)];
         if (acc[at(m * channels + c)] != expected) {
-          FAIL_CHECK((planned ? "planned" : "exact")
+          FAIL_CHECK(std::string(planned ? "planned" : "exact")
                      << ", row " << m << " of " << rows << ", channel " << c << ", K = " << k << ": "
                      << acc[at(m * channels + c)] << ", expected " << expected);
           return;

@@ -87,12 +87,16 @@ def _with_known_names(model: nn.Module, spec: Spec) -> Spec:
         ValueError: for one that is to be converted.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    unknown = [key for key in spec if isinstance(key, str) and key not in modules]
-    for key in unknown:
-        close = difflib.get_close_matches(key, modules, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        words = f"quantize_dynamic: qconfig_spec names {key!r}, which the model does not have{hint}"
+    unknown = {key: _hint(key, modules) for key in spec if isinstance(key, str) and key not in modules}
+    for key, hint in unknown.items():
         if spec[key] is not None:
-            raise ValueError(words)
-        warnings.warn(words, stacklevel=4)
+            raise ValueError(f"quantize_dynamic: qconfig_spec names {hint}")
+    if unknown:
+        warnings.warn(f"quantize_dynamic: qconfig_spec names {'; '.join(unknown.values())}", stacklevel=4)
     return {key: request for key, request in spec.items() if key not in unknown}
+
+
+def _hint(name: str, modules: Collection[str]) -> str:
+    close = difflib.get_close_matches(name, modules, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{name!r}, which the model does not have{hint}"

@@ -163,6 +163,9 @@ def test_state_dict_of_plain_tensors_makes_a_dynamic_model_static(tmp_path) -> N
 
 def test_copies_pickles_and_casts_stay_static() -> None:
     model, x = frozen(), batches(1)[0]
+    for name, bias in model.named_parameters():
+        assert name.endswith("bias")
+        bias.data = bias.data.half().float()  # a cast reaches the biases
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.deepcopy(model).half()):
         assert other[0].activation_scale.dtype == torch.float32
         assert_same_bits(other(x), model(x))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 from typing import Any
 
@@ -174,3 +175,32 @@ def test_arguments_that_do_not_fit(options: dict[str, Any], error: type, sentenc
         quantize_dynamic(model, inplace=True, **options)
     assert sentence in str(caught.value)
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_model_is_converted_once_and_once_more_in_place(monkeypatch, clock, inplace: bool) -> None:
+    """Layers are judged before there is a model of them, with the epilogues that they will have in it."""
+    clock(lambda m, n: 200.0 if n == 4 else 50.0)
+    entry = importlib.import_module("dynquant.quantize")
+    calls: list[str] = []
+    judged: list[str] = []
+
+    def counted(name: str) -> None:
+        function = getattr(entry, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            if name == "judge":
+                judged.extend(pair.int8_layer.config.epilogue for pair in args[1])
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(entry, name, call)
+
+    for name in ("convert", "judge", "swap"):
+        counted(name)
+    quantized, report = reported(net(), fuse=True, min_speedup=1.0, min_sqnr=-100, inplace=inplace)
+    assert calls == ["convert", "judge", "swap", *(["convert", "swap"] if inplace else [])]
+    assert judged == ["none", "relu", "none", "none"]
+    assert converted(quantized) == ["fc1", "block.0", "block.2"]
+    assert [layer.epilogue for layer in report.layers] == ["none", "relu", "none"]
+    assert quantized.block[0].config.epilogue == "relu"

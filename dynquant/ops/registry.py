@@ -36,11 +36,13 @@ class Op:
         schema: name, arguments and results, as torch.library.define takes them.
         fake: shape, dtype and device of the results, by the checks that the kernels make.
         derivative: see :class:`Derivative`.
+        composed: its layers run as linear_dynamic ops on a device that has no kernel for the whole.
     """
 
     schema: str
     fake: Callable[..., Any]
     derivative: Derivative = Derivative.NONE
+    composed: bool = False
 
     @property
     def name(self) -> str:
@@ -73,12 +75,14 @@ OPS: tuple[Op, ...] = (
         "Tensor?[] norm_out, float eps, int norm) -> Tensor",
         fake.linear_norm,
         Derivative.REFUSED,
+        composed=True,
     ),
     Op(
         "mlp(Tensor x, Tensor?[] gate, Tensor?[] up, Tensor?[] down, int[] configs, Tensor? residual, "
         "Tensor?[] norm_in, Tensor?[] norm_out, float eps, int norm) -> Tensor",
         fake.mlp,
         Derivative.REFUSED,
+        composed=True,
     ),
     Op(
         "linear_mlp(Tensor x, Tensor?[] layer, Tensor?[] gate, Tensor?[] up, Tensor?[] down, int[] configs, "
@@ -86,15 +90,27 @@ OPS: tuple[Op, ...] = (
         "-> Tensor",
         fake.linear_mlp,
         Derivative.REFUSED,
+        composed=True,
     ),
 )
 
 library = torch.library.Library("dynquant", "DEF")
 
 
+def _default_kernel(op: Op) -> Callable[..., Any]:
+    definition: Callable[..., Any] = getattr(reference, op.name)
+    if not op.composed:
+        return definition
+
+    def kernel(*args: Any) -> Any:
+        return definition(*args, linear=torch.ops.dynquant.linear_dynamic.default)
+
+    return kernel
+
+
 def _register(op: Op) -> None:
     library.define(op.schema, tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl(op.name, getattr(reference, op.name), "CompositeExplicitAutograd")
+    library.impl(op.name, _default_kernel(op), "CompositeExplicitAutograd")
     # All fake kernels in this one file: torch searches all modules for each file that registers one.
     torch.library.register_fake(f"dynquant::{op.name}", op.fake, lib=library)
     if op.derivative is Derivative.STRAIGHT_THROUGH:

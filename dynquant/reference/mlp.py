@@ -5,7 +5,7 @@ Between the layers of one op values stay fp32, whatever the dtype of x: one cast
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from .linear import check_operands, linear_dynamic
 from .norm import layer_norm, rms_norm
 
 Tensors = Sequence[Tensor | None]
+Linear = Callable[..., Tensor]
 
 
 def linear_norm(
@@ -28,6 +29,8 @@ def linear_norm(
     norm_out: Tensors,
     eps: float,
     norm: int,
+    *,
+    linear: Linear = linear_dynamic,
 ) -> Tensor:
     """norm_out(layer(norm_in(x)) + residual).
 
@@ -39,6 +42,7 @@ def linear_norm(
         norm_in, norm_out: weight and bias, each of any float dtype or None; an empty list for no norm.
         eps: of both norms, rounded to fp32.
         norm: index into ``dynquant.config.NORMS``.
+        linear: computes linear_dynamic; the op of a device with a kernel for it gives the same bits.
 
     Returns:
         [..., N].
@@ -47,7 +51,7 @@ def linear_norm(
         RuntimeError: for shapes, dtypes and devices that do not fit.
     """
     check_linear_norm(x, layer, config, residual, norm_in, norm_out, norm)
-    y = _layer(_normed(_rows(x), norm_in, eps, norm), layer, config)
+    y = _layer(_normed(_rows(x), norm_in, eps, norm), layer, config, linear)
     return _output(_normed(_add(y, residual), norm_out, eps, norm), x, config)
 
 
@@ -62,6 +66,8 @@ def mlp(
     norm_out: Tensors,
     eps: float,
     norm: int,
+    *,
+    linear: Linear = linear_dynamic,
 ) -> Tensor:
     """norm_out(down(up(n)) + residual), n = norm_in(x); with a gate, gate(n) * up(n) instead of up(n).
 
@@ -74,7 +80,7 @@ def mlp(
     Other arguments, results and errors as in :func:`linear_norm`.
     """
     check_mlp(x, gate, up, down, configs, residual, norm_in, norm_out, norm)
-    y = _mlp(_normed(_rows(x), norm_in, eps, norm), gate, up, down, configs)
+    y = _mlp(_normed(_rows(x), norm_in, eps, norm), gate, up, down, configs, linear)
     return _output(_normed(_add(y, residual), norm_out, eps, norm), x, configs[2])
 
 
@@ -91,6 +97,8 @@ def linear_mlp(
     eps: float,
     norm: int,
     pre_norm: bool,
+    *,
+    linear: Linear = linear_dynamic,
 ) -> Tensor:
     """What follows attention in a transformer block: output projection, MLP, both with residual and norm.
 
@@ -106,9 +114,9 @@ def linear_mlp(
     Other arguments, results and errors as in :func:`linear_norm`.
     """
     check_linear_mlp(x, layer, gate, up, down, configs, residual, first_norm, second_norm, norm, pre_norm)
-    h = _add(_layer(_rows(x), layer, configs[0]), residual)
+    h = _add(_layer(_rows(x), layer, configs[0], linear), residual)
     normed = _normed(h, first_norm, eps, norm)
-    y = _mlp(normed, gate, up, down, configs[1:])
+    y = _mlp(normed, gate, up, down, configs[1:], linear)
     out = y + h if pre_norm else _normed(y + normed, second_norm, eps, norm)
     return _output(out, x, configs[3])
 
@@ -266,20 +274,22 @@ def _rows(x: Tensor) -> Tensor:
     return x.to(torch.float32).reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
-def _layer(x: Tensor, layer: Tensors, config: int) -> Tensor:
+def _layer(x: Tensor, layer: Tensors, config: int, linear: Linear) -> Tensor:
     packed_weight, weight_sum, weight_scale, bias = layer
     assert packed_weight is not None
     assert weight_sum is not None
     assert weight_scale is not None
     fp32 = recode(config, out_dtype=torch.float32)
-    return linear_dynamic(x, packed_weight, weight_sum, weight_scale, bias, fp32)
+    return linear(x, packed_weight, weight_sum, weight_scale, bias, fp32)
 
 
-def _mlp(x: Tensor, gate: Tensors, up: Tensors, down: Tensors, configs: Sequence[int]) -> Tensor:
-    hidden = _layer(x, up, configs[1])
+def _mlp(
+    x: Tensor, gate: Tensors, up: Tensors, down: Tensors, configs: Sequence[int], linear: Linear
+) -> Tensor:
+    hidden = _layer(x, up, configs[1], linear)
     if gate:
-        hidden = _layer(x, gate, configs[0]) * hidden
-    return _layer(hidden, down, configs[2])
+        hidden = _layer(x, gate, configs[0], linear) * hidden
+    return _layer(hidden, down, configs[2], linear)
 
 
 def _add(y: Tensor, residual: Tensor | None) -> Tensor:

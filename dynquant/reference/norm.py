@@ -56,4 +56,7 @@ def rms_norm(y: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def _inverse_root(variance: Tensor, eps: float) -> Tensor:
-    return (constant(1.0, variance) / (variance + constant(eps, variance)).sqrt())[:, None]
+    # torch's fp32 sqrt is a unit off for some numbers on some CPUs. In fp64 a unit does not reach the next
+    # fp32 number: a root of an fp32 number is at least 2^-50 of it away from the middle between two.
+    root = (variance + constant(eps, variance)).double().sqrt().float()
+    return (constant(1.0, variance) / root)[:, None]

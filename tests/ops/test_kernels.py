@@ -624,8 +624,7 @@ def test_every_row_of_the_table_is_registered() -> None:
         assert has("Autograd"), op.name
         in_autocast = op.derivative is Derivative.STRAIGHT_THROUGH
         assert has("AutocastCPU") == has("AutocastCUDA") == in_autocast, op.name
-        if op.derivative is not Derivative.REFUSED:  # the reference is their only kernel yet
-            assert has("CPU") == (_extension.extension is not None), op.name
+        assert has("CPU") == (_extension.extension is not None), op.name
 
 
 def test_an_unavailable_isa() -> None:

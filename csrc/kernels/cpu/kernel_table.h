@@ -49,6 +49,15 @@ struct Destination {
   Epilogue epilogue;
 };
 
+enum class NormKind : int { kNone, kLayer, kRms };
+
+struct Norm {
+  NormKind kind;
+  const float* weight;  // or null
+  const float* bias;    // or null
+  float eps;
+};
+
 // Calls with 2 to kFewRows rows may use a separate kernel table.
 constexpr int64_t kFewRows = 7;
 
@@ -103,6 +112,14 @@ struct KernelTable {
   // out[m, n] = acc, int32 [.][n].
   void (*int8_mm)(PackedActivations a, const Weight& w, int32_t* out, int8_t* scratch, RowTiles tiles,
                   int64_t block0, int64_t block1);
+
+  // out = norm(y + residual) for m rows of n elements. sum: the rows y + residual, n apart; may be y, and null
+  // without a residual. The output's epilogue is not applied.
+  void (*add_norm)(const float* y, int64_t stride, const Rows* residual, float* sum, const Norm& norm,
+                   int64_t m, int64_t n, const Destination& out);
+
+  // y[i] *= by[i]
+  void (*multiply)(float* y, const float* by, int64_t count);
 
   // Largest |w| of row m, after rotation and its factor 1/block; +inf or NaN if an element is non-finite.
   float (*weight_range)(const Rows& w, int64_t m, float* row);

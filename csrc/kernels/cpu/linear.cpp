@@ -4,43 +4,16 @@
 
 #include "cpu/isa/dispatch.h"
 #include "cpu/partition.h"
+#include "cpu/row_pieces.h"
 
 namespace dynquant::cpu {
 namespace {
 
-int64_t blocks_of(int64_t n) { return divide_up(n, kBlock); }
-
 Partition partition_gemm(const KernelTable& kernels, int64_t m, const Weight& weight,
                          const Parallel& parallel) {
-  constexpr int64_t kLeastRows = 24;
-  const double size = static_cast<double>(weight.n) * static_cast<double>(weight.k);
-  const double microseconds =
-      std::max(2.0 * static_cast<double>(m) * size / (kernels.gops * 1e3), microseconds_to_read(size));
-  const int64_t threads = threads_for(microseconds, parallel);
+  const int64_t threads = threads_for(microseconds_to_multiply(kernels, m, weight), parallel);
   const int64_t row_parts = std::clamp<int64_t>(m / kLeastRows, 1, threads);
   return Partition{row_parts, std::clamp<int64_t>(threads / row_parts, 1, blocks_of(weight.n))};
-}
-
-// All tiles of m rows, the same number for each of `parts` threads.
-RowTiles row_tiles(const KernelTable& kernels, int64_t m, int64_t parts) {
-  const int64_t of_part = divide_up(m, kernels.max_rows * parts);
-  return {m, of_part * parts, 0, of_part * parts};
-}
-
-// Share t of `parts` of all tiles.
-RowTiles share_of(RowTiles all, int64_t parts, int64_t t) {
-  const auto [begin, end] = share(all.count, parts, t);
-  return {all.m, all.count, begin, end};
-}
-
-int64_t activation_bytes(const KernelTable& kernels, RowTiles all, int64_t k) {
-  return piece_bytes<uint8_t>(all.m * kernels.activation_stride(k) +
-                              all.count * kernels.plan_bytes(all.m, k));
-}
-
-PackedActivations activations_at(const KernelTable& kernels, uint8_t* at, int64_t m, int64_t k) {
-  const int64_t stride = kernels.activation_stride(k);
-  return {at, stride, at + m * stride, kernels.plan_bytes(m, k)};
 }
 
 // Bytes of GEMM scratch per task.
@@ -48,41 +21,6 @@ int64_t gemm_bytes_of_task(const KernelTable& kernels, const Partition& partitio
   // Shares are whole tiles, and tiles differ in height.
   const int64_t rows = m / partition.row_parts + 2 * kernels.max_rows;
   return piece_bytes<int8_t>(kernels.gemm_scratch(m, k, rows));
-}
-
-// Memory between quantization and product.
-struct Workspace {
-  PackedActivations a;
-  QParams* qparams;
-  float* row;
-  int8_t* gemm;
-};
-
-WorkspaceLayout layout_of(const KernelTable& kernels, RowTiles tiles, int64_t k, int64_t row_floats,
-                          int64_t gemm_bytes) {
-  return {activation_bytes(kernels, tiles, k), piece_bytes<QParams>(tiles.m), piece_bytes<float>(row_floats),
-          piece_bytes<int8_t>(gemm_bytes)};
-}
-
-Workspace workspace_at(const KernelTable& kernels, const WorkspaceLayout& layout, uint8_t* memory, int64_t m,
-                       int64_t k) {
-  uint8_t* qparams = memory + layout.activations;
-  uint8_t* row = qparams + layout.qparams;
-  return {activations_at(kernels, memory, m, k), reinterpret_cast<QParams*>(qparams),
-          reinterpret_cast<float*>(row), reinterpret_cast<int8_t*>(row + layout.row)};
-}
-
-Rows from_row(const Rows& x, int64_t m) {
-  Rows rest = x;
-  rest.data = static_cast<const uint8_t*>(x.data) + m * x.stride * element_size(x.dtype);
-  rest.m -= m;
-  return rest;
-}
-
-Destination from_row(const Destination& out, int64_t m) {
-  Destination rest = out;
-  rest.data = static_cast<uint8_t*>(out.data) + m * out.stride * element_size(out.dtype);
-  return rest;
 }
 
 // shared: the qparams of all rows unless each row has its own.

@@ -39,7 +39,7 @@ struct CheckedLayer {
     const std::string named = std::string(op_name) + ", " + role;
     const char* op = named.c_str();
     TORCH_CHECK(tensors.size() == 4, op,
-                ": expected packed_weight, weight_sum, weight_scale and bias or None, got ", tensors.size(),
+                ": expected packed_weight, weight_sum, weight_scale and bias (or None), got ", tensors.size(),
                 " tensors");
     packed_weight = tensors.get(0);
     weight_sum = tensors.get(1);

@@ -113,8 +113,8 @@ struct KernelTable {
   void (*int8_mm)(PackedActivations a, const Weight& w, int32_t* out, int8_t* scratch, RowTiles tiles,
                   int64_t block0, int64_t block1);
 
-  // out = norm(y + residual) for m rows of n elements. sum: the rows y + residual, n apart; may be y, and null
-  // without a residual. The output's epilogue is not applied.
+  // out = norm(y + residual) for m rows of n elements. sum: the rows y + residual, n apart, which may be y;
+  // null without a residual. The output's epilogue is not applied.
   void (*add_norm)(const float* y, int64_t stride, const Rows* residual, float* sum, const Norm& norm,
                    int64_t m, int64_t n, const Destination& out);
 

@@ -1,5 +1,5 @@
-// Layers with the norms and residuals around them, and whole MLPs: rows pass through all steps piece by piece,
-// so that what lies between the layers stays in a core's caches.
+// Layers with the norms and residuals around them, and whole MLPs: rows pass all steps piece by piece, so
+// that the values between the layers stay in a core's caches.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,8 @@ struct PackedLayer {
 };
 
 // With layer alone:  out = norm_out(layer(norm_in(x)) + residual)
-// With up and down:  out = norm_out(mlp(norm_in(x)) + residual), mlp(v) = down(gate(v) * up(v)) or down(up(v))
+// With up and down:  out = norm_out(mlp(norm_in(x)) + residual), mlp(v) = down(up(v)), or gated
+//                    down(gate(v) * up(v))
 // With all three:    h = layer(x) + residual
 //                    post-norm  h = norm_in(h), out = norm_out(mlp(h) + h)
 //                    pre-norm   out = mlp(norm_in(h)) + h

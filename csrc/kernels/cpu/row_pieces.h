@@ -1,5 +1,5 @@
-// Pieces of rows on their way through a product: tiles, and the memory between quantization and product. Shared
-// by linear.cpp and mlp.cpp.
+// Pieces of rows on their way through a product: tiles, and the memory between quantization and product.
+// Shared by linear.cpp and mlp.cpp.
 #pragma once
 
 #include <algorithm>

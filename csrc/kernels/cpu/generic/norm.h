@@ -31,7 +31,7 @@ struct RowSums {
   }
 };
 
-// Calls body(i, lane vector, element, number of elements up to W) for each vector of kRows rows of n elements.
+// Calls body(row, lane vector, element, number of elements up to W) for each vector of kRows rows.
 template <int kRows, typename Body>
 DYNQUANT_INLINE void for_row_vectors(int64_t n, const Body& body) {
   int64_t at = 0;

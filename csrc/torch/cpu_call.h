@@ -15,9 +15,12 @@ namespace dynquant::cpu {
 // torch's own threads; in parallel.cpp.
 const Parallel& torch_threads();
 
+// fp64 as fp32, or fp32 as fp64: contiguous, with denormals; in cast_cpu.cpp.
+at::Tensor cast(const at::Tensor& x, at::ScalarType type);
+
 // x as rows; `owner` keeps a copy alive if one is needed (fp64, rows with strided elements).
 inline Rows rows_of(const at::Tensor& x, int rotation_block, at::Tensor& owner) {
-  owner = x.scalar_type() == at::kDouble ? x.to(at::kFloat) : x;
+  owner = x.scalar_type() == at::kDouble ? cast(x, at::kFloat) : x;
   const int64_t k = owner.size(-1);
   const bool strided_rows = owner.dim() == 2 && owner.stride(1) == 1;
   if (!strided_rows && !owner.is_contiguous()) owner = owner.contiguous();

@@ -34,6 +34,12 @@ Tensor int8_mm_op(const Tensor& q, const Tensor& packed_weight, const Tensor& we
   return out;
 }
 
+const float* bias_of(const std::optional<Tensor>& bias, Tensor& owner) {
+  if (!bias.has_value() || bias->scalar_type() != at::kDouble) return in_fp32(bias, owner);
+  owner = cast(*bias, at::kFloat);
+  return owner.const_data_ptr<float>();
+}
+
 // given: the qparams of linear_static, null for linear_dynamic.
 Tensor linear_op(const char* op, const Tensor& x, const Tensor& packed_weight, const Tensor& weight_sum,
                  const Tensor& weight_scale, const std::optional<Tensor>& bias, const QParams* given,
@@ -58,12 +64,12 @@ Tensor linear_op(const char* op, const Tensor& x, const Tensor& packed_weight, c
   const Linear args{
       rows_of(x, config.rotation_block, owner),
       Weight{packed_weight.const_data_ptr<int8_t>(), n, k, shape[2], weight_sum.const_data_ptr<int32_t>(),
-             weight_scale.const_data_ptr<float>(), in_fp32(bias, bias_owner)},
+             weight_scale.const_data_ptr<float>(), bias_of(bias, bias_owner)},
       config.per_tensor, given, Destination{out.mutable_data_ptr(), n, dtype_of(computed), config.epilogue}};
   const LinearPlan plan = plan_linear(args, torch_threads());
   Scratch scratch(plan.workspace_bytes);
   linear(args, plan, scratch.data(), torch_threads());
-  return wanted == computed ? out : out.to(wanted);
+  return wanted == computed ? out : cast(out, wanted);
 }
 
 Tensor linear_dynamic_op(const Tensor& x, const Tensor& packed_weight, const Tensor& weight_sum,

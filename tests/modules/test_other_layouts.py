@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import dynquant
 from dynquant import QLinear
 from dynquant.nn.merged import MergedGroup
 from tests.support.same_bits import assert_same_bits
@@ -127,6 +128,24 @@ def flush() -> Iterator[None]:
 
 SMALL = 2.0**-130
 """A subnormal number of fp32, a normal one of fp64."""
+
+
+@pytest.mark.parametrize("scale", [1.0, SMALL], ids=["normal", "subnormal"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_an_input_is_read_the_same_where_denormals_are_flushed(
+    layer: QLinear, dtype: torch.dtype, scale: float
+) -> None:
+    if dynquant.info().path == "reference":
+        pytest.skip("the reference is torch's own ops, which flush")
+    x = (torch.randn(3, 24, dtype=torch.float64) * scale).to(dtype)
+    layer.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().double() * scale)
+    expected = layer(x).detach()
+    torch.set_flush_denormal(True)
+    try:
+        actual = layer(x).detach()
+    finally:
+        torch.set_flush_denormal(False)
+    assert_same_bits(actual, expected)
 
 
 @pytest.mark.parametrize("n", [7, 700], ids=["on this thread", "on its own thread"])

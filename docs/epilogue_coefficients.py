@@ -3,8 +3,7 @@ exact functions: python docs/epilogue_coefficients.py
 
 Each polynomial is a minimax fit in float64 (Lawson's reweighted least squares). Its coefficients are
 rounded to fp32 one by one from the lowest power up, the others fitted anew each time, so that they make up
-for the rounding. Errors are in parts of 2^-24, the largest relative rounding error of one fp32 operation; 4
-are allowed in all.
+for the rounding.
 """
 
 from __future__ import annotations
@@ -70,33 +69,20 @@ def show(
 
 
 def main() -> None:
-    f = points(-0.515, 0.515)
-    show(
-        "EXP2_MINUS_1",
-        f,
-        torch.expm1(f * math.log(2)) / f,
-        f.abs() / torch.exp2(f) / UNIT,
-        used.EXP2_MINUS_1,
-        1,
-    )
-    r = points(-0.357, 0.357)
-    show("EXP_MINUS_1", r, torch.expm1(r) / r, r.abs() / torch.exp(r) / UNIT, used.EXP_MINUS_1, 1)
+    f = points(-0.5, 0.5)
+    show("EXP2, in units of 2^-24", f, torch.exp2(f), 1 / torch.exp2(f) / UNIT, used.EXP2, 1)
 
-    # From a = 6.62 on h(a) is below 2^-32, the error that is allowed where h is small.
-    a = points(0.0, 6.62)
-    phi = 0.5 * torch.special.erfc(a * math.sqrt(0.5))
-    twice_k = 2 * torch.exp(torch.special.log_ndtr(-a) + math.log(2) * 0.59375 * a * (a + 2.875))
-    weights = a * phi / torch.clamp(a * phi, min=2.0**-10) / twice_k / UNIT
-    show("GELU", a, (twice_k - 1) / a, weights * a, used.GELU, 0)
+    # From a = 6 on a * Phi(-a) is below 2^-26, the error that is allowed where the function is small.
+    a = points(0.0, 6.0)
+    h = a * torch.special.ndtr(-a)
+    w = torch.special.log_ndtr(-a) / math.log(2) + 1
+    share = h * math.log(2) / (torch.clamp(h, min=2.0**-8) * 2.0**-18)  # of the allowed error, by that of w
+    show("GELU, as a fraction of the allowed error", a, w / a, share * a, used.GELU, 0)
 
-    # What 0.5625 a (a + 2.8125) leaves of the cubic w(a) = alpha a + beta a^3 has two positive
-    # roots beside 0.
-    alpha = 2 * math.sqrt(2 / math.pi) / math.log(2)
-    beta = 0.044715 * alpha
-    half, product = 0.5625 / beta / 2, (alpha - 0.5625 * 2.8125) / beta
-    spread = math.sqrt(half**2 - product)
-    print(f"GELU_TANH\n  in use   {used.GELU_TANH_CUBIC} {used.GELU_TANH_ROOTS}")
-    print(f"  derived  {beta:.9g} ({half - spread:.9g}, {half + spread:.9g})")
+    tanh = 2 * math.sqrt(2 / math.pi) / math.log(2)
+    print(f"SILU       {used.SILU}  derived {-1 / math.log(2):.9g}")
+    print(f"QUICK_GELU {used.QUICK_GELU}  derived {-1.702 / math.log(2):.9g}")
+    print(f"GELU_TANH  {used.GELU_TANH}  derived ({-tanh:.9g}, {-0.044715 * tanh:.9g})")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Bits of the int, lowest first (``csrc/kernels/config.h`` is the same table in C+
 0     activations: 0 per_token, 1 per_tensor
 1     weights: 0 per_channel, 1 per_tensor
 2-5   rotation: 0 none, else 1 + log2(block), block = 1, 2, 4 ... 128
-6-8   epilogue: 0 none, 1 relu, 2 gelu, 3 gelu_tanh, 4 silu
+6-8   epilogue: 0 none, else its position in ``patterns.activations.ACTIVATIONS``, 1 first
 9-11  out dtype: 0 the input's, 1 float32, 2 bfloat16, 3 float16, 4 float64
 12-16 the layer's K: 0 unknown, else 1 + K mod 16
 ====  ====================================================================
@@ -24,9 +24,11 @@ from typing import Any
 
 import torch
 
+from .patterns.activations import ACTIVATIONS as ACTIVATION_FUNCTIONS
+
 ACTIVATIONS = ("per_token", "per_tensor")
 WEIGHTS = ("per_channel", "per_tensor")
-EPILOGUES = ("none", "relu", "gelu", "gelu_tanh", "silu")
+EPILOGUES = ("none", *ACTIVATION_FUNCTIONS)
 NORMS = ("layer_norm", "rms_norm")
 OUT_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_ROTATION_BLOCK = 128
@@ -71,7 +73,7 @@ class Config:
         weights: ``"per_channel"`` (a scale for each output) or ``"per_tensor"`` (one scale).
         rotation_block: block size of the Hadamard rotation along K, 0 for no rotation.
         epilogue: the function applied after the bias: ``"none"``, ``"relu"``, ``"gelu"``, ``"gelu_tanh"``,
-            ``"silu"``.
+            ``"silu"``, ``"quick_gelu"``.
         out_dtype: dtype of the output; None for the input's.
 
     Raises:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 KERNELS = ("small", "mma", "wgmma")
 DTYPES = {"torch.float32": 0, "torch.bfloat16": 1, "torch.float16": 2, "torch.int32": 3}
-EPILOGUES = ("none", "relu", "gelu", "gelu_tanh", "silu")
+EPILOGUES = ("none", "relu", "gelu", "gelu_tanh", "silu", "quick_gelu")
 ERRORS = {
     1: "invalid value",
     2: "out of memory",

@@ -6,7 +6,19 @@
 
 namespace dynquant {
 
-enum class Epilogue : int { kNone, kRelu, kGelu, kGeluTanh, kSilu };
+// Every activation: X(its Epilogue, its function in EpilogueMath). The position is the code in files, 1
+// first: add at the end, 7 fit. dynquant/patterns/activations.py is the same list.
+#define DYNQUANT_ACTIVATIONS(X) \
+  X(kRelu, relu) X(kGelu, gelu) X(kGeluTanh, gelu_tanh) X(kSilu, silu) X(kQuickGelu, quick_gelu)
+
+#define DYNQUANT_ENUMERATOR(name, function) , name
+enum class Epilogue : int { kNone DYNQUANT_ACTIVATIONS(DYNQUANT_ENUMERATOR) };
+#undef DYNQUANT_ENUMERATOR
+
+#define DYNQUANT_ONE_MORE(name, function) +1
+constexpr int kActivationCount = 0 DYNQUANT_ACTIVATIONS(DYNQUANT_ONE_MORE);
+#undef DYNQUANT_ONE_MORE
+static_assert(kActivationCount <= 7, "3 bits of the code");
 enum class OutDtype : int { kInput, kFloat32, kBFloat16, kFloat16, kFloat64 };
 
 struct Config {
@@ -23,8 +35,8 @@ constexpr int kKShift = 12;
 constexpr int64_t kKModulus = 16;
 
 constexpr bool is_valid_config(int64_t code) {
-  return code >= 0 && (code >> kKShift) <= kKModulus && ((code >> 2) & 15) <= 8 && ((code >> 6) & 7) <= 4 &&
-         ((code >> kOutDtypeShift) & 7) <= 4;
+  return code >= 0 && (code >> kKShift) <= kKModulus && ((code >> 2) & 15) <= 8 &&
+         ((code >> 6) & 7) <= kActivationCount && ((code >> kOutDtypeShift) & 7) <= 4;
 }
 
 // K mod 16 of the layer, or -1 if the code does not hold it. Only the check of x uses it; it is no part of

@@ -17,44 +17,37 @@ struct EpilogueMath {
   // -0 and NaN stay.
   static DYNQUANT_INLINE F relu(F x) { return V::max(number(0.0f), x); }
 
+  // The minimum gives n = 99, with which the last power is 0.
   static DYNQUANT_INLINE F gelu(F x) {
-    const F a = V::min(number(13.1875f), magnitude(x));
-    const F c = leading_bits(a);
-    const F c_plus = V::add(c, number(2.875f));
-    const F q = V::mul(V::mul(c, number(0.59375f)), c_plus);
-    const F t = V::sub(number(12583038.0f), q);
-    const F n = V::sub(number(12583038.0f), t);
-    const F rest = V::mul(V::mul(V::sub(a, c), V::add(a, c_plus)), number(0.59375f));
-    const F s = exp2_minus_1(V::sub(V::sub(n, q), rest));
-    const F z =
-        V::mul(a, polynomial(a, 0.385338783f, 0.167495534f, 0.00911017135f, 0.00300565665f, -0.00159929413f,
-                             0.000166017009f, -6.13620432e-05f, 1.18250928e-05f, -6.65178106e-07f));
-    const F gate = V::add(z, V::mul(s, V::add(number(1.0f), z)));
-    return V::sub(relu(x), V::mul(V::add(a, V::mul(a, gate)), power_of_2(t)));
+    const F a = V::min(number(12.75f), magnitude(x));
+    const F r = polynomial(a, -1.15115416f, -0.458851129f, -0.0533757247f, 0.00809101481f, -0.000779657916f,
+                           3.48693065e-05f);
+    const F first = number(12582912.0f + 256 + 99);  // 256: the sign bit of the power
+    const F t = V::fma(a, r, first);
+    const F fraction = V::fma(a, r, V::sub(first, t));
+    const F minus_gate = V::mul(exp2_of_fraction(fraction, 0x1p27f), power_of_2(t));
+    return V::fma(a, minus_gate, relu(x));
   }
 
   static DYNQUANT_INLINE F gelu_tanh(F x) {
-    const F a = V::min(number(10.03125f), magnitude(x));
-    const F c = leading_bits(a);
-    const F c_plus = V::add(c, number(2.8125f));
-    const F q = V::mul(V::mul(c, number(0.5625f)), c_plus);
-    const F g = V::mul(V::mul(V::mul(a, number(0.102943242f)), V::sub(a, number(2.04766059f))),
-                       V::sub(a, number(3.41651559f)));
-    const F t = V::sub(number(12583039.0f), V::add(q, g));
-    const F n = V::sub(number(12583039.0f), t);
-    const F rest = V::mul(V::mul(V::sub(a, c), V::add(a, c_plus)), number(0.5625f));
-    const F s = exp2_minus_1(V::add(V::add(V::sub(q, n), rest), g));
-    return V::sub(relu(x), gated(a, s, power_of_2(t)));
+    const F low = V::max(number(-10.0625f), x), w = V::min(number(10.03125f), low);
+    return gated(low, w, V::fma(V::mul(w, w), number(-0.102943242f), number(-2.3022082f)));
   }
 
   static DYNQUANT_INLINE F silu(F x) {
-    const F a = V::min(number(88.0f), magnitude(x));
-    const F t = V::sub(number(12583039.0f), V::mul(a, number(1.44269502f)));
-    const F n = V::sub(number(12583039.0f), t);
-    const F r = V::sub(V::sub(a, V::mul(n, number(0.693359375f))), V::mul(n, number(-0.000212194442f)));
-    const F s = V::mul(
-        r, polynomial(r, 1.0f, 0.499999911f, 0.166665047f, 0.0416688211f, 0.00837066211f, 0.00137997477f));
-    return V::sub(relu(x), gated(a, s, power_of_2(t)));
+    const F low = V::max(number(-88.75f), x);
+    return gated(low, V::min(number(88.0f), low), number(-1.44269502f));
+  }
+
+  static DYNQUANT_INLINE F quick_gelu(F x) {
+    const F low = V::max(number(-52.125f), x);
+    return gated(low, V::min(number(51.75f), low), number(-2.45546699f));
+  }
+
+  // 2^x for x in [-127.5, 127.5): 0 below -126.5, 1 at 0.
+  static DYNQUANT_INLINE F exp2(F x) {
+    const F first = number(kOne), t = V::add(x, first);
+    return V::mul(exp2_of_fraction(V::sub(x, V::sub(t, first)), 1.0f), power_of_2(t));
   }
 
  private:
@@ -64,69 +57,29 @@ struct EpilogueMath {
     return V::as_float(V::bit_and(V::as_int(x), V::broadcast(int32_t{0x7fffffff})));
   }
 
-  // 9 significant bits: products of two such numbers are exact.
-  static DYNQUANT_INLINE F leading_bits(F x) {
-    return V::as_float(V::bit_and(V::as_int(x), V::broadcast(int32_t{-0x8000})));
-  }
+  // 1.5 * 2^23 + 127: floats of this size are the integers, so a sum with it is rounded to one, and the
+  // lowest 9 bits of kOne + n are sign and exponent of 2^n.
+  static constexpr float kOne = 12583039.0f;
 
-  // The lowest bits of t, 127 - n, are the exponent field of 2^-n.
   static DYNQUANT_INLINE F power_of_2(F t) { return V::as_float(V::template shift_left<23>(V::as_int(t))); }
 
-  // c0 + c1 x + x^2 (c2 + c3 x + x^2 (...)): pairs halve the chain of dependent steps.
-  template <typename... Coefficients>
-  static DYNQUANT_INLINE F polynomial(F x, Coefficients... c) {
-    return pairs(x, V::mul(x, x), c...);
-  }
-  static DYNQUANT_INLINE F pairs(F, F, float c) { return number(c); }
-  static DYNQUANT_INLINE F pairs(F x, F, float c0, float c1) {
-    return V::add(V::mul(x, number(c1)), number(c0));
-  }
-  template <typename... Rest>
-  static DYNQUANT_INLINE F pairs(F x, F square, float c0, float c1, float c2, Rest... higher) {
-    return V::add(V::mul(pairs(x, square, c2, higher...), square), pairs(x, square, c0, c1));
+  // c0 + x (c1 + x (c2 + ...)).
+  static DYNQUANT_INLINE F polynomial(F, float c) { return number(c); }
+  template <typename... Higher>
+  static DYNQUANT_INLINE F polynomial(F x, float c, Higher... higher) {
+    return V::fma(polynomial(x, higher...), x, number(c));
   }
 
-  static DYNQUANT_INLINE F exp2_minus_1(F f) {
-    return V::mul(f, polynomial(f, 0.693147182f, 0.240226462f, 0.0555035435f, 0.00961863901f, 0.00133940298f,
-                                0.000153021625f));
+  // factor * 2^f for |f| <= 1/2; factor is a power of two.
+  static DYNQUANT_INLINE F exp2_of_fraction(F f, float factor) {
+    return polynomial(f, factor, factor * 0.693147004f, factor * 0.240222469f, factor * 0.0555071086f,
+                      factor * 0.00967129413f, factor * 0.00132695795f);
   }
 
-  // a / (1 + 2^n (1 + s)), power = 2^-n.
-  static DYNQUANT_INLINE F gated(F a, F s, F power) {
-    return V::div(V::mul(a, power), V::add(V::add(power, number(1.0f)), s));
+  // x / (1 + 2^(w * slope)); w is x within the range in which 2^(w * slope) is 0, normal or inf.
+  static DYNQUANT_INLINE F gated(F x, F w, F slope) {
+    const F first = number(kOne), t = V::fma(w, slope, first);
+    const F fraction = V::fma(w, slope, V::sub(first, t));
+    return V::div(x, V::fma(exp2_of_fraction(fraction, 1.0f), power_of_2(t), number(1.0f)));
   }
-};
-
-// kCount vectors of V side by side: one function is a chain of some 70 cycles, and a CPU's window of
-// instructions is too small to overlap enough of them.
-template <typename V, int kCount>
-struct MultiVector {
-  struct F {
-    typename V::F v[kCount];
-  };
-  struct I {
-    typename V::I v[kCount];
-  };
-
-#define DYNQUANT_EACH(type, expression)                      \
-  type out;                                                  \
-  for (int i = 0; i < kCount; ++i) out.v[i] = V::expression; \
-  return out
-  static DYNQUANT_INLINE F broadcast(float x) { DYNQUANT_EACH(F, broadcast(x)); }
-  static DYNQUANT_INLINE I broadcast(int32_t x) { DYNQUANT_EACH(I, broadcast(x)); }
-  static DYNQUANT_INLINE F add(F a, F b) { DYNQUANT_EACH(F, add(a.v[i], b.v[i])); }
-  static DYNQUANT_INLINE F sub(F a, F b) { DYNQUANT_EACH(F, sub(a.v[i], b.v[i])); }
-  static DYNQUANT_INLINE F mul(F a, F b) { DYNQUANT_EACH(F, mul(a.v[i], b.v[i])); }
-  static DYNQUANT_INLINE F div(F a, F b) { DYNQUANT_EACH(F, div(a.v[i], b.v[i])); }
-  static DYNQUANT_INLINE F fma(F a, F b, F c) { DYNQUANT_EACH(F, fma(a.v[i], b.v[i], c.v[i])); }
-  static DYNQUANT_INLINE F min(F a, F b) { DYNQUANT_EACH(F, min(a.v[i], b.v[i])); }
-  static DYNQUANT_INLINE F max(F a, F b) { DYNQUANT_EACH(F, max(a.v[i], b.v[i])); }
-  static DYNQUANT_INLINE I bit_and(I a, I b) { DYNQUANT_EACH(I, bit_and(a.v[i], b.v[i])); }
-  template <int count>
-  static DYNQUANT_INLINE I shift_left(I a) {
-    DYNQUANT_EACH(I, template shift_left<count>(a.v[i]));
-  }
-  static DYNQUANT_INLINE I as_int(F a) { DYNQUANT_EACH(I, as_int(a.v[i])); }
-  static DYNQUANT_INLINE F as_float(I a) { DYNQUANT_EACH(F, as_float(a.v[i])); }
-#undef DYNQUANT_EACH
 };

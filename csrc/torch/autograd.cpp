@@ -61,6 +61,8 @@ Tensor dequantized_weight(const Arguments& args, const Config& config) {
   return config.rotation_block > 0 ? rotate.call(dequantized, config.rotation_block) : dequantized;
 }
 
+constexpr double kQuickGeluSlope = 1.702;
+
 Tensor epilogue_backward(const Config& config, const Tensor& grad, const Tensor& y) {
   switch (config.epilogue) {
     case Epilogue::kRelu: return grad * (y > 0);
@@ -70,6 +72,10 @@ Tensor epilogue_backward(const Config& config, const Tensor& grad, const Tensor&
       if (!at::GradMode::is_enabled()) return at::silu_backward(grad, y);
       const Tensor sigmoid = at::sigmoid(y);  // silu_backward has no derivative
       return grad * sigmoid * (1 + y * (1 - sigmoid));
+    }
+    case Epilogue::kQuickGelu: {
+      const Tensor sigmoid = at::sigmoid(y * kQuickGeluSlope);
+      return grad * sigmoid * (1 + y * kQuickGeluSlope * (1 - sigmoid));
     }
     case Epilogue::kNone: break;
   }
@@ -131,6 +137,7 @@ Tensor epilogue(const Config& config, const Tensor& y) {
     case Epilogue::kGelu: return at::gelu(y, "none");
     case Epilogue::kGeluTanh: return at::gelu(y, "tanh");
     case Epilogue::kSilu: return at::silu(y);
+    case Epilogue::kQuickGelu: return y * at::sigmoid(y * kQuickGeluSlope);
     case Epilogue::kNone: break;
   }
   return y;

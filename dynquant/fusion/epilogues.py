@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ..config import recode
-from ..patterns.activations import EPILOGUE_OF_TARGET, GELU_OF_APPROXIMATE, epilogue_of
+from ..patterns.activations import (
+    EPILOGUE_OF_GATE_FACTOR,
+    EPILOGUE_OF_TARGET,
+    GELU_OF_APPROXIMATE,
+    epilogue_of,
+)
 from .modules import has_hooks
 from .nodes import Call, between, kind_of, value_at
 
@@ -29,7 +34,7 @@ def fold_activations(module: fx.GraphModule) -> None:
             continue
         source, epilogue, parts = found
         call = Call.of(source)
-        if call is None or call.config.epilogue != "none" or set(source.users) != set(parts):
+        if call is None or call.config.epilogue != "none" or not set(source.users) <= set(parts):
             continue
         # Under autocast an activation may have an output dtype that the epilogue would not have.
         dtypes = {value.dtype for value in map(value_at, (source, node)) if isinstance(value, Tensor)}
@@ -48,9 +53,9 @@ def _activation(module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, str, li
         activation = module.get_submodule(str(node.target))
         epilogue = None if has_hooks(activation) else epilogue_of(activation)
     else:
-        sigmoid = _silu_in_two(node)
-        if sigmoid is not None:
-            return sigmoid.args[0], "silu", [sigmoid, node]  # type: ignore[return-value]
+        gated = _gated_by_itself(node)
+        if gated is not None:
+            return gated
         is_call = node.op in ("call_function", "call_method")
         epilogue = EPILOGUE_OF_TARGET.get(node.target) if is_call else None
     source = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
@@ -62,12 +67,23 @@ def _activation(module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, str, li
     return None if epilogue is None else (source, epilogue, [node])
 
 
-def _silu_in_two(node: fx.Node) -> fx.Node | None:
-    """The node sigmoid(y) of a node y * sigmoid(y), the form in which silu is exported."""
+def _gated_by_itself(node: fx.Node) -> tuple[fx.Node, str, list[fx.Node]] | None:
+    """y, the epilogue and the nodes of y * sigmoid(factor * y), the form in which silu is exported."""
     if node.target not in _MUL or len(node.args) != 2:
         return None
     for y, gate in (node.args, node.args[::-1]):
-        is_gate = isinstance(gate, fx.Node) and gate.target in _SIGMOID and gate.args == (y,)
-        if is_gate and isinstance(gate, fx.Node) and set(gate.users) == {node}:
-            return gate
+        if not isinstance(y, fx.Node) or not _is_only_for(gate, node) or gate.target not in _SIGMOID:
+            continue
+        inner = gate.args[0]
+        if inner is y:
+            return y, EPILOGUE_OF_GATE_FACTOR[1.0], [gate, node]
+        if not _is_only_for(inner, gate) or inner.target not in _MUL or y not in inner.args:
+            continue
+        factor = inner.args[1 - inner.args.index(y)]
+        if isinstance(factor, float) and factor in EPILOGUE_OF_GATE_FACTOR:
+            return y, EPILOGUE_OF_GATE_FACTOR[factor], [inner, gate, node]
     return None
+
+
+def _is_only_for(value: Any, user: fx.Node) -> TypeGuard[fx.Node]:
+    return isinstance(value, fx.Node) and set(value.users) == {user}

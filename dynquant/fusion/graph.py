@@ -32,7 +32,7 @@ def fuse_graph(module: fx.GraphModule) -> fx.GraphModule:
       held once.
 
     Merged ops give the same bits, and so does relu. gelu and silu become those of
-    :mod:`dynquant.reference.epilogue`, within 2^-22 of the exact function. An epilogue is computed in fp32
+    :mod:`dynquant.reference.epilogue`, within 2^-18 of the exact function. An epilogue is computed in fp32
     before the one cast to the output's dtype: for bf16 and fp16 that is closer to exact than an activation of
     the rounded output. The input and biases that require gradients still receive them; biases that do not are
     merged to a constant.

@@ -34,7 +34,7 @@ def fuse(model: nn.Module) -> nn.Module:
     :func:`dynquant.register_pattern`.
 
     An activation function moves into the QLinear before it (``epilogue=``), and nn.Identity takes its place.
-    relu gives the same bits; gelu and silu become those of :mod:`dynquant.reference.epilogue`, within 2^-22
+    relu gives the same bits; gelu and silu become those of :mod:`dynquant.reference.epilogue`, within 2^-18
     of the exact function, and computed in fp32 before the one cast to the output's dtype: for bf16 and fp16
     closer to exact than an activation of the rounded output. The weights of layers that read the same tensor
     become contiguous, so that these layers run as one in a compiled model, with the same bits

@@ -61,7 +61,8 @@ class QLinear(LinearNames):
         activations: ``"per_token"`` (qparams for each row of x) or ``"per_tensor"``.
         weights: ``"per_channel"`` (a scale for each output) or ``"per_tensor"``.
         rotation: None, ``"hadamard"`` or a block size, see :func:`dynquant.config.layer_config`.
-        epilogue: ``"none"``, ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``.
+        epilogue: ``"none"``, ``"relu"``, ``"gelu"``, ``"gelu_tanh"``, ``"silu"`` or
+            ``"quick_gelu"``.
 
     Attributes:
         weight: the :class:`dynquant.QTensor` [N, K]. Assigning a float tensor quantizes that one instead.

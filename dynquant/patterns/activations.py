@@ -1,4 +1,9 @@
-"""The table of activation functions: each with its epilogue and the forms in which models call it."""
+"""The table of activation functions: each with its epilogue and the forms in which models call it.
+
+A new activation: a row here; its formula in :mod:`dynquant.reference.epilogue` and
+csrc/kernels/epilogue_math.h; its name at the end of DYNQUANT_ACTIVATIONS in csrc/kernels/config.h; its
+derivative in csrc/torch/autograd.cpp.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import hugging_face
 from .registry import type_name
 
 _aten = torch.ops.aten
@@ -21,14 +25,24 @@ class Activation(NamedTuple):
     Attributes:
         function: torch's float function.
         modules: types of torch.nn that compute it.
+        type_names: dotted names of such types in packages that are not imported here.
         functions: functions that a module may hold as its activation.
         targets: of nodes in a torch.fx graph. In-place forms count: nothing else reads their input.
     """
 
     function: Callable[[Tensor], Tensor]
     modules: tuple[type[nn.Module], ...] = ()
+    type_names: tuple[str, ...] = ()
     functions: tuple[Any, ...] = ()
     targets: tuple[Any, ...] = ()
+
+
+def _transformers(*names: str) -> tuple[str, ...]:
+    return tuple(f"transformers.activations.{name}" for name in names)
+
+
+def _quick_gelu(y: Tensor) -> Tensor:
+    return y * torch.sigmoid(1.702 * y)
 
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -49,16 +63,35 @@ ACTIVATIONS: dict[str, Activation] = {
     ),
     # nn.GELU and gelu in a graph may be gelu_tanh as well: their argument ``approximate`` says so.
     "gelu": Activation(
-        F.gelu, functions=(F.gelu,), targets=(F.gelu, _aten.gelu.default, _aten.gelu_.default)
+        F.gelu,
+        type_names=_transformers("GELUActivation"),
+        functions=(F.gelu,),
+        targets=(F.gelu, _aten.gelu.default, _aten.gelu_.default),
     ),
-    "gelu_tanh": Activation(lambda y: F.gelu(y, approximate="tanh")),
+    "gelu_tanh": Activation(
+        lambda y: F.gelu(y, approximate="tanh"),
+        type_names=_transformers("NewGELUActivation", "FastGELUActivation", "PytorchGELUTanh", "GELUTanh"),
+    ),
     "silu": Activation(
         F.silu,
         modules=(nn.SiLU,),
+        type_names=_transformers("SiLUActivation"),
         functions=(F.silu,),
         targets=(F.silu, torch._C._nn.silu, _aten.silu.default, _aten.silu_.default),
     ),
+    "quick_gelu": Activation(
+        _quick_gelu,
+        type_names=(
+            *_transformers("QuickGELUActivation"),
+            "clip.model.QuickGELU",
+            "open_clip.transformer.QuickGELU",
+        ),
+    ),
 }
+"""In the order of their codes in files, 1 first: add at the end."""
+
+EPILOGUE_OF_GATE_FACTOR = {1.0: "silu", 1.702: "quick_gelu"}
+"""Epilogue of y * sigmoid(factor * y), the form in which graphs contain it."""
 
 GELU_OF_APPROXIMATE = {"none": "gelu", "tanh": "gelu_tanh"}
 """Epilogue by the argument ``approximate`` of torch's gelu."""
@@ -69,6 +102,7 @@ EPILOGUE_OF_TARGET: dict[Any, str] = {
 """Epilogue by the target of a node in a torch.fx graph."""
 
 _MODULES = {module: epilogue for epilogue, entry in ACTIVATIONS.items() for module in entry.modules}
+_TYPE_NAMES = {name: epilogue for epilogue, entry in ACTIVATIONS.items() for name in entry.type_names}
 _FUNCTIONS = [(function, epilogue) for epilogue, entry in ACTIVATIONS.items() for function in entry.functions]
 
 
@@ -79,7 +113,7 @@ def epilogue_of(activation: Any) -> str | None:
     if type(activation) in _MODULES:
         return _MODULES[type(activation)]
     if isinstance(activation, nn.Module):
-        return hugging_face.ACTIVATIONS.get(type_name(activation))
+        return _TYPE_NAMES.get(type_name(activation))
     return next((epilogue for function, epilogue in _FUNCTIONS if function is activation), None)
 
 

@@ -9,19 +9,6 @@ from __future__ import annotations
 CONV1D = "transformers.pytorch_utils.Conv1D"
 """GPT-2's linear layer, whose weight is [K, N]."""
 
-ACTIVATIONS = {
-    f"transformers.activations.{name}": epilogue
-    for name, epilogue in (
-        ("GELUActivation", "gelu"),
-        ("NewGELUActivation", "gelu_tanh"),
-        ("FastGELUActivation", "gelu_tanh"),
-        ("PytorchGELUTanh", "gelu_tanh"),
-        ("GELUTanh", "gelu_tanh"),
-        ("SiLUActivation", "silu"),
-    )
-}
-"""By type of an activation module: the epilogue that computes it."""
-
 _BERT = {
     "bert": "Bert",
     "bert_generation": "BertGeneration",

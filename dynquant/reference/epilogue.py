@@ -1,13 +1,12 @@
 """The epilogue functions as fixed sequences of fp32 operations, each rounded once, as the kernels do them.
 
 torch's own gelu and silu differ between CPU capabilities and devices, so these are written out. Their error
-is at most 2^-22 max(abs(y), 2^-10) for every fp32 x. docs/epilogue.md derives them;
+is at most 2^-18 max(abs(y), 2^-8) for every fp32 x. docs/epilogue.md derives them;
 csrc/kernels/epilogue_math.h is the same text in C++.
 
-All but relu have the form y = max(x, 0) - h(a), where a = abs(x) and h(a) = a * (the function's gate at
--a): only one half line needs an approximation, and the tails are exact. 2^-n for an integer n comes from the
-bits of a float: 12583039 - n, that is 1.5 * 2^23 + 127 - n, has 127 - n, the exponent field of 2^-n, as its
-lowest bits. n = 127 gives 0.
+2^n for an integer n comes from the bits of a float: 12583039 + n, that is 1.5 * 2^23 + 127 + n, has sign and
+exponent field of 2^n as its lowest 9 bits: n = -127 gives 0, n = 128 inf. A sum with such a number is rounded
+to an integer.
 """
 
 from __future__ import annotations
@@ -15,30 +14,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# 2^f - 1 = f * (c0 + f * (c1 + ...)) for |f| <= 0.51, and e^r - 1 in the same way for |r| <= 0.36.
-EXP2_MINUS_1 = (0.693147182, 0.240226462, 0.0555035435, 0.00961863901, 0.00133940298, 0.000153021625)
-EXP_MINUS_1 = (1.0, 0.499999911, 0.166665047, 0.0416688211, 0.00837066211, 0.00137997477)
+from .arithmetic import fma
 
-# 2 * Phi(-a) * 2^Q(a) - 1 = a * (k0 + a * (k1 + ...)), Phi the normal distribution and
-# Q(a) = 0.59375 a (a + 2.875).
-GELU = (
-    0.385338783,
-    0.167495534,
-    0.00911017135,
-    0.00300565665,
-    -0.00159929413,
-    0.000166017009,
-    -6.13620432e-05,
-    1.18250928e-05,
-    -6.65178106e-07,
-)
+# 2^f = c0 + f * (c1 + f * (c2 + ...)) for |f| <= 1/2.
+EXP2 = (1.0, 0.693147004, 0.240222469, 0.0555071086, 0.00967129413, 0.00132695795)
 
-# log2(e) * 2 sqrt(2/pi) * (a + 0.044715 a^3) = 0.5625 a (a + 2.8125) + CUBIC a (a - ROOTS[0]) (a - ROOTS[1]).
-GELU_TANH_CUBIC = 0.102943242
-GELU_TANH_ROOTS = (2.04766059, 3.41651559)
+# log2(2 Phi(-a)) = a * (c0 + a * (c1 + ...)), Phi the normal distribution.
+GELU = (-1.15115416, -0.458851129, -0.0533757247, 0.00809101481, -0.000779657916, 3.48693065e-05)
 
-LOG2_E = 1.44269502
-LN_2_HIGH, LN_2_LOW = 0.693359375, -0.000212194442  # 9 bits, so n * LN_2_HIGH is exact, and the remainder
+# x / (1 + 2^(x * slope)): -log2(e), and of gelu_tanh -log2(e) 2 sqrt(2/pi) (1 + 0.044715 x^2).
+SILU = -1.44269502
+QUICK_GELU = -2.45546699
+GELU_TANH = (-2.3022082, -0.102943242)
+
+_ONE = 12583039.0
+_GELU_FIRST = 12582912.0 + 256 + 99  # 256: the sign bit of the power
 
 
 def relu(x: Tensor) -> Tensor:
@@ -49,52 +39,44 @@ def relu(x: Tensor) -> Tensor:
 def gelu(x: Tensor) -> Tensor:
     """x * Phi(x), Phi the normal distribution: ``F.gelu(x)``, its erf form. -inf gives 0, NaN gives NaN.
 
-    h(a) = a Phi(-a) = a * 2^-Q(a) * K(a) with the quadratic Q above. 2^-Q would turn an error of Q into a
-    relative one of h, and Q reaches 10 where h still counts, so Q = n - f is summed exactly: of a's 9 leading
-    bits c, with a correction for the remaining bits.
+    max(x, 0) - a Phi(-a) for a = abs(x), and Phi(-a) = 2^(w - 1) with the polynomial w = GELU(a). The power
+    is -2^(n - 28) and the polynomial of the fraction 2^27 times as large, so that n = -99, to which a is
+    limited, gives 0.
     """
-    a = x.abs().clamp(max=13.1875)
-    c = _leading_bits(a)
-    c_plus = c + 2.875
-    q = c * 0.59375 * c_plus
-    t = 12583038.0 - q
-    n = 12583038.0 - t
-    f = (n - q) - (a - c) * (a + c_plus) * 0.59375
-    s = f * _polynomial(f, EXP2_MINUS_1)
-    z = a * _polynomial(a, GELU)
-    return relu(x) - (a + a * (z + s * (1.0 + z))) * _power_of_2(t)
+    a = x.abs().clamp(max=12.75)
+    r = _polynomial(a, GELU)
+    t = fma(a, r, _GELU_FIRST)
+    fraction = fma(a, r, _GELU_FIRST - t)
+    minus_gate = _exp2_of_fraction(fraction, 2.0**27) * _power_of_2(t)
+    return fma(a, minus_gate, relu(x))
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))): ``F.gelu(x, approximate="tanh")``. -inf gives 0.
-
-    h(a) = a / (1 + 2^w) with w the cubic above: its quadratic part exact as in :func:`gelu`, the cubic
-    remainder small and factored, since the subtraction of a root is exact where it cancels.
-    """
-    a = x.abs().clamp(max=10.03125)
-    c = _leading_bits(a)
-    c_plus = c + 2.8125
-    q = c * 0.5625 * c_plus
-    g = a * GELU_TANH_CUBIC * (a - GELU_TANH_ROOTS[0]) * (a - GELU_TANH_ROOTS[1])
-    t = 12583039.0 - (q + g)
-    n = 12583039.0 - t
-    f = (q - n) + (a - c) * (a + c_plus) * 0.5625 + g
-    return relu(x) - _gated(a, f * _polynomial(f, EXP2_MINUS_1), _power_of_2(t))
+    """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))): ``F.gelu(x, approximate="tanh")``. -inf gives -0."""
+    low = x.clamp(min=-10.0625)
+    w = low.clamp(max=10.03125)
+    return _gated(low, w, fma(w * w, GELU_TANH[1], GELU_TANH[0]))
 
 
 def silu(x: Tensor) -> Tensor:
-    """x / (1 + e^-x): ``F.silu(x)``. -inf gives 0, NaN gives NaN.
-
-    h(a) = a / (1 + e^a), e^a = 2^n e^r.
-    """
-    a = x.abs().clamp(max=88.0)
-    t = 12583039.0 - a * LOG2_E
-    n = 12583039.0 - t
-    r = (a - n * LN_2_HIGH) - n * LN_2_LOW
-    return relu(x) - _gated(a, r * _polynomial(r, EXP_MINUS_1), _power_of_2(t))
+    """x / (1 + e^-x): ``F.silu(x)``. -inf gives -0, NaN gives NaN."""
+    low = x.clamp(min=-88.75)
+    return _gated(low, low.clamp(max=88.0), SILU)
 
 
-_FUNCTIONS = {"relu": relu, "gelu": gelu, "gelu_tanh": gelu_tanh, "silu": silu}
+def quick_gelu(x: Tensor) -> Tensor:
+    """x / (1 + e^(-1.702 x)): transformers' ``QuickGELUActivation``. -inf gives -0, NaN gives NaN."""
+    low = x.clamp(min=-52.125)
+    return _gated(low, low.clamp(max=51.75), QUICK_GELU)
+
+
+def exp2(x: Tensor) -> Tensor:
+    """2^x for fp32 x in [-127.5, 127.5), within 4 units of 2^-24: 1 at 0, 0 below -126.5."""
+    t = x + _ONE
+    return _exp2_of_fraction(x - (t - _ONE), 1.0) * _power_of_2(t)
+
+
+_FUNCTIONS = {"relu": relu, "gelu": gelu, "gelu_tanh": gelu_tanh, "silu": silu, "quick_gelu": quick_gelu}
 
 
 def apply_epilogue(y: Tensor, epilogue: str) -> Tensor:
@@ -102,27 +84,26 @@ def apply_epilogue(y: Tensor, epilogue: str) -> Tensor:
     return y if epilogue == "none" else _FUNCTIONS[epilogue](y)
 
 
-def _gated(a: Tensor, s: Tensor, power: Tensor) -> Tensor:
-    """a / (1 + 2^n (1 + s)) for power = 2^-n, multiplied through by it: ends at 0 instead of overflowing."""
-    return a * power / ((power + 1.0) + s)
+def _gated(x: Tensor, w: Tensor, slope: Tensor | float) -> Tensor:
+    """x / (1 + 2^(w slope)); w is x, limited to where the power is 0, normal or inf."""
+    t = fma(w, slope, _ONE)
+    fraction = fma(w, slope, _ONE - t)
+    return x / fma(_exp2_of_fraction(fraction, 1.0), _power_of_2(t), 1.0)
+
+
+def _exp2_of_fraction(f: Tensor, factor: float) -> Tensor:
+    """factor * 2^f for |f| <= 1/2 and a power of two as factor."""
+    return _polynomial(f, tuple(c * factor for c in EXP2))
 
 
 def _polynomial(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
-    """c0 + c1 x + x^2 (c2 + c3 x + x^2 (...)): in pairs, half as many operations depend on each other."""
-    square = x * x
-    pairs = [coefficients[i : i + 2] for i in range(0, len(coefficients), 2)]
-    values = [x * pair[1] + pair[0] if len(pair) == 2 else torch.full_like(x, pair[0]) for pair in pairs]
-    total = values.pop()
-    while values:
-        total = total * square + values.pop()
+    """c0 + x (c1 + x (c2 + ...))."""
+    total = torch.full_like(x, coefficients[-1])
+    for coefficient in coefficients[-2::-1]:
+        total = fma(total, x, coefficient)
     return total
 
 
-def _leading_bits(x: Tensor) -> Tensor:
-    """x cut to 9 significant bits, so that products of two such numbers are exact."""
-    return (x.view(torch.int32) & -0x8000).view(torch.float32)
-
-
 def _power_of_2(t: Tensor) -> Tensor:
-    """2^(e - 127) for e the lowest 9 bits of t, in [0, 254]; e = 0 gives 0."""
+    """The float whose sign and exponent field are the lowest 9 bits of t."""
     return (t.view(torch.int32) << 23).view(torch.float32)

@@ -46,6 +46,14 @@ def as_written(model: nn.Module) -> nn.Module:
     return model
 
 
+@pytest.mark.parametrize(
+    ("act", "epilogue"), [("gelu", "gelu"), ("gelu_new", "gelu_tanh"), ("silu", "silu"), ("quick_gelu",) * 2]
+)
+def test_activations_of_transformers(act: str, epilogue: str) -> None:
+    activations = pytest.importorskip("transformers.activations")
+    assert epilogue_of(activations.ACT2FN[act]) == epilogue
+
+
 def layers(model: nn.Module) -> list[QLinear]:
     return [module for module in model.modules() if isinstance(module, QLinear)]
 

@@ -90,6 +90,8 @@ ACTIVATIONS: list[tuple[Callable[[Tensor], Tensor], str]] = [
     (F.silu, "silu"),
     (lambda y: torch.sigmoid(y) * y, "silu"),
     (nn.SiLU(), "silu"),
+    (lambda y: y * torch.sigmoid(1.702 * y), "quick_gelu"),
+    (lambda y: torch.sigmoid(y * 1.702) * y, "quick_gelu"),
 ]
 
 
@@ -150,6 +152,9 @@ UNTOUCHED: list[Callable[..., Any]] = [
     lambda x, a: (y := a(x), F.relu(y)),
     lambda x, a: F.elu(a(x)),
     lambda x, a: torch.sigmoid(a(x)) * x.sum(),
+    lambda x, a: (y := a(x)) * torch.sigmoid(1.7 * y),
+    lambda x, a: (y := a(x)) * torch.sigmoid(1.702 * y) + y,
+    lambda x, a: (y := a(x)) * (gate := torch.sigmoid(1.702 * y)) + gate,
     lambda x, a: F.relu(a(x) + 1),
 ]
 

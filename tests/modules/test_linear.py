@@ -502,7 +502,10 @@ def test_input_that_is_no_tensor():
         ({"rotation": 48}, "got 48"),
         ({"rotation": True}, "got True"),
         ({"rotation": 256}, "got 256"),
-        ({"epilogue": "tanh"}, "expected epilogue to be one of 'none', 'relu', 'gelu', 'gelu_tanh', 'silu'"),
+        (
+            {"epilogue": "tanh"},
+            "expected epilogue to be one of 'none', 'relu', 'gelu', 'gelu_tanh', 'silu', 'quick_gelu'",
+        ),
     ],
 )
 def test_unknown_schemes(scheme, sentence):

@@ -525,6 +525,7 @@ def test_gradients(epilogue: str, static: bool) -> None:
         "gelu": torch.nn.functional.gelu,
         "gelu_tanh": lambda y: torch.nn.functional.gelu(y, approximate="tanh"),
         "silu": torch.nn.functional.silu,
+        "quick_gelu": lambda y: y * torch.sigmoid(1.702 * y),
     }
     functions[epilogue](y).backward(grad_out)
     torch.testing.assert_close(x.grad, y.grad @ dequantized)

@@ -28,7 +28,8 @@ ROOMS = (
     {"qtensor", "ops"},
     {"reference"},
     {"environment", "after_import", "own_thread"},
-    {"config", "patterns", "_extension", "_version", "extras", "progress"},
+    {"config"},
+    {"patterns", "_extension", "_version", "extras", "progress"},
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 PACKAGE = ROOT / "dynquant"

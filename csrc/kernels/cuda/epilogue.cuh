@@ -114,10 +114,10 @@ __device__ __forceinline__ void apply(Epilogue function, float (&y)[kGroup]) {
   };
   switch (function) {
     case Epilogue::kNone: break;
-    case Epilogue::kRelu: each([](float x) { return Math::relu(x); }); break;
-    case Epilogue::kGelu: each([](float x) { return Math::gelu(x); }); break;
-    case Epilogue::kGeluTanh: each([](float x) { return Math::gelu_tanh(x); }); break;
-    case Epilogue::kSilu: each([](float x) { return Math::silu(x); }); break;
+#define DYNQUANT_CASE(name, function) \
+  case Epilogue::name: each([](float x) { return Math::function(x); }); break;
+      DYNQUANT_ACTIVATIONS(DYNQUANT_CASE)
+#undef DYNQUANT_CASE
   }
 }
 

@@ -139,10 +139,10 @@ float epilogue_of(Epilogue epilogue, float x) {
   using Math = EpilogueMath<OneLane>;
   switch (epilogue) {
     case Epilogue::kNone: return x;
-    case Epilogue::kRelu: return Math::relu(x);
-    case Epilogue::kGelu: return Math::gelu(x);
-    case Epilogue::kGeluTanh: return Math::gelu_tanh(x);
-    case Epilogue::kSilu: return Math::silu(x);
+#define DYNQUANT_CASE(name, function) \
+  case Epilogue::name: return Math::function(x);
+      DYNQUANT_ACTIVATIONS(DYNQUANT_CASE)
+#undef DYNQUANT_CASE
   }
   return x;
 }

@@ -31,27 +31,20 @@ DYNQUANT_INLINE void dequantize(const Accumulators<kRows, kVectors>& tile, const
 
 #include "epilogue_math.h"
 
-template <Epilogue kEpilogue, typename Vectors>
-DYNQUANT_INLINE typename Vectors::F epilogue_of(typename Vectors::F x) {
-  using Math = EpilogueMath<Vectors>;
-  if constexpr (kEpilogue == Epilogue::kRelu) return Math::relu(x);
-  if constexpr (kEpilogue == Epilogue::kGelu) return Math::gelu(x);
-  if constexpr (kEpilogue == Epilogue::kGeluTanh) return Math::gelu_tanh(x);
-  if constexpr (kEpilogue == Epilogue::kSilu) return Math::silu(x);
+template <Epilogue kEpilogue>
+DYNQUANT_INLINE F epilogue_of(F x) {
+  using Math = EpilogueMath<V>;
+#define DYNQUANT_RETURN(name, function) \
+  if constexpr (kEpilogue == Epilogue::name) return Math::function(x);
+  DYNQUANT_ACTIVATIONS(DYNQUANT_RETURN)
+#undef DYNQUANT_RETURN
 }
 
 template <Epilogue kEpilogue>
 void apply_epilogue_to(float* y, int64_t stride, int rows, int64_t width) {
-  using Pair = MultiVector<V, 2>;
   for (int i = 0; i < rows; ++i) {
     float* row = y + i * stride;
-    int64_t j = 0;
-    for (; j + 2 * W <= width; j += 2 * W) {
-      const Pair::F done = epilogue_of<kEpilogue, Pair>(Pair::F{{V::load(row + j), V::load(row + j + W)}});
-      V::store(row + j, done.v[0]);
-      V::store(row + j + W, done.v[1]);
-    }
-    if (j < width) V::store(row + j, epilogue_of<kEpilogue, V>(V::load(row + j)));
+    for (int64_t j = 0; j < width; j += W) V::store(row + j, epilogue_of<kEpilogue>(V::load(row + j)));
   }
 }
 
@@ -59,10 +52,10 @@ void apply_epilogue_to(float* y, int64_t stride, int rows, int64_t width) {
 void apply_epilogue(Epilogue epilogue, float* y, int64_t stride, int rows, int64_t width) {
   switch (epilogue) {
     case Epilogue::kNone: return;
-    case Epilogue::kRelu: return apply_epilogue_to<Epilogue::kRelu>(y, stride, rows, width);
-    case Epilogue::kGelu: return apply_epilogue_to<Epilogue::kGelu>(y, stride, rows, width);
-    case Epilogue::kGeluTanh: return apply_epilogue_to<Epilogue::kGeluTanh>(y, stride, rows, width);
-    case Epilogue::kSilu: return apply_epilogue_to<Epilogue::kSilu>(y, stride, rows, width);
+#define DYNQUANT_CASE(name, function) \
+  case Epilogue::name: return apply_epilogue_to<Epilogue::name>(y, stride, rows, width);
+      DYNQUANT_ACTIVATIONS(DYNQUANT_CASE)
+#undef DYNQUANT_CASE
   }
 }
 

@@ -78,23 +78,32 @@ def backend(
 class _MergedInput:
     """Several inputs of the graph, merged to one input of the compiled function.
 
-    Layers keep their weights until new ones are assigned, so a merged tensor is valid while its parts are the
-    very same tensors. It takes the first part's input slot; the compiled function does not read the others.
+    A merged tensor is valid while its parts are the very same tensors and nothing is written to them:
+    load_state_dict writes into the memory that a layer has. It takes the first part's input slot; the
+    compiled function does not read the others.
     """
 
     def __init__(self, slots: Sequence[int], inputs: Sequence[Any]) -> None:
         self.slots = slots
         self.cached = self._merge(inputs)
 
-    def _merge(self, inputs: Sequence[Any]) -> tuple[tuple[Tensor, ...], Tensor]:
-        parts = tuple(inputs[slot] for slot in self.slots)
-        return parts, merge_tensors(parts)
+    def _merge(self, inputs: Sequence[Any]) -> tuple[list[tuple[Tensor, int]], Tensor]:
+        parts = [inputs[slot] for slot in self.slots]
+        return [(part, _version(part)) for part in parts], merge_tensors(parts)
 
     def put(self, args: Sequence[Any], inputs: list[Any]) -> None:
         cached = self.cached  # read once: another thread may replace it
-        if any(args[slot] is not part for part, slot in zip(cached[0], self.slots, strict=True)):
+        if any(
+            args[slot] is not part or _version(part) != version
+            for (part, version), slot in zip(cached[0], self.slots, strict=True)
+        ):
             self.cached = cached = self._merge(args)
         inputs[self.slots[0]] = cached[1]
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; inference tensors do not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _merge_inputs(module: fx.GraphModule, inputs: list[Any]) -> list[_MergedInput]:

@@ -12,7 +12,7 @@ from .fusion.graph import fuse_graph
 from .fusion.modules import fuse
 from .measurement.report import report
 from .measurement.report_data import Report
-from .nn import QLinear, QModule
+from .nn import EncoderLayer, QLinear, QModule
 from .patterns.registry import register_pattern
 from .qtensor import QTensor
 from .quantize import quantize_dynamic
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Config",
+    "EncoderLayer",
     "Info",
     "QLinear",
     "QModule",

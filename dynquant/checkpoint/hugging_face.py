@@ -16,6 +16,7 @@ from torch import nn
 
 from ..after_import import after_import
 from ..extras import needs
+from ..nn.encoder import EncoderLayer
 from ..nn.merged import MergedLinear
 from ..nn.module import QModule
 
@@ -108,6 +109,7 @@ def contents(model: nn.Module) -> dict[str, Any]:
         "modules": {name: layer.saved_scheme() for name, layer in layers.items()},
         "fused": list(_fused(model)),
         "merged": [group for group in groups.values() if None not in group],
+        "encoder_layers": [name for name, part in model.named_modules() if isinstance(part, EncoderLayer)],
     }
 
 

@@ -14,17 +14,19 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..config import MAX_ROTATION_BLOCK, Config, layer_config
+from ..nn.encoder import EncoderLayer
 from ..nn.linear import QLinear
 from ..nn.merged import MergedGroup
 from ..nn.module import QModule
 from ..nn.state import FORMAT_VERSION
 from ..patterns.activations import remove_activation
 from ..patterns.hugging_face import CONV1D
-from ..patterns.registry import type_name
+from ..patterns.registry import patterns_of, type_name
+from ..patterns.transformer_layers import TransformerLayer
 from .hugging_face import METHOD, contents, describe, quantize_function
 
 _SCHEME = ("activations", "weights", "rotation", "fuse", "modules_to_not_convert")
-_LAYOUT = ("modules", "fused", "merged")
+_LAYOUT = ("modules", "fused", "merged", "encoder_layers")
 
 
 class DynquantConfig(QuantizationConfigMixin):
@@ -43,6 +45,7 @@ class DynquantConfig(QuantizationConfigMixin):
             ``"static": True`` besides for one that is. None: nothing is quantized yet.
         fused: names of the activations that layers have taken in.
         merged: groups of layers that read the same tensor.
+        encoder_layers: names of the layers that are a :class:`dynquant.EncoderLayer`.
         format: version of the state_dict's format.
 
     Raises:
@@ -60,6 +63,7 @@ class DynquantConfig(QuantizationConfigMixin):
         modules: Mapping[str, Mapping[str, Any]] | None = None,
         fused: Sequence[str] = (),
         merged: Sequence[Sequence[str]] = (),
+        encoder_layers: Sequence[str] = (),
         format: int = FORMAT_VERSION,
         quant_method: str = METHOD,
     ) -> None:
@@ -74,6 +78,7 @@ class DynquantConfig(QuantizationConfigMixin):
         self.modules_to_not_convert = None if modules_to_not_convert is None else list(modules_to_not_convert)
         self.modules = None if modules is None else {name: dict(scheme) for name, scheme in modules.items()}
         self.fused, self.merged = list(fused), [list(group) for group in merged]
+        self.encoder_layers = list(encoder_layers)
         self.format = format
 
     @classmethod
@@ -95,7 +100,10 @@ class DynquantConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """For ``config.json``: the scheme that is to come, or the layers of a converted model."""
         names = _SCHEME if self.modules is None else _LAYOUT
-        return {"quant_method": METHOD, "format": self.format} | {name: getattr(self, name) for name in names}
+        entries = {name: getattr(self, name) for name in names}
+        if not self.encoder_layers:
+            entries.pop("encoder_layers", None)  # versions that do not know it read all other files
+        return {"quant_method": METHOD, "format": self.format} | entries
 
 
 class DynquantHfQuantizer(HfQuantizer):
@@ -171,6 +179,12 @@ class DynquantHfQuantizer(HfQuantizer):
             if len(mergeable) == len(group):
                 for name, layer in zip(found_names, MergedGroup(mergeable).layers, strict=True):
                     _replace(model, name, layer)
+        for name in config.encoder_layers:
+            found = _find(model, name)
+            if found is not None:
+                layer = model.get_submodule(found)
+                for pattern in patterns_of(layer, TransformerLayer)[:1]:
+                    EncoderLayer.adopt(layer, pattern, unconditionally=True)
 
     def is_serializable(self) -> bool:
         return True

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from ..checkpoint.hugging_face import describe
+from ..nn.encoder import EncoderLayer
 from ..nn.merged import MergedGroup
 from ..nn.module import QModule
 from ..patterns.activations import epilogue_of, remove_activation
@@ -26,6 +27,7 @@ from ..patterns.registry import (
     patterns_of,
     type_name,
 )
+from ..patterns.transformer_layers import TransformerLayer
 from ..patterns.whole_calls import whole_sequentials
 
 
@@ -38,9 +40,10 @@ def fuse(model: nn.Module) -> nn.Module:
     of the exact function, and computed in fp32 before the one cast to the output's dtype: for bf16 and fp16
     closer to exact than an activation of the rounded output. The weights of layers that read the same tensor
     become contiguous, so that these layers run as one in a compiled model, with the same bits
-    (``torch.compile(model, backend="dynquant")``). ``state_dict()`` keeps its names. Layers and activations
-    with hooks, those with several places in the model, and those in an nn.Sequential whose parts are called
-    one by one do not change; a warning says so if nothing does.
+    (``torch.compile(model, backend="dynquant")``). Bidirectional transformer layers that a pattern knows
+    become :class:`dynquant.EncoderLayer`, with int8 attention. ``state_dict()`` keeps its names. Layers and
+    activations with hooks, those with several places in the model, and those in an nn.Sequential whose parts
+    are called one by one do not change; a warning says so if nothing does.
 
     Returns:
         ``model``.
@@ -54,8 +57,9 @@ def fuse(model: nn.Module) -> nn.Module:
     return model
 
 
-def fuse_steps(model: nn.Module) -> Iterator[ActivationFusion]:
-    """Fuse a model in place, one activation after the other, which the caller may undo."""
+def fuse_steps(model: nn.Module) -> Iterator[ActivationFusion | EncoderFusion]:
+    """Fuse a model in place, one activation and then one transformer layer after the other, which the caller
+    may undo."""
     uses = _uses(model)
     names = {id(module): name for name, module in model.named_modules()}
     whole = whole_sequentials(model)
@@ -67,6 +71,10 @@ def fuse_steps(model: nn.Module) -> Iterator[ActivationFusion]:
                 yield replace(fusion, parent_name=names[id(parent)])
         for pattern in patterns_of(parent, SharedInput):
             _merge(parent, pattern.layers, uses)
+    for parent in list(model.modules()):
+        for roles in patterns_of(parent, TransformerLayer):
+            if EncoderLayer.adopt(parent, roles):
+                yield EncoderFusion(parent, names[id(parent)])
 
 
 def planned_epilogues(model: nn.Module, layers: Mapping[int, nn.Module]) -> dict[int, str]:
@@ -155,6 +163,20 @@ class ActivationFusion:
         setattr(owner, name, self.activation)
         if self.relu_or_gelu is not None:
             owner.activation_relu_or_gelu = self.relu_or_gelu
+
+
+@dataclass(frozen=True)
+class EncoderFusion:
+    """A transformer layer that became an EncoderLayer."""
+
+    layer: Any
+    name: str
+
+    def __str__(self) -> str:
+        return f"attention and MLP of {self.name or 'the model'}"
+
+    def undo(self) -> None:
+        self.layer.restore()
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

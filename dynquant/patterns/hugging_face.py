@@ -6,8 +6,29 @@ transformers 4 and 5; a name that the installed version does not have matches no
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 CONV1D = "transformers.pytorch_utils.Conv1D"
 """GPT-2's linear layer, whose weight is [K, N]."""
+
+RMS_NORMS = {
+    "transformers.models.llama.modeling_llama.LlamaRMSNorm": "variance_epsilon",
+    "transformers.models.t5.modeling_t5.T5LayerNorm": "variance_epsilon",
+}
+"""By type of a norm that is RMSNorm: the name of its eps."""
+
+
+def is_idle_hook(hook: Any) -> bool:
+    """Whether a forward hook on a part of a layer has nothing to do in the present call: transformers leaves
+    its own there once somebody has asked for attentions or hidden states."""
+    if getattr(hook, "__module__", None) != _OUTPUT_CAPTURING:
+        return False
+    collected = sys.modules[_OUTPUT_CAPTURING]._active_collector.get()
+    return not collected or all("hidden_states" in key for key in collected)
+
+
+_OUTPUT_CAPTURING = "transformers.utils.output_capturing"
 
 _BERT = {
     "bert": "Bert",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from . import hugging_face, torch_nn
+from .transformer_layers import TRANSFORMER_LAYERS, TransformerLayer
 
 
 class Pattern(Protocol):
@@ -49,7 +50,7 @@ class SharedInput(NamedTuple):
         return self.layers
 
 
-KINDS: tuple[type[Pattern], ...] = (ActivationAfter, SharedInput)
+KINDS: tuple[type[Pattern], ...] = (ActivationAfter, SharedInput, TransformerLayer)
 """The kinds of patterns that fusions ask for."""
 
 P = TypeVar("P", bound=Pattern)
@@ -135,3 +136,5 @@ for _name, _pair in (*torch_nn.ACTIVATION_AFTER.items(), *hugging_face.ACTIVATIO
     PATTERNS.setdefault(_name, []).append(ActivationAfter(*_pair))
 for _name, _layers in hugging_face.QKV_GROUPS.items():
     PATTERNS.setdefault(_name, []).append(SharedInput(_layers))
+for _name, _layer in TRANSFORMER_LAYERS.items():
+    PATTERNS.setdefault(_name, []).append(_layer)

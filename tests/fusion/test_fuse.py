@@ -22,7 +22,7 @@ from dynquant.nn.merged import MergedLinear
 from dynquant.patterns.activations import epilogue_of
 from dynquant.patterns.hugging_face import ACTIVATION_AFTER, QKV_GROUPS
 from dynquant.patterns.registry import PATTERNS, SharedInput
-from tests.support.nets import CountInt8, Written
+from tests.support.nets import CountInt8, Written, in_parts
 from tests.support.same_bits import assert_same_bits
 
 SCHEMES = [{}, {"activations": "per_tensor"}, {"weights": "per_tensor"}, {"rotation": "hadamard"}]
@@ -82,7 +82,7 @@ def test_transformer_encoder_layer(act: str | Callable[[Tensor], Tensor], norm_f
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(32, 4, 64, activation=act, batch_first=True, norm_first=norm_first)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
-    fused, plain = dynquant.quantize_dynamic(model, fuse=True), dynquant.quantize_dynamic(model)
+    fused, plain = in_parts(dynquant.quantize_dynamic(model, fuse=True)), dynquant.quantize_dynamic(model)
     x = torch.randn(2, 9, 32)
     epilogues = [encoder.linear1.config.epilogue for encoder in fused.layers]
     assert len(set(epilogues)) == 1
@@ -99,7 +99,7 @@ def test_the_fast_path_of_nn_transformer_encoder_calls_the_layers(nested: bool) 
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(32, 4, 64, activation="gelu", batch_first=True)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested).eval()
-    fused = dynquant.quantize_dynamic(model, fuse=True)
+    fused = in_parts(dynquant.quantize_dynamic(model, fuse=True))
     x, padding = torch.randn(2, 9, 32), torch.arange(9).expand(2, 9) > 6
     for arguments in ({}, {"src_key_padding_mask": padding}):
         with torch.inference_mode(), CountInt8() as count:
@@ -165,7 +165,7 @@ def test_hugging_face_models(name: str, scheme: dict[str, str]) -> None:
     model = hugging_face(name)
     _, epilogues, sharing = MODELS[name]
     fused, plain = (
-        dynquant.quantize_dynamic(model, fuse=True, **scheme),
+        in_parts(dynquant.quantize_dynamic(model, fuse=True, **scheme)),
         dynquant.quantize_dynamic(model, **scheme),
     )
     assert sum(layer.config.epilogue != "none" for layer in layers(fused)) == epilogues

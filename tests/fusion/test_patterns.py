@@ -129,7 +129,11 @@ def test_a_part_that_is_not_there_is_named() -> None:
             TypeError,
             "expected a class or its dotted name, got Block",
         ),
-        ((Block, ("fc", "relu")), TypeError, "of type ActivationAfter or SharedInput, got .'fc', 'relu'."),
+        (
+            (Block, ("fc", "relu")),
+            TypeError,
+            "of type ActivationAfter or SharedInput or TransformerLayer, got .'fc', 'relu'.",
+        ),
         ((Block, SharedInput("qk")), TypeError, "expected names of parts in a tuple, got SharedInput"),
         ((Block, ActivationAfter("fc", None)), TypeError, "expected names of parts in a tuple, got Activ"),
         ((Block, SharedInput(("q",))), ValueError, "expected two parts or more, got SharedInput"),

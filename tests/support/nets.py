@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dynquant import QLinear
+from dynquant import EncoderLayer, QLinear
 from dynquant.reference import epilogue as written
 from tests.support.same_bits import assert_same_bits
 
@@ -60,6 +60,14 @@ def assert_unchanged(model: nn.Module, before: dict[str, object]) -> None:
     for name, (identity, value) in before["tensors"].items():
         assert after["tensors"][name][0] == identity
         assert_same_bits(after["tensors"][name][1], value)
+
+
+def in_parts(model: nn.Module) -> nn.Module:
+    """The model with the parts of each EncoderLayer called one by one, by the layer's own forward."""
+    for layer in list(model.modules()):
+        if isinstance(layer, EncoderLayer):
+            layer.restore()
+    return model
 
 
 class Written(nn.Module):

@@ -8,6 +8,7 @@ from .calibration.calibrate import calibrate, freeze
 from .checkpoint import hugging_face as _hugging_face
 from .config import Config
 from .environment import Info, available_isas, info, isa
+from .fusion import hugging_face_attention as _hugging_face_attention
 from .fusion.graph import fuse_graph
 from .fusion.modules import fuse
 from .measurement.report import report
@@ -43,6 +44,7 @@ __all__ = [
 ]
 
 _hugging_face.install(quantize_dynamic)
+_hugging_face_attention.install()
 
 
 def __getattr__(name: str) -> Any:

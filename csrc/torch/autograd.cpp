@@ -1,16 +1,22 @@
-// Gradients and autocast of the linear ops, on every device; dynquant/ops/ has the same formulas for use
-// without the extension. In C++ because every call passes these dispatch keys.
+// Gradients of the linear ops and attention, and autocast of the linear ops, on every device; dynquant/ops/
+// has the same formulas for use without the extension. In C++ because every call passes these dispatch keys.
 
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/gelu_backward.h>
+#include <ATen/ops/logical_and.h>
+#include <ATen/ops/ones.h>
 #include <ATen/ops/relu.h>
+#include <ATen/ops/scaled_dot_product_attention.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/silu.h>
 #include <ATen/ops/silu_backward.h>
+#include <ATen/ops/where.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
+
+#include <limits>
 
 #include "autograd.h"
 #include "checks.h"
@@ -188,6 +194,53 @@ Tensor linear_static_autograd(c10::DispatchKeySet keys, const Tensor& x, const T
                                        weight_scale, bias, scale, zero_point, config);
 }
 
+// ---- attention ----
+
+using Attention = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, bool,
+                         std::optional<double>);
+
+const auto& attention_op() {
+  static const auto op = find_op<Attention>("dynquant::attention");
+  return op;
+}
+
+bool has_derivative(const OptionalTensor& x) {
+  if (!x.has_value()) return false;
+  return (at::GradMode::is_enabled() && x->requires_grad()) || x->_fw_grad(0).defined();
+}
+
+// torch's attention, which takes a mask or is_causal and a mask of q's dtype.
+Tensor sdpa(const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor mask, bool is_causal,
+            std::optional<double> scale) {
+  if (mask.has_value() && is_causal) {
+    const Tensor seen = at::ones({q.size(2), k.size(2)}, q.options().dtype(at::kBool)).tril();
+    mask = mask->scalar_type() == at::kBool
+               ? at::logical_and(*mask, seen)
+               : at::where(seen, *mask, -std::numeric_limits<double>::infinity());
+    is_causal = false;
+  }
+  if (mask.has_value() && mask->scalar_type() != at::kBool) mask = mask->to(q.scalar_type());
+  return at::scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale,
+                                          /*enable_gqa=*/q.size(1) != k.size(1));
+}
+
+// The op, plus torch's own attention as a term that is 0 and has its derivatives. The same stands in
+// dynquant/ops/autograd.py.
+Tensor attention_autograd(c10::DispatchKeySet keys, const Tensor& q, const Tensor& k, const Tensor& v,
+                          const OptionalTensor& mask, bool is_causal, std::optional<double> scale) {
+  if (!has_derivative(q) && !has_derivative(k) && !has_derivative(v) && !has_derivative(mask)) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return attention_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, q, k, v, mask, is_causal,
+                                     scale);
+  }
+  const OptionalTensor fixed_mask = mask.has_value() ? OptionalTensor(mask->detach()) : std::nullopt;
+  const Tensor out = attention_op().call(q.detach(), k.detach(), v.detach(), fixed_mask, is_causal, scale);
+  const Tensor exact = sdpa(q, k, v, mask, is_causal, scale);
+  return out + (exact - exact.detach());
+}
+
+// ---- the other ops ----
+
 // Ops without gradient run below autograd, and their results require none.
 void below_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   const at::AutoDispatchBelowADInplaceOrView guard;
@@ -257,6 +310,7 @@ void run_below_autograd(const std::string& name, bool refuses_gradients) {
 TORCH_LIBRARY_IMPL(dynquant, Autograd, m) {
   m.impl("linear_dynamic", linear_dynamic_autograd);
   m.impl("linear_static", linear_static_autograd);
+  m.impl("attention", attention_autograd);
 }
 
 TORCH_LIBRARY_IMPL(dynquant, AutocastCPU, m) {

@@ -7,6 +7,7 @@
 #include <c10/util/Exception.h>
 
 #include <array>
+#include <cmath>
 #include <optional>
 #include <string>
 
@@ -170,6 +171,49 @@ inline at::ScalarType out_dtype(const Config& config, const at::Tensor& x) {
                                                    at::kDouble};
   return config.out_dtype == OutDtype::kInput ? x.scalar_type()
                                               : types[static_cast<size_t>(config.out_dtype)];
+}
+
+// All requirements of attention.
+inline void check_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                            const std::optional<at::Tensor>& mask, std::optional<double> scale) {
+  constexpr int64_t kMaxHeadSize = INT32_MAX / (255 * 127);
+  const auto check_heads = [&](const char* name, const at::Tensor& x) {
+    check_float("attention", name, x);
+    TORCH_CHECK(x.dim() == 4, "attention: expected ", name, " with 4 dimensions [B, H, S, D], got ", x.dim());
+    check_device("attention", q, name, x, "q");
+  };
+  check_heads("q", q);
+  check_heads("k", k);
+  check_heads("v", v);
+  TORCH_CHECK(q.scalar_type() == k.scalar_type() && k.scalar_type() == v.scalar_type(),
+              "attention: expected q, k and v of one dtype, got ", dtype_name(q.scalar_type()), ", ",
+              dtype_name(k.scalar_type()), " and ", dtype_name(v.scalar_type()));
+  TORCH_CHECK(k.sizes() == v.sizes(), "attention: expected k and v of one shape, got ", k.sizes(), " and ",
+              v.sizes());
+  TORCH_CHECK(q.size(0) == k.size(0), "attention: expected k and v of q's batch size (", q.size(0), "), got ",
+              k.size(0));
+  TORCH_CHECK(q.size(3) == k.size(3), "attention: expected k and v of q's head size (", q.size(3), "), got ",
+              k.size(3));
+  const int64_t heads = q.size(1), shared = k.size(1);
+  TORCH_CHECK(heads == 0 || (shared > 0 && heads % shared == 0),
+              "attention: expected the heads of k and v to divide those of q (", heads, "), got ", shared);
+  TORCH_CHECK(q.size(3) <= kMaxHeadSize, "attention: expected a head size up to ", kMaxHeadSize,
+              ", so that int32 is exact, got ", q.size(3));
+  TORCH_CHECK(!scale.has_value() || std::isfinite(*scale), "attention: expected scale to be finite, got ",
+              *scale);
+  if (!mask.has_value()) return;
+  TORCH_CHECK(mask->scalar_type() == at::kBool || at::isFloatingType(mask->scalar_type()),
+              "attention: expected mask of dtype bool or a float dtype, got ",
+              dtype_name(mask->scalar_type()));
+  check_device("attention", q, "mask", *mask, "q");
+  const std::array<int64_t, 4> shape = {q.size(0), heads, q.size(2), k.size(2)};
+  bool fits = mask->dim() <= 4;
+  for (int64_t d = 1; fits && d <= mask->dim(); ++d) {
+    fits = mask->size(-d) == 1 || mask->size(-d) == shape[static_cast<size_t>(4 - d)];
+  }
+  TORCH_CHECK(fits, "attention: expected mask to broadcast to [B, H, S_q, S_kv] = ", at::IntArrayRef(shape),
+              ", got ", mask->sizes());
+  check_memory("attention", "mask", *mask);
 }
 
 }  // namespace dynquant

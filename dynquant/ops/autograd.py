@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -55,9 +57,7 @@ def with_derivatives(name: str) -> Callable[..., Any]:
     def kernel(x: Tensor, *args: Any) -> Any:
         packed_weight, weight_sum, weight_scale, bias, *qparams, code = args
         op = getattr(torch.ops.dynquant, name).default
-        inputs = [x] if bias is None else [x, bias]
-        recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-        if not recorded and not any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in inputs):
+        if not _have_derivatives(x, bias):
             with torch._C._AutoDispatchBelowAutograd():
                 return op(x, *args)
         config = Config.decode(code)
@@ -79,3 +79,47 @@ def with_derivatives(name: str) -> Callable[..., Any]:
         return out + change.to(out.dtype)
 
     return kernel
+
+
+def with_derivatives_of_sdpa(name: str) -> Callable[..., Any]:
+    """The op, plus torch's own attention as a term that is 0 and has its derivatives."""
+
+    def kernel(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+        scale: float | None = None,
+    ) -> Tensor:
+        op = getattr(torch.ops.dynquant, name).default
+        if not _have_derivatives(q, k, v, mask):
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(q, k, v, mask, is_causal, scale)
+        fixed_mask = None if mask is None else mask.detach()
+        out = op(q.detach(), k.detach(), v.detach(), fixed_mask, is_causal, scale)
+        added, is_causal = sdpa_arguments(q, k, mask, is_causal)
+        shared = q.shape[1] != k.shape[1]
+        exact = F.scaled_dot_product_attention(
+            q, k, v, added, is_causal=is_causal, scale=scale, enable_gqa=shared
+        )
+        return out + (exact - exact.detach())
+
+    return kernel
+
+
+def sdpa_arguments(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool) -> tuple[Tensor | None, bool]:
+    """mask and is_causal for torch's attention, which takes one of them and a float mask of q's dtype."""
+    if mask is not None and is_causal:
+        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+        mask = mask & seen if mask.dtype == torch.bool else torch.where(seen, mask, -math.inf)
+        is_causal = False
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(q.dtype)
+    return mask, is_causal
+
+
+def _have_derivatives(*inputs: Tensor | None) -> bool:
+    tensors = [x for x in inputs if x is not None]
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return recorded or any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)

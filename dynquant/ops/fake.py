@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..config import Config
 from ..reference import packed_shape
+from ..reference.attention import check_attention
 from ..reference.checks import (
     check_float,
     check_int8_matrix,
@@ -175,3 +176,19 @@ def linear_mlp(
 ) -> Tensor:
     check_linear_mlp(x, layer, gate, up, down, configs, residual, first_norm, second_norm, norm, pre_norm)
     return _like(x, channels(down), configs[3])
+
+
+# ---- attention ----
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    check_attention(q, k, v, mask, scale)
+    batch, heads, s_q, head_size = q.shape
+    return q.new_empty(batch, s_q, heads, head_size).transpose(1, 2)

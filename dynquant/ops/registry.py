@@ -25,6 +25,7 @@ class Derivative(Enum):
 
     NONE = "its results require no gradient"
     REFUSED = "an error: the caller has another way to compute it"
+    SDPA = "derivatives of torch's attention"
     STRAIGHT_THROUGH = "derivatives in x and bias; the output has autocast's dtype under autocast"
 
 
@@ -92,6 +93,12 @@ OPS: tuple[Op, ...] = (
         Derivative.REFUSED,
         composed=True,
     ),
+    Op(
+        "attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, bool is_causal=False, "
+        "float? scale=None) -> Tensor",
+        fake.attention,
+        Derivative.SDPA,
+    ),
 )
 
 library = torch.library.Library("dynquant", "DEF")
@@ -118,6 +125,10 @@ def _register(op: Op) -> None:
             library.impl(op.name, autograd.with_derivatives(op.name), "Autograd")
             for key in ("AutocastCPU", "AutocastCUDA"):
                 library.impl(op.name, autograd.with_autocast_dtype(op.name, key), key)
+        return
+    if op.derivative is Derivative.SDPA:
+        if extension is None:
+            library.impl(op.name, autograd.with_derivatives_of_sdpa(op.name), "Autograd")
         return
     refuses = op.derivative is Derivative.REFUSED
     if extension is not None:

@@ -7,6 +7,7 @@ give the same bits. Three habits keep that true on every backend: a constant div
 """
 
 from .arithmetic import fma
+from .attention import attention
 from .checks import FLOAT_DTYPES
 from .epilogue import apply_epilogue
 from .layout import pack_weight, packed_shape, unpack_weight
@@ -18,6 +19,7 @@ from .quantization import choose_qparams, min_max, quantize, quantize_weight, ro
 __all__ = [
     "FLOAT_DTYPES",
     "apply_epilogue",
+    "attention",
     "choose_qparams",
     "dequantize",
     "fma",

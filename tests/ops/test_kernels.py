@@ -484,6 +484,7 @@ def opcheck_cases() -> dict[str, tuple[object, ...]]:
             *(x, list(square.arguments), *around, [square.config, *configs]),
             *(x, norm, norm, 1e-5, 0, False),
         ),
+        "attention": (*(random_x(2, 4, 5, 8, seed=s) for s in range(3)), torch.rand(5, 5) < 0.5, True, 0.3),
     }
 
 

@@ -58,6 +58,31 @@ struct Norm {
   float eps;
 };
 
+// Attention scales and weighs keys in blocks of this many, which are part of its arithmetic.
+constexpr int64_t kKeyBlock = 64;
+
+enum class MaskType : int { kNone, kBool, kFloat32, kBFloat16, kFloat16 };
+
+constexpr int64_t element_size(MaskType type) {
+  return type == MaskType::kBool ? 1 : type == MaskType::kFloat32 ? 4 : 2;
+}
+
+// The mask of one head: (i, j) at data + i * query_stride + j * key_stride elements.
+struct AttentionMask {
+  const void* data;
+  MaskType type;
+  int64_t query_stride, key_stride;
+};
+
+struct AttentionHead {
+  Rows q;        // [queries][head_size]
+  int64_t keys;  // of k and v, which are packed
+  float factor;  // of the products, log2(e) included
+  AttentionMask mask;
+  bool is_causal;
+  Destination out;  // without epilogue
+};
+
 // Calls with 2 to kFewRows rows may use a separate kernel table.
 constexpr int64_t kFewRows = 7;
 
@@ -126,6 +151,19 @@ struct KernelTable {
 
   // clamp(round(w / scale), -127, 127) of row m.
   void (*quantize_weight)(const Rows& w, int64_t m, float scale, int8_t* q, float* row);
+
+  // Bytes of a packed block of keys and values, a multiple of 64.
+  int64_t (*key_block_bytes)(int64_t head_size);
+
+  // Packs block b, keys [64 b, 64 b + 64) of k and v [keys][head_size].
+  void (*pack_keys)(const Rows& k, const Rows& v, int64_t b, uint8_t* packed);
+
+  // Bytes of scratch of attend, a multiple of 64.
+  int64_t (*attention_scratch)(int64_t head_size, int64_t blocks);
+
+  // Queries [begin, end) of a head, whose packed blocks lie one behind the other.
+  void (*attend)(const AttentionHead& head, int64_t begin, int64_t end, const uint8_t* packed,
+                 uint8_t* scratch);
 };
 
 // Threads share out the channels of a GEMM in blocks of this many.

@@ -238,6 +238,20 @@ inline __m512 fmadd_ps(__m512 a, __m512 b, __m512 c) {
 inline __m512 permute_ps(__m512 x, int order) {
   return floats([&](int i) { return at(x, i / 4 * 4 + (order >> i % 4 * 2 & 3)); });
 }
+inline __m512 shuffle_ps(__m512 a, __m512 b, int order) {
+  return floats([&](int i) { return at(i % 4 < 2 ? a : b, i / 4 * 4 + (order >> i % 4 * 2 & 3)); });
+}
+inline __m512 unpacklo_ps(__m512 a, __m512 b) {
+  return floats([&](int i) { return at(i % 2 == 0 ? a : b, i / 4 * 4 + i % 4 / 2); });
+}
+inline __m512 unpackhi_ps(__m512 a, __m512 b) {
+  return floats([&](int i) { return at(i % 2 == 0 ? a : b, i / 4 * 4 + 2 + i % 4 / 2); });
+}
+inline int32_t reduce_add_epi32(__m512i x) {
+  uint32_t sum = 0;
+  for (int i = 0; i < 16; ++i) sum += at(x, i);
+  return static_cast<int32_t>(sum);
+}
 inline __m512 shuffle_f32x4(__m512 a, __m512 b, int order) {
   return floats([&](int i) { return at(i < 8 ? a : b, (order >> i / 4 * 2 & 3) * 4 + i % 4); });
 }
@@ -311,6 +325,8 @@ inline __m512 shuffle_f32x4(__m512 a, __m512 b, int order) {
 #define _mm512_permute_ps emulated::permute_ps
 #undef _mm512_permutexvar_epi32
 #define _mm512_permutexvar_epi32 emulated::permutexvar_epi32
+#undef _mm512_reduce_add_epi32
+#define _mm512_reduce_add_epi32 emulated::reduce_add_epi32
 #undef _mm512_reduce_max_ps
 #define _mm512_reduce_max_ps emulated::reduce_max_ps
 #undef _mm512_reduce_min_ps
@@ -325,6 +341,8 @@ inline __m512 shuffle_f32x4(__m512 a, __m512 b, int order) {
 #define _mm512_setr_epi32 emulated::setr_epi32
 #undef _mm512_shuffle_f32x4
 #define _mm512_shuffle_f32x4 emulated::shuffle_f32x4
+#undef _mm512_shuffle_ps
+#define _mm512_shuffle_ps emulated::shuffle_ps
 #undef _mm512_slli_epi32
 #define _mm512_slli_epi32 emulated::slli_epi32
 #undef _mm512_srli_epi32
@@ -337,5 +355,9 @@ inline __m512 shuffle_f32x4(__m512 a, __m512 b, int order) {
 #define _mm512_sub_epi32 emulated::sub_epi32
 #undef _mm512_sub_ps
 #define _mm512_sub_ps emulated::sub_ps
+#undef _mm512_unpackhi_ps
+#define _mm512_unpackhi_ps emulated::unpackhi_ps
+#undef _mm512_unpacklo_ps
+#define _mm512_unpacklo_ps emulated::unpacklo_ps
 #undef _mm512_xor_si512
 #define _mm512_xor_si512 emulated::xor_si512

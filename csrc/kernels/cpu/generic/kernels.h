@@ -24,6 +24,8 @@ void store_part(T* p, F x, int64_t count) {
 #include "cpu/generic/quantize.h"
 #include "cpu/generic/gemm.h"
 #include "cpu/generic/norm.h"
+#include "cpu/generic/softmax.h"
+#include "cpu/generic/attention.h"
 
 constexpr KernelTable make_kernels(const char* name, double gops, const KernelTable* few_rows = nullptr,
                                    const ThreadScope* scope = &kFloatModes) {
@@ -31,8 +33,30 @@ constexpr KernelTable make_kernels(const char* name, double gops, const KernelTa
   // often, and repacking a weight pays from more rows on.
   constexpr int64_t kRowsAtOnce = kWidth == kBlock ? 48 : 96;
   return KernelTable{
-      name,           gops,    few_rows, scope,    Dot::kMaxRows,      kRowsAtOnce,         activation_stride,
-      plan_bytes<>,   min_max, rotate,   quantize, quantize_per_token, quantize_per_tensor, pack_int8,
-      gemm_scratch<>, linear,  int8_mm,  add_norm, multiply,           weight_range,        quantize_weight,
+      name,
+      gops,
+      few_rows,
+      scope,
+      Dot::kMaxRows,
+      kRowsAtOnce,
+      activation_stride,
+      plan_bytes<>,
+      min_max,
+      rotate,
+      quantize,
+      quantize_per_token,
+      quantize_per_tensor,
+      pack_int8,
+      gemm_scratch<>,
+      linear,
+      int8_mm,
+      add_norm,
+      multiply,
+      weight_range,
+      quantize_weight,
+      key_block_bytes,
+      pack_keys,
+      attention_scratch,
+      attend,
   };
 }

@@ -36,12 +36,18 @@ concept FloatArithmetic = requires(F a, F b, F c) {
   { V::highest_lane(a) } -> Same<float>;
 };
 
+template <typename V>
+concept Transposes = requires(typename V::F (&rows)[V::kLanes]) {
+  { V::transpose(rows) } -> Same<void>;  // lane j of row i and lane i of row j change places
+};
+
 template <typename V, typename I = typename V::I>
 concept IntArithmetic = requires(I a, I b) {
   { V::add(a, b) } -> Same<I>;  // wraps, as do sub and mul
   { V::sub(a, b) } -> Same<I>;
   { V::mul(a, b) } -> Same<I>;
   { V::max(a, b) } -> Same<I>;
+  { V::sum_lanes(a) } -> Same<int32_t>;
   { V::bit_and(a, b) } -> Same<I>;
   { V::bit_or(a, b) } -> Same<I>;
   { V::bit_xor(a, b) } -> Same<I>;
@@ -86,10 +92,11 @@ constexpr bool has_butterflies() {
 }
 
 template <typename V>
-concept VectorType = V::kLanes >= 4 && (V::kLanes & (V::kLanes - 1)) == 0 && FloatArithmetic<V> &&
-                     IntArithmetic<V> && Conversions<V> && Comparisons<V> && has_butterflies<V>() &&
-                     LoadsAndStores<V, float, typename V::F> && LoadsAndStores<V, BFloat16, typename V::F> &&
-                     LoadsAndStores<V, Float16, typename V::F> && LoadsAndStores<V, int32_t, typename V::I>;
+concept VectorType =
+    V::kLanes >= 4 && (V::kLanes & (V::kLanes - 1)) == 0 && FloatArithmetic<V> && IntArithmetic<V> &&
+    Conversions<V> && Comparisons<V> && Transposes<V> && has_butterflies<V>() &&
+    LoadsAndStores<V, float, typename V::F> && LoadsAndStores<V, BFloat16, typename V::F> &&
+    LoadsAndStores<V, Float16, typename V::F> && LoadsAndStores<V, int32_t, typename V::I>;
 
 }  // namespace dynquant::cpu
 #endif

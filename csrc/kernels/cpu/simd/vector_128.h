@@ -84,6 +84,7 @@ struct V {
   static bool any(Mask mask) { return (mask[0] | mask[1] | mask[2] | mask[3]) != 0; }
   static F select(Mask mask, F yes, F no) { return mask ? yes : no; }
 
+  static int32_t sum_lanes(I x) { return x[0] + x[1] + x[2] + x[3]; }
   static float lowest_lane(F x) { return least(least(x[0], x[1]), least(x[2], x[3])); }
   static float highest_lane(F x) { return -lowest_lane(-x); }
 
@@ -93,6 +94,17 @@ struct V {
     static_assert(stride == 1 || stride == 2);
     if constexpr (stride == 1) return F{x[0] + x[1], x[0] - x[1], x[2] + x[3], x[2] - x[3]};
     return F{x[0] + x[2], x[1] + x[3], x[0] - x[2], x[1] - x[3]};
+  }
+
+  // x[i][j] -> x[j][i]
+  static void transpose(F (&x)[4]) {
+    for (int i = 0; i < 4; ++i) {
+      for (int j = 0; j < i; ++j) {
+        const float below = x[i][j];
+        x[i][j] = x[j][i];
+        x[j][i] = below;
+      }
+    }
   }
 
   // Saturates 16 values to bytes, in order.

@@ -71,6 +71,11 @@ struct V {
   static bool any(Mask mask) { return _mm256_movemask_ps(mask) != 0; }
   static F select(Mask mask, F yes, F no) { return _mm256_blendv_ps(no, yes, mask); }
 
+  static int32_t sum_lanes(I x) {
+    __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    sum = _mm_add_epi32(sum, _mm_unpackhi_epi64(sum, sum));
+    return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 1)));
+  }
   static float lowest_lane(F x) {
     __m128 low = _mm_min_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     low = _mm_min_ps(low, _mm_movehl_ps(low, low));
@@ -96,6 +101,23 @@ struct V {
     } else {
       const F sign = _mm256_castsi256_ps(_mm256_setr_epi32(0, 0, 0, 0, s, s, s, s));
       return _mm256_add_ps(_mm256_permute2f128_ps(x, x, 1), _mm256_xor_ps(x, sign));
+    }
+  }
+
+  // x[i][j] -> x[j][i]
+  static void transpose(F (&x)[8]) {
+    F t[8];
+    for (int i = 0; i < 8; i += 4) {  // 4 x 4 blocks within the 128-bit lanes
+      const F a = _mm256_unpacklo_ps(x[i], x[i + 1]), b = _mm256_unpackhi_ps(x[i], x[i + 1]);
+      const F c = _mm256_unpacklo_ps(x[i + 2], x[i + 3]), d = _mm256_unpackhi_ps(x[i + 2], x[i + 3]);
+      t[i] = _mm256_shuffle_ps(a, c, 0x44);
+      t[i + 1] = _mm256_shuffle_ps(a, c, 0xEE);
+      t[i + 2] = _mm256_shuffle_ps(b, d, 0x44);
+      t[i + 3] = _mm256_shuffle_ps(b, d, 0xEE);
+    }
+    for (int i = 0; i < 4; ++i) {  // then the lanes
+      x[i] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x20);
+      x[i + 4] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x31);
     }
   }
 

@@ -71,6 +71,7 @@ struct V {
   static bool any(Mask mask) { return mask != 0; }
   static F select(Mask mask, F yes, F no) { return _mm512_mask_blend_ps(mask, no, yes); }
 
+  static int32_t sum_lanes(I x) { return _mm512_reduce_add_epi32(x); }
   static float lowest_lane(F x) { return _mm512_reduce_min_ps(x); }
   static float highest_lane(F x) { return _mm512_reduce_max_ps(x); }
 
@@ -85,6 +86,28 @@ struct V {
       return _mm512_fmadd_ps(x, sign, _mm512_permute_ps(x, stride == 1 ? 0xB1 : 0x4E));
     } else {
       return _mm512_fmadd_ps(x, sign, _mm512_shuffle_f32x4(x, x, stride == 4 ? 0xB1 : 0x4E));
+    }
+  }
+
+  // x[i][j] -> x[j][i]
+  static void transpose(F (&x)[16]) {
+    F t[16];
+    for (int i = 0; i < 16; i += 4) {  // 4 x 4 blocks within the 128-bit lanes
+      const F a = _mm512_unpacklo_ps(x[i], x[i + 1]), b = _mm512_unpackhi_ps(x[i], x[i + 1]);
+      const F c = _mm512_unpacklo_ps(x[i + 2], x[i + 3]), d = _mm512_unpackhi_ps(x[i + 2], x[i + 3]);
+      t[i] = _mm512_shuffle_ps(a, c, 0x44);
+      t[i + 1] = _mm512_shuffle_ps(a, c, 0xEE);
+      t[i + 2] = _mm512_shuffle_ps(b, d, 0x44);
+      t[i + 3] = _mm512_shuffle_ps(b, d, 0xEE);
+    }
+    for (int i = 0; i < 4; ++i) {  // then the lanes
+      const F a = _mm512_shuffle_f32x4(t[i], t[i + 4], 0x44), b = _mm512_shuffle_f32x4(t[i], t[i + 4], 0xEE);
+      const F c = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0x44);
+      const F d = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0xEE);
+      x[i] = _mm512_shuffle_f32x4(a, c, 0x88);
+      x[i + 4] = _mm512_shuffle_f32x4(a, c, 0xDD);
+      x[i + 8] = _mm512_shuffle_f32x4(b, d, 0x88);
+      x[i + 12] = _mm512_shuffle_f32x4(b, d, 0xDD);
     }
   }
 

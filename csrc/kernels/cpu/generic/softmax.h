@@ -42,8 +42,8 @@ DYNQUANT_INLINE I probability(F x) {
 constexpr float kInfinity = __builtin_inff();
 
 // The scores of one row and one block: (product * k_scale) * factor, plus the bias if there is one, which is
-// -inf where the key takes no part. Returns their maximum: -inf if no key takes part, NaN if one of those that
-// do is NaN or +inf. Without bias all scores must be finite.
+// -inf where the key takes no part. Returns their maximum: -inf if no key takes part, NaN if a key that does
+// has a score of NaN or +inf. Without bias all scores must be finite.
 template <bool kBiased>
 DYNQUANT_INLINE float scores_of_block(const int32_t* products, const float* k_scale, float factor,
                                       const float* bias, float* scores) {

@@ -90,6 +90,44 @@ _PROJECTIONS = {
 }
 
 
+# fc1 and activation_fn in the layer itself.
+_BART_LAYERS = {
+    "bart": "Bart",
+    "blenderbot": "Blenderbot",
+    "blenderbot_small": "BlenderbotSmall",
+    "m2m_100": "M2M100",
+    "marian": "Marian",
+    "mbart": "MBart",
+    "pegasus": "Pegasus",
+    "plbart": "PLBart",
+    "speech_to_text": "Speech2Text",
+    "whisper": "Whisper",
+}
+_T5 = {"longt5": "LongT5", "mt5": "MT5", "t5": "T5", "udop": "Udop", "umt5": "UMT5"}
+_WAV2VEC2 = {
+    "hubert": "Hubert",
+    "unispeech": "UniSpeech",
+    "unispeech_sat": "UniSpeechSat",
+    "wav2vec2": "Wav2Vec2",
+    "wavlm": "WavLM",
+}
+_VISION_MLP = {
+    "blip": "BlipMLP",
+    "blip_2": "Blip2MLP",
+    "clip": "CLIPMLP",
+    "clipseg": "CLIPSegMLP",
+    "deit": "DeiTMLP",
+    "dinov2": "Dinov2MLP",
+    "owlvit": "OwlViTMLP",
+    "siglip": "SiglipMLP",
+    "siglip2": "Siglip2MLP",
+    "vit": "ViTMLP",
+    "vit_mae": "ViTMAEMLP",
+    "vit_msn": "ViTMSNMLP",
+    "x_clip": "XCLIPMLP",
+}
+
+
 def _modeling(folder: str, name: str) -> str:
     module = f"{folder}_text" if name.startswith("Data2VecText") else folder
     return f"transformers.models.{folder}.modeling_{module}.{name}"
@@ -105,13 +143,21 @@ ACTIVATION_AFTER: dict[str, tuple[str, str]] = {
     # one wide op with silu after it, 20.4 us unfused for M = 1; 757, 820 and 796 us for M = 128. At K = 2048,
     # N = 5632 they differ by no more than two runs of one of them: there the product takes all of the time.
     **{_modeling(folder, f"{prefix}MLP"): ("gate_proj", "act_fn") for folder, prefix in _LLAMA.items()},
+    **{
+        _modeling(folder, f"{prefix}{half}Layer"): ("fc1", "activation_fn")
+        for folder, prefix in _BART_LAYERS.items()
+        for half in ("Encoder", "Decoder")
+    },
+    **{_modeling(folder, f"{prefix}DenseActDense"): ("wi", "act") for folder, prefix in _T5.items()},
+    **{_modeling(folder, f"{prefix}DenseGatedActDense"): ("wi_0", "act") for folder, prefix in _T5.items()},
+    **{
+        _modeling(folder, f"{prefix}FeedForward"): ("intermediate_dense", "intermediate_act_fn")
+        for folder, prefix in _WAV2VEC2.items()
+    },
+    **{_modeling(folder, name): ("fc1", "activation_fn") for folder, name in _VISION_MLP.items()},
+    "transformers.models.blip.modeling_blip_text.BlipTextIntermediate": ("dense", "intermediate_act_fn"),
     _modeling("albert", "AlbertLayer"): ("ffn", "activation"),
-    _modeling("bart", "BartDecoderLayer"): ("fc1", "activation_fn"),
-    _modeling("bart", "BartEncoderLayer"): ("fc1", "activation_fn"),
-    _modeling("clip", "CLIPMLP"): ("fc1", "activation_fn"),
     _modeling("codegen", "CodeGenMLP"): ("fc_in", "act"),
-    _modeling("deit", "DeiTMLP"): ("fc1", "activation_fn"),
-    _modeling("dinov2", "Dinov2MLP"): ("fc1", "activation_fn"),
     _modeling("distilbert", "FFN"): ("lin1", "activation"),
     _modeling("falcon", "FalconMLP"): ("dense_h_to_4h", "act"),
     _modeling("gpt2", "GPT2MLP"): ("c_fc", "act"),
@@ -119,16 +165,9 @@ ACTIVATION_AFTER: dict[str, tuple[str, str]] = {
     _modeling("gpt_neo", "GPTNeoMLP"): ("c_fc", "act"),
     _modeling("gpt_neox", "GPTNeoXMLP"): ("dense_h_to_4h", "act"),
     _modeling("gptj", "GPTJMLP"): ("fc_in", "act"),
-    _modeling("marian", "MarianDecoderLayer"): ("fc1", "activation_fn"),
-    _modeling("marian", "MarianEncoderLayer"): ("fc1", "activation_fn"),
     _modeling("opt", "OPTDecoderLayer"): ("fc1", "activation_fn"),
     _modeling("phi", "PhiMLP"): ("fc1", "activation_fn"),
-    _modeling("siglip", "SiglipMLP"): ("fc1", "activation_fn"),
     _modeling("starcoder2", "Starcoder2MLP"): ("c_fc", "act"),
-    _modeling("vit", "ViTMLP"): ("fc1", "activation_fn"),
-    _modeling("wav2vec2", "Wav2Vec2FeedForward"): ("intermediate_dense", "intermediate_act_fn"),
-    _modeling("whisper", "WhisperDecoderLayer"): ("fc1", "activation_fn"),
-    _modeling("whisper", "WhisperEncoderLayer"): ("fc1", "activation_fn"),
 }
 """By type: a layer and the activation of its output."""
 
@@ -141,6 +180,12 @@ QKV_GROUPS: dict[str, tuple[str, ...]] = {
     _modeling("distilbert", "DistilBertSelfAttention"): ("q_lin", "k_lin", "v_lin"),
     _modeling("distilbert", "MultiHeadSelfAttention"): ("q_lin", "k_lin", "v_lin"),
     _modeling("mpnet", "MPNetSelfAttention"): ("q", "k", "v"),
+    **{_modeling(folder, f"{prefix}Attention"): ("q", "k", "v") for folder, prefix in _T5.items()},
+    **{
+        _modeling(folder, f"{prefix}Attention"): ("q_proj", "k_proj", "v_proj")
+        for folder, prefix in (_BART_LAYERS | _WAV2VEC2).items()
+        if prefix not in ("Whisper", "WavLM")  # key without bias; a function of torch that takes the weights
+    },
     **{_modeling(folder, name): ("q_proj", "k_proj", "v_proj") for folder, name in _PROJECTIONS.items()},
     **{
         _modeling(folder, f"{prefix}Attention"): ("q_proj", "k_proj", "v_proj")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from . import hugging_face, torch_nn
+from . import hugging_face, timm, torch_nn
 from .transformer_layers import TRANSFORMER_LAYERS, TransformerLayer
 
 
@@ -132,8 +132,9 @@ def _name_of(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-for _name, _pair in (*torch_nn.ACTIVATION_AFTER.items(), *hugging_face.ACTIVATION_AFTER.items()):
-    PATTERNS.setdefault(_name, []).append(ActivationAfter(*_pair))
+for _pairs in (torch_nn.ACTIVATION_AFTER, hugging_face.ACTIVATION_AFTER, timm.ACTIVATION_AFTER):
+    for _name, _pair in _pairs.items():
+        PATTERNS.setdefault(_name, []).append(ActivationAfter(*_pair))
 for _name, _layers in hugging_face.QKV_GROUPS.items():
     PATTERNS.setdefault(_name, []).append(SharedInput(_layers))
 for _name, _layer in TRANSFORMER_LAYERS.items():

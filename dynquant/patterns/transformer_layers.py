@@ -167,6 +167,57 @@ VIT = TransformerLayer(
     config="attention.config",
 )
 
+ALBERT = TransformerLayer(
+    query="attention.query",
+    key="attention.key",
+    value="attention.value",
+    out="attention.dense",
+    up="ffn",
+    down="ffn_output",
+    activation="activation",
+    first_norm="attention.LayerNorm",
+    second_norm="full_layer_layer_norm",
+    heads="attention.num_attention_heads",
+    scale="attention.scaling",
+    unless=("attention.is_causal", "chunk_size_feed_forward"),
+    config="attention.config",
+)
+
+CLIP = TransformerLayer(
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    out="self_attn.out_proj",
+    up="mlp.fc1",
+    down="mlp.fc2",
+    activation="mlp.activation_fn",
+    first_norm="layer_norm1",
+    second_norm="layer_norm2",
+    heads="self_attn.num_heads",
+    pre_norm=True,
+    scale="self_attn.scale",
+    # Images have no mask; that of a text may be causal.
+    masks=(),
+    unless=("self_attn.is_causal",),
+    config="self_attn.config",
+)
+
+HUBERT = TransformerLayer(
+    query="attention.q_proj",
+    key="attention.k_proj",
+    value="attention.v_proj",
+    out="attention.out_proj",
+    up="feed_forward.intermediate_dense",
+    down="feed_forward.output_dense",
+    activation="feed_forward.intermediate_act_fn",
+    first_norm="layer_norm",
+    second_norm="final_layer_norm",
+    heads="attention.num_heads",
+    scale="attention.scaling",
+    unless=("attention.is_causal", "attention.is_decoder"),
+    config="attention.config",
+)
+
 
 def _modeling(folder: str, name: str) -> str:
     return f"transformers.models.{folder}.modeling_{folder}.{name}"
@@ -180,11 +231,16 @@ _BERT_LAYERS = {
     "roberta": "Roberta",
     "xlm_roberta": "XLMRoberta",
 }
+_CLIP_LAYERS = {"clip": "CLIP", "siglip": "Siglip"}
+_HUBERT_LAYERS = {"hubert": "Hubert", "wav2vec2": "Wav2Vec2"}
 _VIT_LAYERS = {"deit": "DeiT", "vit": "ViT"}
 
 TRANSFORMER_LAYERS: dict[str, TransformerLayer] = {
     "torch.nn.modules.transformer.TransformerEncoderLayer": TORCH,
     **{_modeling(folder, f"{prefix}Layer"): BERT for folder, prefix in _BERT_LAYERS.items()},
+    **{_modeling(folder, f"{prefix}EncoderLayer"): CLIP for folder, prefix in _CLIP_LAYERS.items()},
+    **{_modeling(folder, f"{prefix}EncoderLayer"): HUBERT for folder, prefix in _HUBERT_LAYERS.items()},
+    _modeling("albert", "AlbertLayer"): ALBERT,
     _modeling("distilbert", "TransformerBlock"): DISTILBERT,
     _modeling("mpnet", "MPNetLayer"): MPNET,
     **{_modeling(folder, f"{prefix}Layer"): VIT for folder, prefix in _VIT_LAYERS.items()},

@@ -364,20 +364,20 @@ def test_state_dicts_go_both_ways() -> None:
 def test_copies_pickles_moves_and_new_weights_share_again() -> None:
     shared, plain = both()
     x = torch.randn(2, 24)
-    for other in (
-        copy.deepcopy(shared),
-        pickle.loads(pickle.dumps(shared)),
-        copy.deepcopy(shared).half().cpu(),
+    for other, expected in (
+        (copy.deepcopy(shared), plain),
+        (pickle.loads(pickle.dumps(shared)), plain),
+        (copy.deepcopy(shared).half().cpu(), copy.deepcopy(plain).half()),
     ):
         assert other.q.group is not shared.q.group
         assert other.q.group is other.v.group
         assert other.q.group.merged is not None
-        assert_same_bits(other(x), plain(x))
+        assert_same_bits(other(x), expected(x))
         assert set(other.state_dict()) == set(plain.state_dict())
     for dtype in (torch.bfloat16, torch.float64):
         other = copy.deepcopy(shared).to(dtype)
         assert other.q.group.merged is not None
-        assert_same_bits(other(x.to(dtype)), plain(x.to(dtype)))
+        assert_same_bits(other(x.to(dtype)), copy.deepcopy(plain).to(dtype)(x.to(dtype)))
     new = torch.randn(64, 24)
     shared.k.weight, plain.k.weight = new, new
     shared.v.bias.data, plain.v.bias.data = new[0].repeat(3)[:64], new[0].repeat(3)[:64]

@@ -34,6 +34,7 @@ SMALL_MODULE = """
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("available_isas", [] { return std::vector<std::string>{NAME}; });
   module.def("isa", [] { return std::string(NAME); });
+  module.def("run_below_autograd", [](const std::string&, bool) {});
 }
 """
 REPORT = """

@@ -6,6 +6,7 @@ import itertools
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -125,6 +126,8 @@ def linears(setting: Setting, judge: Judge) -> None:
             epilogue, out_dtype, bias = next(variants)
             config, static = scheme_of(scheme, rotation_block=block, epilogue=epilogue, out_dtype=out_dtype)
             layer = make_layer(n, k, config, bias=bias, static=static)
+            if layer.bias is not None:
+                layer = replace(layer, bias=layer.bias.to(dtype))
             for x in (torch.randn(m, k).to(dtype), *([awkward_rows(m, k, dtype)] if m * k else [])):
                 check(judge, setting, layer, x, f"{[m, n, k]} {dtype}")
 

@@ -67,17 +67,20 @@ Tensor linear_op(const char* op, const Tensor& x, const Tensor& packed_weight, c
   out_shape.back() = n;
   Tensor out = at::empty(out_shape, x.options().dtype(computed));
 
+  // The kernels read a bias of 2 bytes an element too: a cast would be a launch of its own.
+  const bool narrow = bias.has_value() && bias->element_size() == 2 && bias->is_contiguous();
   const Linear args = {rows,
                        n,
                        aligned_rows(packed_weight, weight_owner),
                        weight_sum.const_data_ptr<int32_t>(),
                        weight_scale.const_data_ptr<float>(),
-                       in_fp32(bias, bias_owner),
+                       narrow ? bias->const_data_ptr() : in_fp32(bias, bias_owner),
                        scale != nullptr ? scale->const_data_ptr<float>() : nullptr,
                        zero_point != nullptr ? zero_point->const_data_ptr<int32_t>() : nullptr,
                        config,
                        out.mutable_data_ptr(),
-                       dtype_of(computed)};
+                       dtype_of(computed),
+                       narrow ? dtype_of(bias->scalar_type()) : Dtype::kFloat32};
   const LinearPlan plan = plan_linear(args, on.properties());
   const Tensor workspace = workspace_of(x, plan.workspace_bytes);
   on.check(linear(args, plan, on.properties(), data_of(workspace), on.stream()));

@@ -183,7 +183,7 @@ def check_linear(
 ) -> None:
     weight, weight_sum, weight_scale, of_bias = layer(n, x.shape[-1], config)
     qparams = (torch.tensor([0.021]), torch.tensor([-7], dtype=torch.int32)) if static else ()
-    operands = (weight_sum, weight_scale, of_bias if bias else None)
+    operands = (weight_sum, weight_scale, of_bias.to(x.dtype) if bias else None)
     actual = host.linear(x, weight, *operands, config, *qparams)
     function = reference.linear_static if static else reference.linear_dynamic
     expected = function(x, reference.pack_weight(weight)[0], *operands, *qparams, config.encode())

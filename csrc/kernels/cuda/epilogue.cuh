@@ -59,6 +59,13 @@ __device__ __forceinline__ QParams load_row(const Output& out, int64_t m) {
   return {out.scale[m * out.row_stride], out.zero_point[m * out.row_stride]};
 }
 
+// A bias of 2 bytes an element, widened.
+__device__ __forceinline__ float narrow_bias(const Output& out, int64_t column) {
+  const uint16_t bits = static_cast<const uint16_t*>(out.bias)[column];
+  return out.bias_dtype == Dtype::kBFloat16 ? __uint_as_float(static_cast<uint32_t>(bits) << 16)
+                                            : ptx::float_from_half(bits);
+}
+
 // Starts to copy the qparams of the columns from n on; each `thread` of kThreads copies its share. All have
 // arrived after copy_async_wait<0> and a barrier. Columns beyond the last one get zeros; int32 needs no copy.
 template <int kThreads, int kColumns>
@@ -71,10 +78,12 @@ __device__ __forceinline__ void fetch_columns(const Output& out, int64_t n, int 
     const int64_t column = inside ? n + i : 0;
     ptx::copy_word_async(shared->scale + i, out.weight_scale + column, inside);
     ptx::copy_word_async(shared->sum + i, out.weight_sum + column, inside);
-    if (out.bias != nullptr) {
-      ptx::copy_word_async(shared->bias + i, out.bias + column, inside);
-    } else {
+    if (out.bias == nullptr) {
       shared->bias[i] = -0.0f;
+    } else if (out.bias_dtype == Dtype::kFloat32) {
+      ptx::copy_word_async(shared->bias + i, static_cast<const float*>(out.bias) + column, inside);
+    } else {
+      shared->bias[i] = inside ? narrow_bias(out, column) : 0.0f;
     }
   }
 }

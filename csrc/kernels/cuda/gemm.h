@@ -16,8 +16,9 @@ struct Output {
   int row_stride;
   const float* weight_scale;  // [n]
   const int32_t* weight_sum;  // [n]
-  const float* bias;          // [n], or null
+  const void* bias;           // [n] of bias_dtype, or null
   Epilogue function;
+  Dtype bias_dtype;
 };
 
 struct Gemm {

@@ -73,12 +73,13 @@ struct Linear {
   const int8_t* weight;       // [n, padded_k(x.k)], zeros beyond k
   const int32_t* weight_sum;  // [n]
   const float* weight_scale;  // [n]
-  const float* bias;          // [n], or null
+  const void* bias;           // [n] of bias_dtype, or null
   const float* scale;         // [1] for static qparams, null to choose them from x
   const int32_t* zero_point;  // [1], with scale
   Config config;              // its rotation_block (x has it) and out_dtype are not read
   void* out;                  // [x.m, n]
   Dtype out_dtype;
+  Dtype bias_dtype;
 };
 
 // Launches: 1 if the GEMM's blocks quantize x themselves (fused), else 2, or 3 with config.per_tensor.

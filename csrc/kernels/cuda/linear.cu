@@ -128,6 +128,7 @@ cudaError_t linear(const Linear& args, const LinearPlan& plan, const Device& dev
   output.weight_scale = args.weight_scale;
   output.weight_sum = args.weight_sum;
   output.bias = args.bias;
+  output.bias_dtype = args.bias_dtype;
   output.function = args.config.epilogue;
   if (plan.fused) return linear_small(args, output, kernels_overlap(device), stream);
 

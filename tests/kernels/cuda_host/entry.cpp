@@ -101,8 +101,8 @@ const char* host_int8_mm(uint64_t seed, const int8_t* q, const int8_t* weight, i
 
 const char* host_linear(uint64_t seed, const void* x, int dtype, int64_t m, int64_t k, int64_t n,
                         const int8_t* weight, const int32_t* weight_sum, const float* weight_scale,
-                        const float* bias, const float* scale, const int32_t* zero_point, int64_t config,
-                        void* out, int out_dtype, void* workspace, size_t* workspace_bytes) {
+                        const void* bias, int bias_dtype, const float* scale, const int32_t* zero_point,
+                        int64_t config, void* out, int out_dtype, void* workspace, size_t* workspace_bytes) {
   const Linear args = {rows(x, dtype, m, k, decode_config(config).rotation_block),
                        n,
                        weight,
@@ -113,7 +113,8 @@ const char* host_linear(uint64_t seed, const void* x, int dtype, int64_t m, int6
                        zero_point,
                        decode_config(config),
                        out,
-                       static_cast<Dtype>(out_dtype)};
+                       static_cast<Dtype>(out_dtype),
+                       static_cast<Dtype>(bias_dtype)};
   const LinearPlan plan = plan_linear(args, device());
   *workspace_bytes = plan.workspace_bytes;
   if (workspace == nullptr) return "";

@@ -3,15 +3,9 @@
 
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/gelu.h>
-#include <ATen/ops/gelu_backward.h>
 #include <ATen/ops/logical_and.h>
 #include <ATen/ops/ones.h>
-#include <ATen/ops/relu.h>
 #include <ATen/ops/scaled_dot_product_attention.h>
-#include <ATen/ops/sigmoid.h>
-#include <ATen/ops/silu.h>
-#include <ATen/ops/silu_backward.h>
 #include <ATen/ops/where.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -67,25 +61,16 @@ Tensor dequantized_weight(const Arguments& args, const Config& config) {
   return config.rotation_block > 0 ? rotate.call(dequantized, config.rotation_block) : dequantized;
 }
 
-constexpr double kQuickGeluSlope = 1.702;
+// The float activation of an epilogue and its backward, from the table in dynquant/patterns/activations.py.
+Tensor activation(const Config& config, const Tensor& y) {
+  static const auto op = find_op<Tensor(const Tensor&, int64_t)>("dynquant::activation");
+  return op.call(y, static_cast<int64_t>(config.epilogue));
+}
 
-Tensor epilogue_backward(const Config& config, const Tensor& grad, const Tensor& y) {
-  switch (config.epilogue) {
-    case Epilogue::kRelu: return grad * (y > 0);
-    case Epilogue::kGelu: return at::gelu_backward(grad, y, "none");
-    case Epilogue::kGeluTanh: return at::gelu_backward(grad, y, "tanh");
-    case Epilogue::kSilu: {
-      if (!at::GradMode::is_enabled()) return at::silu_backward(grad, y);
-      const Tensor sigmoid = at::sigmoid(y);  // silu_backward has no derivative
-      return grad * sigmoid * (1 + y * (1 - sigmoid));
-    }
-    case Epilogue::kQuickGelu: {
-      const Tensor sigmoid = at::sigmoid(y * kQuickGeluSlope);
-      return grad * sigmoid * (1 + y * kQuickGeluSlope * (1 - sigmoid));
-    }
-    case Epilogue::kNone: break;
-  }
-  return grad;
+Tensor activation_backward(const Config& config, const Tensor& grad, const Tensor& y) {
+  static const auto op =
+      find_op<Tensor(const Tensor&, const Tensor&, int64_t)>("dynquant::activation_backward");
+  return op.call(grad, y, static_cast<int64_t>(config.epilogue));
 }
 
 // Straight-through: grad_x = grad_out @ dequantized weight, grad_bias = the sum of grad_out over the rows.
@@ -112,7 +97,7 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
     if (config.epilogue != Epilogue::kNone) {
       // Where a second derivative is asked for, this call has one too.
       const Tensor y = args.call(plain_fp32(args.config));
-      grad = epilogue_backward(config, grad, y.reshape(grad.sizes()));
+      grad = activation_backward(config, grad, y.reshape(grad.sizes()));
     }
     Tensor grad_x, grad_bias;
     if (ctx->needs_input_grad(0)) {
@@ -137,18 +122,6 @@ bool is_transformed(const Tensor& x, const OptionalTensor& bias) {
          needs_grad(x, bias);
 }
 
-Tensor epilogue(const Config& config, const Tensor& y) {
-  switch (config.epilogue) {
-    case Epilogue::kRelu: return at::relu(y);
-    case Epilogue::kGelu: return at::gelu(y, "none");
-    case Epilogue::kGeluTanh: return at::gelu(y, "tanh");
-    case Epilogue::kSilu: return at::silu(y);
-    case Epilogue::kQuickGelu: return y * at::sigmoid(y * kQuickGeluSlope);
-    case Epilogue::kNone: break;
-  }
-  return y;
-}
-
 // The op on what has no derivative, plus terms that are 0 and have it: torch's own ops, which every transform
 // knows. The same stands in dynquant/ops/linear.py.
 Tensor linear_by_torch_ops(const Arguments& args) {
@@ -162,7 +135,7 @@ Tensor linear_by_torch_ops(const Arguments& args) {
   if (args.bias.has_value()) change = change + (*args.bias - *fixed.bias).to(at::kFloat).nan_to_num(0.0);
   if (config.epilogue != Epilogue::kNone) {
     const Tensor y = fixed.call(plain_fp32(args.config)) + change;
-    const Tensor activated = epilogue(config, y);
+    const Tensor activated = activation(config, y);
     change = activated - activated.detach();
   }
   return out + change.to(out.scalar_type());

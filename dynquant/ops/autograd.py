@@ -11,14 +11,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..config import Config, recode
-from ..patterns.activations import apply_float
+from ..config import EPILOGUES, Config, recode
+from ..patterns.activations import ACTIVATIONS, apply_float
 from ..reference import FLOAT_DTYPES, rotate, unpack_weight
 
 NO_DERIVATIVE = (
     "{}: expected inputs that require no gradient, since this op has no derivative; call it under "
     "torch.no_grad()"
 )
+
+
+def activation(y: Tensor, epilogue: int) -> Tensor:
+    """The float function of the epilogue with this code."""
+    return apply_float(EPILOGUES[epilogue], y)
+
+
+def activation_backward(grad: Tensor, y: Tensor, epilogue: int) -> Tensor:
+    """The gradient of y from that of :func:`activation`."""
+    return grad if epilogue == 0 else ACTIVATIONS[EPILOGUES[epilogue]].backward(grad, y)
 
 
 def below_autograd(name: str, refuses: bool) -> Callable[..., Any]:

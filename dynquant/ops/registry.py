@@ -139,3 +139,9 @@ def _register(op: Op) -> None:
 
 for _op in OPS:
     _register(_op)
+
+# For the derivatives in csrc/torch/autograd.cpp: torch's own ops, which have derivatives of every order.
+library.define("activation(Tensor y, int epilogue) -> Tensor")
+library.impl("activation", autograd.activation, "CompositeImplicitAutograd")
+library.define("activation_backward(Tensor grad, Tensor y, int epilogue) -> Tensor")
+library.impl("activation_backward", autograd.activation_backward, "CompositeImplicitAutograd")

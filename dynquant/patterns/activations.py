@@ -1,8 +1,7 @@
 """The table of activation functions: each with its epilogue and the forms in which models call it.
 
 A new activation: a row here; its formula in :mod:`dynquant.reference.epilogue` and
-csrc/kernels/epilogue_math.h; its name at the end of DYNQUANT_ACTIVATIONS in csrc/kernels/config.h; its
-derivative in csrc/torch/autograd.cpp.
+csrc/kernels/epilogue_math.h; its name at the end of DYNQUANT_ACTIVATIONS in csrc/kernels/config.h.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ class Activation(NamedTuple):
 
     Attributes:
         function: torch's float function.
+        backward: the gradient of y from that of function(y), in ops that have derivatives themselves.
         modules: types of torch.nn that compute it.
         type_names: dotted names of such types in packages that are not imported here.
         functions: functions that a module may hold as its activation.
@@ -31,6 +31,7 @@ class Activation(NamedTuple):
     """
 
     function: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
     modules: tuple[type[nn.Module], ...] = ()
     type_names: tuple[str, ...] = ()
     functions: tuple[Any, ...] = ()
@@ -45,9 +46,20 @@ def _quick_gelu(y: Tensor) -> Tensor:
     return y * torch.sigmoid(1.702 * y)
 
 
+def _of_gate(slope: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """The backward of y * sigmoid(slope * y); torch's silu_backward has no derivative."""
+
+    def backward(grad: Tensor, y: Tensor) -> Tensor:
+        gate = torch.sigmoid(slope * y)
+        return grad * gate * (1 + slope * y * (1 - gate))
+
+    return backward
+
+
 ACTIVATIONS: dict[str, Activation] = {
     "relu": Activation(
         F.relu,
+        lambda grad, y: grad * (y > 0),
         modules=(nn.ReLU,),
         functions=(F.relu, torch.relu),
         targets=(
@@ -64,16 +76,19 @@ ACTIVATIONS: dict[str, Activation] = {
     # nn.GELU and gelu in a graph may be gelu_tanh as well: their argument ``approximate`` says so.
     "gelu": Activation(
         F.gelu,
+        lambda grad, y: _aten.gelu_backward(grad, y, approximate="none"),
         type_names=_transformers("GELUActivation"),
         functions=(F.gelu,),
         targets=(F.gelu, _aten.gelu.default, _aten.gelu_.default),
     ),
     "gelu_tanh": Activation(
         lambda y: F.gelu(y, approximate="tanh"),
+        lambda grad, y: _aten.gelu_backward(grad, y, approximate="tanh"),
         type_names=_transformers("NewGELUActivation", "FastGELUActivation", "PytorchGELUTanh", "GELUTanh"),
     ),
     "silu": Activation(
         F.silu,
+        _of_gate(1.0),
         modules=(nn.SiLU,),
         type_names=_transformers("SiLUActivation"),
         functions=(F.silu,),
@@ -81,6 +96,7 @@ ACTIVATIONS: dict[str, Activation] = {
     ),
     "quick_gelu": Activation(
         _quick_gelu,
+        _of_gate(1.702),
         type_names=(
             *_transformers("QuickGELUActivation"),
             "clip.model.QuickGELU",

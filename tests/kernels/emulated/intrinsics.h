@@ -198,7 +198,9 @@ inline __m512i setr_epi32(int a, int b, int c, int d, int e, int f, int g, int h
                           int m, int n, int o, int p) {
   return bits<__m512i>(Ints{{a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p}});
 }
-inline __m512i set1_epi8(int8_t x) { return set1_epi32(0x01010101 * static_cast<uint8_t>(x)); }
+inline __m512i set1_epi8(int8_t x) {
+  return set1_epi32(static_cast<int>(0x01010101u * static_cast<uint8_t>(x)));
+}
 inline __m512i permutexvar_epi32(__m512i order, __m512i x) {
   return ints([&](int i) { return at(x, static_cast<int>(at(order, i) & 15)); });
 }

@@ -39,7 +39,8 @@ class EncoderLayer(nn.Module):
     :meth:`why_parts` gives the reason that lies in the layer itself.
 
     In nn.TransformerEncoderLayer the float ``in_proj_weight`` of nn.MultiheadAttention is quantized in the
-    scheme of ``linear1``, and again after it has changed; ``state_dict()`` holds the float one.
+    scheme of ``linear1``, and again after it has changed; ``state_dict()`` holds the float one. A change of a
+    few of its elements through ``.data`` leaves no trace: write them under ``torch.no_grad()`` instead.
     """
 
     _base: ClassVar[type[nn.Module]] = nn.Module

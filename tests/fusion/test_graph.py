@@ -126,7 +126,8 @@ def test_an_epilogue_is_closer_to_exact_than_an_activation_of_rounded_values(dty
     exact = F.gelu(model.layer(X.to(dtype).double()))
     error, plain = (graph(x).double() - exact).abs().mean(), (model(x).double() - exact).abs().mean()
     assert graph(x).dtype == dtype
-    assert error <= plain + 2.0**-18  # the bound of the epilogue functions
+    # A float64 output shows the error of the epilogue function itself, which has a bound.
+    assert error <= plain + (2.0**-18 if dtype == torch.float64 else 1e-7)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -10,7 +10,6 @@ from operator import is_
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops  # noqa: F401  registers torch.ops.dynquant
@@ -20,13 +19,14 @@ from ..patterns.registry import type_name
 from ..patterns.transformer_layers import ATTENTION_IMPLEMENTATIONS, HARMLESS, TransformerLayer
 from ..qtensor import QTensor, tensors_of
 from ..reference import FLOAT_DTYPES
+from .attention import scaled_dot_product_attention
 from .linear import QLinear
 from .merged import MergedLinear
 
 _linear_dynamic = torch.ops.dynquant.linear_dynamic.default
 _linear_norm = torch.ops.dynquant.linear_norm.default
 _linear_mlp = torch.ops.dynquant.linear_mlp.default
-_attention = getattr(torch.ops.dynquant, "attention", None)
+_attention = torch.ops.dynquant.attention.default
 
 Tensors = list[Tensor | None]
 SAMPLE_SIZE = 61
@@ -156,10 +156,8 @@ class EncoderCall:
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     """int8 attention where the device has a kernel for it, else torch's."""
     if runs_on("attention", q.device.type):
-        return _attention.default(q, k, v, mask, False, scale)  # type: ignore[union-attr]
-    if mask is not None and mask.dtype != torch.bool:
-        mask = mask.to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+        return _attention(q, k, v, mask, False, scale)
+    return scaled_dot_product_attention(q, k, v, mask, scale=scale)
 
 
 @cache

@@ -76,6 +76,9 @@ class EncoderCall:
         self.is_reason_of_device = False
         self.parameters: tuple[Tensor, ...] = ()
         self._masks = frozenset(pattern.masks)
+        # Written-out attention adds a bool mask to its scores, as 0 and 1.
+        config = _part(layer, pattern.config) if pattern.config else None
+        self.takes_bool = getattr(config, "_attn_implementation", None) in ("sdpa", "dynquant")
         self._hooks: tuple[Any, ...] = _GLOBAL_HOOKS
         self.biases: tuple[Tensor, ...] = ()
         self._quantized: tuple[Tensor, int, Tensor] | None = None
@@ -125,7 +128,7 @@ class EncoderCall:
             if (
                 name in self._masks
                 and value.dim() == 4
-                and (value.is_floating_point() or value.dtype == torch.bool)
+                and (value.is_floating_point() or (value.dtype == torch.bool and self.takes_bool))
             ):
                 mask = value if mask is None else _both(mask, value)
             elif name == pattern.key_padding and value.dim() == 2:
@@ -212,6 +215,9 @@ def _fill(call: EncoderCall, layer: nn.Module, base: type[nn.Module]) -> None:
     pattern = call.pattern
     _check_forward(base, pattern)
     _check_parts(layer, base, pattern)
+    described: Any = base
+    for name in _methods(described):
+        _require(name not in vars(layer), f"its {name} was replaced")
     for name in pattern.unless:
         _require(not _part(layer, name), f"{name} is set")
     if pattern.config:
@@ -271,6 +277,13 @@ def _fill(call: EncoderCall, layer: nn.Module, base: type[nn.Module]) -> None:
     needed = ["linear_mlp", "linear_norm"] if pre_norm else ["linear_mlp"]
     missing = [op for op in needed if not runs_on(op, device.type)]
     _require(not missing, f"{device.type} has no kernel of {', '.join(missing)}")
+
+
+@cache
+def _methods(base: Any) -> tuple[str, ...]:
+    """The functions that a type defines beside forward; an instance may have its own in their place."""
+    functions = [name for name, value in vars(base).items() if inspect.isfunction(value)]
+    return tuple(name for name in functions if name != "forward")
 
 
 @cache
@@ -400,6 +413,9 @@ def _hooks_of(part: nn.Module) -> tuple[Any, Any]:
 
 def _places(layer: nn.Module, pattern: TransformerLayer) -> Iterator[tuple[dict[str, Any], str]]:
     """Where the objects are kept whose replacement changes what the layer computes."""
+    own: Any = getattr(layer, "_base", type(layer))
+    for name in _methods(own):
+        yield vars(layer), name
     for module in layer.modules():
         state = vars(module)
         for name, child in module._modules.items():

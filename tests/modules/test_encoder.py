@@ -578,3 +578,30 @@ def test_a_registered_layer_with_gate_and_rms_norm() -> None:
     assert cosine(run(model, {"x": x}), run(fused, {"x": x})) > 0.999
     assert patterns_of(fused, TransformerLayer) == []
     assert repr(fused).startswith("EncoderLayer[Residual](")
+
+
+def test_a_replaced_method_runs() -> None:
+    model = transformers.BertModel(HUGGING_FACE["bert"][1]).eval()
+    layer = dynquant.quantize_dynamic(model, fuse=True).encoder.layer[0]
+    x = torch.randn(2, 5, 64)
+    with torch.no_grad():
+        assert layer.why_parts() is None
+        layer(x)
+        layer.feed_forward_chunk = lambda y: y * 0 + 3.0
+        assert layer.why_parts() == "its feed_forward_chunk was replaced"
+        out = layer(x)
+        assert (out[0] if isinstance(out, tuple) else out).eq(3.0).all()
+        del layer.feed_forward_chunk
+        assert layer.why_parts() is None
+
+
+def test_a_bool_mask_is_added_where_the_float_layer_adds_it() -> None:
+    """Written-out attention adds True and False to the scores as 1 and 0."""
+    model = transformers.BertModel(HUGGING_FACE["bert"][1]).eval()
+    model.set_attn_implementation("eager")
+    layer = dynquant.quantize_dynamic(model, fuse=True).encoder.layer[0]
+    x, mask = torch.randn(2, 5, 64), torch.ones(5, 5, dtype=torch.bool).tril().expand(2, 1, 5, 5)
+    with torch.no_grad():
+        out, expected = layer(x, mask), model.encoder.layer[0](x, mask)
+        out, expected = (y[0] if isinstance(y, tuple) else y for y in (out, expected))
+        assert torch.cosine_similarity(out, expected, dim=-1).min() > 0.998

@@ -78,7 +78,9 @@ def bench(
     ] = None,
     sections: Annotated[
         str | None,
-        typer.Option(help="Subset of linear, avx2, option_cost, kernels, memory, encoder, contention."),
+        typer.Option(
+            help="Subset of linear, avx2, option_cost, kernels, memory, attention, encoder, contention."
+        ),
     ] = None,
     isa: Annotated[str | None, typer.Option(help="Force an instruction set, e.g. avx2.")] = None,
     quick: Annotated[bool, typer.Option(help="Short samples, few rounds: a look, not a result.")] = False,

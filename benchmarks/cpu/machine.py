@@ -16,7 +16,7 @@ import dynquant
 
 from ..shared.file_names import file_stem
 
-PACKAGES = ("torch", "onnxruntime", "torchao", "transformers", "numpy")
+PACKAGES = ("torch", "onnxruntime", "openvino", "nncf", "torchao", "transformers", "numpy")
 FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from ..shared.tables import table
 from ..shared.targets import Target
 from .baselines import INT8_BASELINES, OURS
+from .encoder_report import attention_text, encoder_text
 from .linear import best_of, times
 
 Results = dict[str, Any]
@@ -47,8 +48,10 @@ def markdown(results: Results, targets: Sequence[Target]) -> str:
         parts.append(_kernels(results["kernels"]))
     if results.get("memory"):
         parts.append(_memory(results["memory"]))
+    if results.get("attention"):
+        parts.append(attention_text(results["attention"]))
     if results.get("encoder"):
-        parts.append(_encoder(results["encoder"]))
+        parts.append(encoder_text(results["encoder"]))
     if results.get("contention"):
         parts.append(_contention(results["contention"]))
     return "\n".join(parts)
@@ -189,31 +192,6 @@ def _memory(memory: Results) -> str:
         + table(("weight [N, K]", "resident int8 bytes per weight"), body)
         + f"\nA fresh process grows by {growth:.3f} bytes per weight with each further 4096 x 4096 layer.\n"
     )
-
-
-def _encoder(encoder: Results) -> str:
-    if "left_out" in encoder:
-        return f"## all-MiniLM-L6-v2\n\nLeft out: {encoder['left_out']}\n"
-    text = (
-        f"## all-MiniLM-L6-v2\n\n{encoder['sentences']} sentences; milliseconds per call and in brackets the "
-    )
-    text += "speed against torch.ao and against fp32.\n"
-    for threads, versions in encoder["threads"].items():
-        workloads = list(versions[0]["milliseconds"])
-        by_name = {version["name"]: version["milliseconds"] for version in versions}
-        body = []
-        for version in versions:
-            columns = []
-            for workload in workloads:
-                ms = version["milliseconds"][workload]
-                ratios = (f"{by_name[name][workload] / ms:.2f} x" for name in ("torch.ao", "fp32"))
-                columns.append(f"{ms:.1f} ({', '.join(ratios)})")
-            sizes = [f"{version['megabytes']:.1f}", f"{version['linear_megabytes']:.1f}"]
-            cosines = [f"{version['min_cosine']:.4f}", f"{version['mean_cosine']:.4f}"]
-            body.append([version["name"], *columns, *sizes, *cosines])
-        heads = ("", *workloads, "weights MB", "of it Linear", "min cosine", "mean cosine")
-        text += f"\n{threads} thread{'s' if threads != '1' else ''}:\n\n" + table(heads, body)
-    return text
 
 
 def _contention(contention: Results) -> str:

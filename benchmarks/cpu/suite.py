@@ -22,8 +22,10 @@ from dynquant import _extension
 from dynquant.measurement.timing import keep_freed_memory
 
 from . import (
+    attention,
     contention,
     encoder,
+    encoder_plot,
     kernels,
     linear,
     machine,
@@ -36,7 +38,7 @@ from . import (
 )
 from .baselines import BASELINES, OURS
 
-SECTIONS = ("linear", "avx2", "option_cost", "kernels", "memory", "encoder", "contention")
+SECTIONS = ("linear", "avx2", "option_cost", "kernels", "memory", "attention", "encoder", "contention")
 FORMER_SECTIONS = {"additions": "option_cost", "busy": "contention"}  # old names, still accepted
 QUICK_LIMIT = 1 << 28  # multiply-accumulates
 
@@ -210,11 +212,13 @@ def _section(section: str, options: Options) -> Any:
         )
     if section == "memory":
         return memory.run()
+    if section == "attention":
+        shapes = attention.SHAPES[-1:] if options.quick else attention.SHAPES
+        return attention.run(options.threads, rounds=rounds, seconds=seconds, log=_log, shapes=shapes)
     if section == "encoder":
-        encoder_seconds = 0.01 if options.quick else 0.3
-        return encoder.run(
-            options.threads, rounds=rounds, seconds=encoder_seconds, quick=options.quick, log=_log
-        )
+        # Three models in up to 15 versions: shorter than the other sections, and 10 minutes all the same.
+        rounds, seconds = min(rounds, 7), 0.01 if options.quick else 0.15
+        return encoder.run(options.threads, rounds=rounds, seconds=seconds, quick=options.quick, log=_log)
     names = [name for name in contention.CANDIDATES if name in options.names]
     contention_rounds = 3 if options.quick else 40
     return contention.run(
@@ -249,9 +253,12 @@ def _write(results: dict[str, Any], options: Options) -> None:
     stem = options.out / (machine.results_stem(results["machine"]) + ("-quick" if options.quick else ""))
     report.write_json(results, stem.with_suffix(".json"))
     stem.with_suffix(".md").write_text(report.markdown(results, targets.evaluate(results)))
-    if "linear" in results:
+    pictures = {"linear": (plot.plot, ".png"), "encoder": (encoder_plot.plot, "-encoder.png")}
+    for section, (draw, ending) in pictures.items():
+        if section not in results or "left_out" in results[section]:
+            continue
         try:
-            plot.plot(results, stem.with_suffix(".png"))
+            draw(results, stem.with_name(stem.name + ending))
         except ImportError as error:
             _log(f"no picture: {error}")
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
 
 from ..shared.targets import Target
 from .baselines import INT8_BASELINES, OURS
+from .encoder_targets import add_encoder_targets
 from .linear import best_of, times
-
-Results = dict[str, Any]
+from .target_list import Results, TargetList
 
 TORCH_AO = tuple(name for name in INT8_BASELINES if name.startswith("torch.ao "))
 
@@ -55,46 +54,27 @@ def _constant(value: float, row: str) -> float:
     return value
 
 
-class _TargetList:
-    """Collects targets and gives each its verdict; some are stated for machines with AVX512-VNNI alone."""
-
-    def __init__(self, results: Results) -> None:
-        self.isas: Sequence[str] = results["machine"]["available_isas"]
-        self.targets: list[Target] = []
-
-    def add(
-        self, number: str, name: str, goal: str, measured: str, met: bool | None, *, for_vnni: bool = False
-    ) -> None:
-        if met is None:
-            verdict, measured = "not measured in this run", "-"
-        elif for_vnni and "avx512vnni" not in self.isas:
-            outcome = "met" if met else "missed"
-            verdict = f"not measurable on this machine (no AVX512-VNNI; {outcome} by its own limits)"
-        else:
-            verdict = "met" if met else "missed"
-        self.targets.append(Target(name, goal, measured, met, verdict, number))
-
-    def lowest_fraction(
-        self,
-        number: str,
-        name: str,
-        rows: Sequence[Results],
-        kind: str,
-        goal: Callable[[str], float],
-        goal_text: str,
-        *,
-        for_vnni: bool,
-    ) -> None:
-        """A fraction that every measurement has to reach; shows the lowest."""
-        fractions = _fractions(rows, kind)
-        met = all(fraction >= goal(row) for fraction, row in fractions) if fractions else None
-        measured = f"lowest {fractions[0][0]:.2f} ({fractions[0][1]})" if fractions else "-"
-        self.add(number, name, goal_text, measured, met, for_vnni=for_vnni)
+def _lowest_fraction(
+    targets: TargetList,
+    number: str,
+    name: str,
+    rows: Sequence[Results],
+    kind: str,
+    goal: Callable[[str], float],
+    goal_text: str,
+    *,
+    for_vnni: bool,
+) -> None:
+    """A fraction that every measurement has to reach; shows the lowest."""
+    fractions = _fractions(rows, kind)
+    met = all(fraction >= goal(row) for fraction, row in fractions) if fractions else None
+    measured = f"lowest {fractions[0][0]:.2f} ({fractions[0][1]})" if fractions else "-"
+    targets.add(number, name, goal_text, measured, met, for_vnni=for_vnni)
 
 
 def evaluate(results: Results) -> list[Target]:
     """All targets, by the measured sections."""
-    targets = _TargetList(results)
+    targets = TargetList(results)
     rows = results.get("linear", [])
     _roofline_targets(targets, rows)
     _small_m_targets(targets, rows)
@@ -102,18 +82,19 @@ def evaluate(results: Results) -> list[Target]:
     _avx2_target(targets, results.get("avx2", []))
     _option_cost_targets(targets, results.get("option_cost", []))
     _weight_targets(targets, results)
-    _encoder_targets(targets, results.get("encoder", {}))
+    add_encoder_targets(targets, results)
     _contention_targets(targets, results.get("contention", {}))
     return targets.targets
 
 
-def _roofline_targets(targets: _TargetList, rows: Sequence[Results]) -> None:
+def _roofline_targets(targets: TargetList, rows: Sequence[Results]) -> None:
     tall = [row for row in rows if row["M"] >= 16]
 
     def one_thread(row: str) -> float:
         return 0.93 if row.startswith("1024x4096x4096") else 0.90
 
-    targets.lowest_fraction(
+    _lowest_fraction(
+        targets,
         "1",
         "whole QLinear call, M >= 16, 1 thread, of the measured int8 limit",
         _at(tall, 1),
@@ -122,7 +103,8 @@ def _roofline_targets(targets: _TargetList, rows: Sequence[Results]) -> None:
         ">= 0.90 (1024x4096x4096: 0.93)",
         for_vnni=True,
     )
-    targets.lowest_fraction(
+    _lowest_fraction(
+        targets,
         "1",
         "the same at 2 threads",
         _at(tall, 2),
@@ -133,7 +115,7 @@ def _roofline_targets(targets: _TargetList, rows: Sequence[Results]) -> None:
     )
 
 
-def _small_m_targets(targets: _TargetList, rows: Sequence[Results]) -> None:
+def _small_m_targets(targets: TargetList, rows: Sequence[Results]) -> None:
     name = "(1, 768, 768), 1 thread, µs"
     small, seed = _at(rows, 1, (1, 768, 768)), _at(rows, 1, (1, 3, 3))
     if small and seed and "fp32" in times(seed[0]) and (ours := _slower_of_ours(small[0])):
@@ -143,7 +125,8 @@ def _small_m_targets(targets: _TargetList, rows: Sequence[Results]) -> None:
     else:
         targets.add("2", name, "< 11/6 of nn.Linear(3, 3)", "-", None)
     for k, n, fraction in ((768, 3072, 0.75), (4096, 4096, 0.95)):
-        targets.lowest_fraction(
+        _lowest_fraction(
+            targets,
             "2",
             f"(1, {k}, {n}), 1 thread, weight bytes of the best read probe",
             _at(rows, 1, (1, k, n)),
@@ -154,7 +137,7 @@ def _small_m_targets(targets: _TargetList, rows: Sequence[Results]) -> None:
         )
 
 
-def _baseline_targets(targets: _TargetList, rows: Sequence[Results]) -> None:
+def _baseline_targets(targets: TargetList, rows: Sequence[Results]) -> None:
     compared = [
         (row, best[1] / ours)
         for row in rows
@@ -195,8 +178,9 @@ def _baseline_targets(targets: _TargetList, rows: Sequence[Results]) -> None:
     )
 
 
-def _avx2_target(targets: _TargetList, rows: Sequence[Results]) -> None:
-    targets.lowest_fraction(
+def _avx2_target(targets: TargetList, rows: Sequence[Results]) -> None:
+    _lowest_fraction(
+        targets,
         "4",
         "AVX2, M >= 32, 1 thread, of the vpmaddubsw + vpmaddwd + vpaddd limit",
         [row for row in _at(rows, 1) if row["M"] >= 32],
@@ -207,7 +191,7 @@ def _avx2_target(targets: _TargetList, rows: Sequence[Results]) -> None:
     )
 
 
-def _weight_targets(targets: _TargetList, results: Results) -> None:
+def _weight_targets(targets: TargetList, results: Results) -> None:
     packing = [
         entry
         for entry in results.get("kernels", [])
@@ -232,7 +216,7 @@ def _weight_targets(targets: _TargetList, results: Results) -> None:
     )
 
 
-def _option_cost_targets(targets: _TargetList, rows: Sequence[Results]) -> None:
+def _option_cost_targets(targets: TargetList, rows: Sequence[Results]) -> None:
     for shapes, measured, goal in (
         ("M >= 16, N >= 768", [row for row in rows if row["M"] >= 16 and row["N"] >= 768], 0.05),
         ("M = 1", [row for row in rows if row["M"] == 1], 0.15),
@@ -260,48 +244,7 @@ def _option_cost_targets(targets: _TargetList, rows: Sequence[Results]) -> None:
     )
 
 
-def _encoder_targets(targets: _TargetList, encoder: Results) -> None:
-    versions = {version["name"]: version for version in encoder.get("threads", {}).get("1", [])}
-    ours = tuple(name for name in versions if name in OURS)
-    fused, rotated = "dynquant per_token, fused", "dynquant per_token, rotation, fused"
-
-    def slowest(names: Sequence[str], workload: str, baseline: str) -> float | None:
-        """Speed of the slowest of these versions, the baseline's being 1."""
-        if not names or any(workload not in _milliseconds(versions, name) for name in (*names, baseline)):
-            return None
-        times = [float(_milliseconds(versions, name)[workload]) for name in names]
-        return float(_milliseconds(versions, baseline)[workload]) / max(times)
-
-    for number, names, label, workload, baseline, goal in (
-        ("8", (fused,), ", per_token, fused", "8x128", "torch.ao", 1.42),
-        ("8", (fused,), ", per_token, fused", "8x128", "fp32", 3.5),
-        ("8", (rotated,), ", per_token, rotation, fused", "8x128", "torch.ao", 1.36),
-        ("8", (rotated,), ", per_token, rotation, fused", "8x128", "fp32", 3.35),
-        ("6", ours, "", "8x128", "torch.ao", 1.14),
-        ("6", ours, "", "8x128", "fp32", 2.7),
-        ("6", ours, "", "1x16", "torch.ao", 1.3),
-    ):
-        ratio = slowest(names, workload, baseline)
-        name = f"MiniLM {workload} tokens, 1 thread{label}, against {baseline}"
-        measured = f"{ratio:.2f}" if ratio else "-"
-        targets.add(number, name, f">= {goal}", measured, ratio >= goal if ratio else None, for_vnni=True)
-    for version, goal in (
-        ("dynquant per_tensor", 0.96),
-        ("dynquant per_token", 0.99),
-        ("dynquant per_tensor, rotation", 0.996),
-        ("dynquant per_token, rotation", 0.998),
-    ):
-        cosine = versions[version]["min_cosine"] if version in versions else None
-        name = f"MiniLM min cosine, {version.removeprefix('dynquant ')}"
-        met = cosine >= goal if cosine is not None else None
-        targets.add("6", name, f">= {goal}", f"{cosine:.4f}" if cosine is not None else "-", met)
-
-
-def _milliseconds(versions: Results, name: str) -> Results:
-    return versions[name]["milliseconds"] if name in versions else {}
-
-
-def _contention_targets(targets: _TargetList, contention: Results) -> None:
+def _contention_targets(targets: TargetList, contention: Results) -> None:
     small, others = [], []
     for row in contention.get("rows", []):
         for name in OURS:

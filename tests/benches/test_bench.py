@@ -421,15 +421,6 @@ def test_geometric_mean() -> None:
 
 
 def test_report_of_every_section(tmp_path: Path) -> None:
-    version = {
-        "name": "fp32",
-        "milliseconds": {"1x16": 10.0},
-        "megabytes": 90.0,
-        "linear_megabytes": 42.0,
-        "min_cosine": 1.0,
-        "mean_cosine": 1.0,
-    }
-    other = version | {"name": "torch.ao", "milliseconds": {"1x16": 5.0}}
     op = {
         "op": "min_max",
         "shape": [1, 2],
@@ -455,11 +446,9 @@ def test_report_of_every_section(tmp_path: Path) -> None:
         "option_cost": [option_cost_row],
         "kernels": [op],
         "memory": {"layers": [{"K": 1, "N": 2, "bytes_a_weight": 1.0}], "process_growth_4096x4096": 1.01},
-        "encoder": {"sentences": 38, "threads": {"1": [version, other]}},
     }
     results["contention"] |= {"spinning": 2, "threads": 2}
     text = report.markdown(results, targets.evaluate(results))
-    assert "10.0 (0.50 x, 1.00 x)" in text
     assert "1.010 bytes per weight" in text
     assert "| 16, 8, 768 | 50.0 | 2.0 (4 %) | 3.0 (6.0) |" in text
     assert "highest 0.040 (16x8x768) | met" in text

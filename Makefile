@@ -1,6 +1,7 @@
 # make demo    build, then run the main job
 # make test    build, then all tests, lint, format and type checks
 # make test-kernels    the C++ tests of csrc/kernels;  make test-sanitized  the same under ASan, UBSan and TSan
+# make test-long   the tests that take minutes, such as long fuzzing
 # make test-torch TORCH=torch==2.14.1    build and the short tests under another torch, in a copy of the sources
 # make bench   build, then the benchmarks beside the baselines
 # make build   compile what changed, in place
@@ -19,7 +20,7 @@ comma := ,
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CPP = $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-kernels test-sanitized test-torch test-short bench build lint format clean
+.PHONY: demo test test-kernels test-sanitized test-torch test-short test-long bench build lint format clean
 .NOTPARALLEL:
 
 demo: $(VENV)/demo.stamp build
@@ -46,7 +47,7 @@ test-sanitized: $(VENV)/test.stamp
 
 # A copy, so that the extension of this folder's own torch stays.
 OTHER_TORCH := build/other-torch
-SHORT_TESTS := tests/ops tests/modules tests/conversion tests/fusion tests/calibration tests/fixtures
+SHORT_TESTS := tests/ops tests/modules tests/checkpoint tests/conversion tests/fusion tests/calibration tests/fixtures
 
 test-torch:
 	mkdir -p $(OTHER_TORCH)
@@ -55,6 +56,9 @@ test-torch:
 
 test-short: $(VENV)/test.stamp build
 	$(BIN)/python -m pytest $(SHORT_TESTS)
+
+test-long: $(VENV)/test.stamp build
+	$(BIN)/python -m pytest -m long
 
 bench: $(VENV)/bench.stamp build
 	$(BIN)/python -m dynquant bench

@@ -6,6 +6,7 @@ from . import _saved_names, reference  # noqa: F401
 from ._version import __version__
 from .calibration.calibrate import calibrate, freeze
 from .checkpoint import hugging_face as _hugging_face
+from .checkpoint.save_load import load, save
 from .config import Config
 from .environment import Info, available_isas, info, isa
 from .fusion import hugging_face_attention as _hugging_face_attention
@@ -37,10 +38,12 @@ __all__ = [
     "fuse_graph",
     "info",
     "isa",
+    "load",
     "quantize_dynamic",
     "reference",
     "register_pattern",
     "report",
+    "save",
 ]
 
 _hugging_face.install(quantize_dynamic)

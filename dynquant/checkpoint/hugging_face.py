@@ -16,8 +16,6 @@ from torch import nn
 
 from ..after_import import after_import
 from ..extras import needs
-from ..nn.encoder import EncoderLayer
-from ..nn.merged import MergedLinear
 from ..nn.module import QModule
 
 METHOD = "dynquant"
@@ -88,36 +86,3 @@ def _outermost(module: nn.Module, base: type) -> Iterator[Any]:
         return
     for child in module.children():
         yield from _outermost(child, base)
-
-
-def contents(model: nn.Module) -> dict[str, Any]:
-    """The converted layers of a model, in the words of ``DynquantConfig``."""
-    layers = {
-        name: layer
-        for name, layer in model.named_modules(remove_duplicate=False)
-        if isinstance(layer, QModule)
-    }
-    names: dict[int, str] = {}
-    for name, layer in layers.items():
-        names.setdefault(id(layer), name)
-    groups = {
-        id(layer.group): [names.get(id(part)) for part in layer.group.layers]
-        for layer in layers.values()
-        if isinstance(layer, MergedLinear)
-    }
-    return {
-        "modules": {name: layer.saved_scheme() for name, layer in layers.items()},
-        "fused": list(_fused(model)),
-        "merged": [group for group in groups.values() if None not in group],
-        "encoder_layers": [name for name, part in model.named_modules() if isinstance(part, EncoderLayer)],
-    }
-
-
-def _fused(model: nn.Module) -> Iterator[str]:
-    """The names of the nn.Identity modules beside layers with an epilogue, which took it from them."""
-    for name, parent in model.named_modules():
-        children = dict(parent.named_children())
-        if any(isinstance(child, QModule) and child.config.epilogue != "none" for child in children.values()):
-            for child_name, child in children.items():
-                if type(child) is nn.Identity:
-                    yield f"{name}.{child_name}" if name else child_name

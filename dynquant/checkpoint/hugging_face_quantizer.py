@@ -14,16 +14,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..config import MAX_ROTATION_BLOCK, Config, layer_config
-from ..nn.encoder import EncoderLayer
 from ..nn.linear import QLinear
-from ..nn.merged import MergedGroup
-from ..nn.module import QModule
 from ..nn.state import FORMAT_VERSION
-from ..patterns.activations import remove_activation
 from ..patterns.hugging_face import CONV1D
-from ..patterns.registry import patterns_of, type_name
-from ..patterns.transformer_layers import TransformerLayer
-from .hugging_face import METHOD, contents, describe, quantize_function
+from ..patterns.registry import type_name
+from .contents import adopt_encoder_layer, contents, merge_as_saved, remove_fused, replace_module
+from .hugging_face import METHOD, describe, quantize_function
 
 _SCHEME = ("activations", "weights", "rotation", "fuse", "modules_to_not_convert")
 _LAYOUT = ("modules", "fused", "merged", "encoder_layers")
@@ -122,7 +118,7 @@ class DynquantHfQuantizer(HfQuantizer):
                 module = model.get_submodule(found)
                 if module not in states:
                     states[module] = _State.of(found, module, scheme)
-                _replace(model, found, states[module])
+                replace_module(model, found, states[module])
         tied = model.all_tied_weights_keys
         for target, source in list(tied.items()):
             if any(isinstance(_owner(model, key), _State) for key in (target, source)):
@@ -166,25 +162,20 @@ class DynquantHfQuantizer(HfQuantizer):
             if isinstance(module, _State):
                 if module not in layers:
                     layers[module] = module.build(name, _dtype_of(model, f"{name}.weight", module.dtype))
-                _replace(model, name, layers[module])
+                replace_module(model, name, layers[module])
         for name in config.fused:
             parent, _, child = name.rpartition(".")
             found = _find(model, parent)
             if found is not None:
-                remove_activation(model.get_submodule(found), child)
+                remove_fused(model, f"{found}.{child}" if found else child)
         for group in config.merged:
-            found_names = [found for name in group if (found := _find(model, name)) is not None]
-            parts = [model.get_submodule(name) for name in found_names]
-            mergeable: list[Any] = [part for part in parts if isinstance(part, QModule) and part.is_mergeable]
-            if len(mergeable) == len(group):
-                for name, layer in zip(found_names, MergedGroup(mergeable).layers, strict=True):
-                    _replace(model, name, layer)
+            names = [found for name in group if (found := _find(model, name)) is not None]
+            if len(names) == len(group):
+                merge_as_saved(model, names)
         for name in config.encoder_layers:
             found = _find(model, name)
             if found is not None:
-                layer = model.get_submodule(found)
-                for pattern in patterns_of(layer, TransformerLayer)[:1]:
-                    EncoderLayer.adopt(layer, pattern, unconditionally=True)
+                adopt_encoder_layer(model, found)
 
     def is_serializable(self) -> bool:
         return True
@@ -291,11 +282,6 @@ def _find(model: Any, name: str) -> str | None:
 
 def _owner(model: nn.Module, key: str) -> nn.Module:
     return model.get_submodule(key.rpartition(".")[0])
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 if int(transformers.__version__.partition(".")[0]) >= 5:

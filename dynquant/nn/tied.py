@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -19,6 +19,8 @@ def replaced(old: QTensor, call: object, make: Callable[[], QTensor]) -> QTensor
     if by is not call:
         new = make()
         vars(old)[_REPLACED] = call, new
+    while vars(new).get(_REPLACED, (None, None))[0] is call:  # a module with two names loads twice
+        new = vars(new)[_REPLACED][1]
     return new
 
 
@@ -33,6 +35,12 @@ def loaded(old: QTensor, new: QTensor, call: object, assign: bool) -> QTensor:
         return with_dtype(old, new.dtype)
     first = replaced(old, call, lambda: new)
     return first if first is new or _same_values(first, new) else new
+
+
+def forget(weights: Iterable[QTensor]) -> None:
+    """Have weights that stay in their layers, after all, not keep those that were to replace them."""
+    for weight in weights:
+        vars(weight).pop(_REPLACED, None)
 
 
 def _fits(a: QTensor, b: QTensor) -> bool:

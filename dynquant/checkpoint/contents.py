@@ -1,0 +1,76 @@
+"""The quantized, fused and merged layers of a model as values that JSON has, and models made to fit them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..nn.encoder import EncoderLayer
+from ..nn.merged import MergedGroup, MergedLinear
+from ..nn.module import QModule
+from ..patterns.activations import remove_activation
+from ..patterns.registry import patterns_of
+from ..patterns.transformer_layers import TransformerLayer
+
+
+def contents(model: nn.Module) -> dict[str, Any]:
+    """The converted layers of a model, in the words of ``DynquantConfig``."""
+    layers = {
+        name: layer
+        for name, layer in model.named_modules(remove_duplicate=False)
+        if isinstance(layer, QModule)
+    }
+    names: dict[int, str] = {}
+    for name, layer in layers.items():
+        names.setdefault(id(layer), name)
+    groups = {
+        id(layer.group): [names.get(id(part)) for part in layer.group.layers]
+        for layer in layers.values()
+        if isinstance(layer, MergedLinear)
+    }
+    return {
+        "modules": {name: layer.saved_scheme() for name, layer in layers.items()},
+        "fused": list(_fused(model)),
+        "merged": [group for group in groups.values() if None not in group],
+        "encoder_layers": [name for name, part in model.named_modules() if isinstance(part, EncoderLayer)],
+    }
+
+
+def _fused(model: nn.Module) -> Iterator[str]:
+    """The names of the nn.Identity modules beside layers with an epilogue, which took it from them."""
+    for name, parent in model.named_modules():
+        children = dict(parent.named_children())
+        if any(isinstance(child, QModule) and child.config.epilogue != "none" for child in children.values()):
+            for child_name, child in children.items():
+                if type(child) is nn.Identity:
+                    yield f"{name}.{child_name}" if name else child_name
+
+
+def remove_fused(model: nn.Module, name: str) -> None:
+    """Put nn.Identity in the place of an activation that a layer beside it has taken in."""
+    parent, _, child = name.rpartition(".")
+    remove_activation(model.get_submodule(parent), child)
+
+
+def merge_as_saved(model: nn.Module, names: Sequence[str]) -> None:
+    """Merge layers that read the same tensor; does nothing unless all of them can be merged."""
+    parts = [model.get_submodule(name) for name in names]
+    mergeable: list[Any] = [part for part in parts if isinstance(part, QModule) and part.is_mergeable]
+    if len(mergeable) == len(names):
+        for name, layer in zip(names, MergedGroup(mergeable).layers, strict=True):
+            replace_module(model, name, layer)
+
+
+def adopt_encoder_layer(model: nn.Module, name: str) -> None:
+    """Make an EncoderLayer of a transformer layer that a pattern knows."""
+    layer = model.get_submodule(name)
+    for pattern in patterns_of(layer, TransformerLayer)[:1]:
+        EncoderLayer.adopt(layer, pattern, unconditionally=True)
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` in the place that has this dotted name."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

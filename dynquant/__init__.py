@@ -14,7 +14,7 @@ from .fusion.graph import fuse_graph
 from .fusion.modules import fuse
 from .measurement.report import report
 from .measurement.report_data import Report
-from .nn import EncoderLayer, QLinear, QModule
+from .nn import QGRU, QLSTM, EncoderLayer, QGRUCell, QLinear, QLSTMCell, QModule, QRNNCell
 from .patterns.registry import register_pattern
 from .qtensor import QTensor
 from .quantize import quantize_dynamic
@@ -23,11 +23,16 @@ if TYPE_CHECKING:
     from .checkpoint.hugging_face_quantizer import DynquantConfig as DynquantConfig
 
 __all__ = [
+    "QGRU",
+    "QLSTM",
     "Config",
     "EncoderLayer",
     "Info",
+    "QGRUCell",
+    "QLSTMCell",
     "QLinear",
     "QModule",
+    "QRNNCell",
     "QTensor",
     "Report",
     "__version__",

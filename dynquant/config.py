@@ -30,6 +30,7 @@ ACTIVATIONS = ("per_token", "per_tensor")
 WEIGHTS = ("per_channel", "per_tensor")
 EPILOGUES = ("none", *ACTIVATION_FUNCTIONS)
 NORMS = ("layer_norm", "rms_norm")
+CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 OUT_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_ROTATION_BLOCK = 128
 K_MODULUS = 16

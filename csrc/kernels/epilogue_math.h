@@ -44,6 +44,22 @@ struct EpilogueMath {
     return gated(low, V::min(number(51.75f), low), number(-2.45546699f));
   }
 
+  // The gates of recurrent layers.
+  static DYNQUANT_INLINE F sigmoid(F x) {
+    const F w = V::min(number(88.0f), V::max(number(-88.75f), x));
+    return gated(number(1.0f), w, number(-1.44269502f));
+  }
+
+  static DYNQUANT_INLINE F tanh(F x) {
+    const F w = V::min(number(9.5f), V::max(number(-9.5f), x)), slope = number(2.88539004f);
+    const F first = number(kOne), t = V::fma(w, slope, first);
+    const F fraction = V::fma(w, slope, V::sub(first, t)), power = power_of_2(t);
+    const F of_fraction = V::mul(fraction, polynomial(fraction, 0.693147004f, 0.240222469f, 0.0555071086f,
+                                                      0.00967129413f, 0.00132695795f));
+    const F m = V::fma(power, of_fraction, V::sub(power, number(1.0f)));
+    return V::div(m, V::add(m, number(2.0f)));
+  }
+
   // 2^x for x in [-127.5, 127.5): 0 below -126.5, 1 at 0.
   static DYNQUANT_INLINE F exp2(F x) {
     const F first = number(kOne), t = V::add(x, first);

@@ -1,6 +1,5 @@
 // The CPU ops of layers with residual and norm, and of MLPs: check, allocate, call.
 
-#include <ATen/core/List.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -8,60 +7,17 @@
 #include <optional>
 #include <string>
 
+#include "checked_layer.h"
 #include "checks.h"
 #include "cpu/mlp.h"
-#include "cpu/pack.h"
 #include "cpu_call.h"
 
 namespace dynquant::cpu {
 namespace {
 
 using at::Tensor;
-using Tensors = c10::List<std::optional<Tensor>>;
 
 constexpr std::array<NormKind, 2> kNorms = {NormKind::kLayer, NormKind::kRms};  // dynquant.config.NORMS
-
-int64_t channels_of(const Tensors& layer) {
-  const std::optional<Tensor> scale = layer.size() == 4 ? layer.get(2) : std::nullopt;
-  return scale.has_value() ? scale->numel() : 0;
-}
-
-// One of the layers of a call; an instance keeps its tensors alive.
-struct CheckedLayer {
-  PackedLayer packed;
-  at::ScalarType out_type;
-  std::optional<Tensor> packed_weight, weight_sum, weight_scale, bias;
-  Tensor bias_owner;
-
-  CheckedLayer(const char* op_name, const char* role, const Tensors& tensors, const Tensor& x, int64_t k,
-               int64_t code) {
-    check_float(op_name, "x", x);
-    const std::string named = std::string(op_name) + ", " + role;
-    const char* op = named.c_str();
-    TORCH_CHECK(tensors.size() == 4, op,
-                ": expected packed_weight, weight_sum, weight_scale and bias (or None), got ", tensors.size(),
-                " tensors");
-    packed_weight = tensors.get(0);
-    weight_sum = tensors.get(1);
-    weight_scale = tensors.get(2);
-    bias = tensors.get(3);
-    TORCH_CHECK(packed_weight.has_value() && weight_sum.has_value() && weight_scale.has_value(), op,
-                ": expected packed_weight, weight_sum and weight_scale, got None");
-    const Config config = check_config(code);
-    TORCH_CHECK(!config.per_tensor, op, ": expected per_token activations in config, got per_tensor");
-    check_linear(op, x, *packed_weight, *weight_sum, *weight_scale, bias);
-    const int64_t n = weight_scale->numel();
-    const auto shape = packed_shape(n, k);
-    check_packed(op, *packed_weight, shape, n, k);
-    check_k(op, k, code);
-    if (config.rotation_block > 0) check_rotation(op, k, config.rotation_block);
-    out_type = out_dtype(config, x);
-    packed = {
-        Weight{packed_weight->const_data_ptr<int8_t>(), n, k, shape[2], weight_sum->const_data_ptr<int32_t>(),
-               weight_scale->const_data_ptr<float>(), dynquant::in_fp32(bias, bias_owner)},
-        config.epilogue, config.rotation_block};
-  }
-};
 
 struct CheckedNorm {
   Norm norm{NormKind::kNone, nullptr, nullptr, 0.0f};

@@ -103,6 +103,8 @@ def _decide(
     if reason is not None:
         return Decision(name, module, None, request, reason)
     if is_own(mapping[base]) and not request.is_int8:
+        if issubclass(base, RECURRENT):
+            return Decision(name, module, None, request, _no_version(module, request))
         raise ValueError(
             f"quantize_dynamic: expected the qconfig of {label(name)} ({type(module).__name__}) to ask for "
             f"weights of torch.qint8, got {request.dtype}"

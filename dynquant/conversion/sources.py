@@ -8,14 +8,26 @@ from torch import nn
 
 from ..nn.linear import QLinear
 from ..nn.module import QModule
+from ..nn.rnn import QGRU, QLSTM
+from ..nn.rnn_cells import QGRUCell, QLSTMCell, QRNNCell
 from ..patterns.hugging_face import CONV1D
 from ..patterns.registry import type_name
 
+_TORCH_NN: dict[type, Any] = {
+    nn.Linear: QLinear,
+    nn.LSTM: QLSTM,
+    nn.GRU: QGRU,
+    nn.LSTMCell: QLSTMCell,
+    nn.GRUCell: QGRUCell,
+    nn.RNNCell: QRNNCell,
+}
+
 
 def default_mapping(model: nn.Module) -> dict[type, Any]:
-    """Float type to quantized type: nn.Linear, and Hugging Face's Conv1D if ``model`` has any."""
+    """Float type to quantized type: those that torch.ao converts, and Hugging Face's Conv1D if ``model`` has
+    any."""
     conv1d = {type(module): _Conv1D for module in model.modules() if type_name(module) == CONV1D}
-    return {nn.Linear: QLinear, **conv1d}
+    return {**_TORCH_NN, **conv1d}
 
 
 def is_own(target: Any) -> bool:

@@ -140,6 +140,8 @@ def _carry_over(old: nn.Module, new: nn.Module, memo: dict[int, Any] | None) -> 
     if not isinstance(new, QModule) and not isinstance(old, nn.Linear):
         return  # whatever a user's class stands for, its from_float took what it needs
     replaced = _replaced_names(old)
+    if isinstance(new, QModule):
+        replaced |= {*new.replaced_attributes}
     for tensors in ("_parameters", "_buffers", "_modules"):
         for name, value in vars(old)[tensors].items():
             if name not in replaced and not hasattr(new, name):

@@ -66,6 +66,10 @@ class QModule(nn.Module):
     converts_parts: ClassVar[bool] = False
     """Whether from_float also takes what is in the float module, which is then not converted by itself."""
 
+    replaced_attributes: ClassVar[tuple[str, ...]] = ()
+    """Attributes of the float module that hold or name its float weights: a conversion carries all others
+    over."""
+
     # ---- from float and back
 
     @classmethod

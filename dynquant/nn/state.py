@@ -3,6 +3,7 @@
 Format 2: ``weight`` int8 [N, K, 1], ``weight_scale`` fp32 [N] or [1], ``bias`` [N] of any float dtype if the
 layer has one, and ``format`` int64 [4]: (version, config, 1 + index in FLOAT_DTYPES of the dtype of
 ``.weight``, 0). A static layer has ``activation_scale`` fp32 [1] and ``activation_zero_point`` int32 [1] too.
+A module with several weights has ``NAME`` and ``NAME_scale`` for each (:mod:`dynquant.nn.named_weights`).
 
 The last dimension of ``weight`` keeps it out of float layers. Loaders that only log keys they do not know
 (transformers' from_pretrained, accelerate, ``strict=False``) would copy the integers into the float weights;
@@ -14,7 +15,7 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import FrameType
 from typing import Any
 
@@ -92,6 +93,36 @@ def read_weight(
     return QTensor.from_int8(weight.reshape(like.shape).to(device), scale.to(device), saved, dtype), saved
 
 
+def read_named_weight(
+    weight: Tensor,
+    scale: Tensor | None,
+    like: QTensor,
+    config: Config,
+    dtype: torch.dtype,
+    device: torch.device | None,
+) -> QTensor:
+    """One of several weights of a module, packed on ``device`` (None: assigned, where it is).
+
+    Args:
+        weight, scale: entries of a state_dict; without a scale the weight is float.
+        like: the weight of the module that loads.
+        config: the scheme of the one that is read. dtype: that it shows.
+
+    Raises:
+        ValueError: for entries that do not fit.
+    """
+    if scale is None:
+        if not weight.is_floating_point():
+            raise ValueError(
+                f"expected float weights, since the state_dict has no format, got {weight.dtype}"
+            )
+        _check_shape(weight, list(like.shape))
+        made = quantized(weight.to(device), config)
+        return made if device is None else with_dtype(made, dtype)
+    _check_shape(weight, [*like.shape, 1])
+    return QTensor.from_int8(weight.reshape(like.shape).to(device), scale.to(device), config, dtype)
+
+
 def _check_shape(weight: Tensor, expected: list[int]) -> None:
     if list(weight.shape) != expected:
         raise ValueError(f"expected weight of shape {expected}, got {list(weight.shape)}")
@@ -143,6 +174,16 @@ def check_origin(state_dict: Mapping[str, Any], prefix: str) -> None:
             "the state_dict is of a layer that torch.ao quantized (_packed_params); load it into the model "
             "that torch.ao made, and assign `layer.weight().dequantize()` of each of its layers to `.weight` "
             "here, or convert the float model with dynquant.quantize_dynamic"
+        )
+
+
+def check_named_origin(state_dict: Mapping[str, Any], prefix: str) -> None:
+    """A ValueError for the state_dict of a recurrent module that torch.ao quantized."""
+    ends = ("_all_weight_values", "_packed_weight_ih", "_packed_weight_hh")
+    if any(key.startswith(tuple(prefix + end for end in ends)) for key in state_dict):
+        raise ValueError(
+            "the state_dict is of a module that torch.ao quantized; convert the float model with "
+            "dynquant.quantize_dynamic"
         )
 
 
@@ -217,10 +258,16 @@ def check_entries(state_dict: Mapping[str, Any], prefix: str, meta: bool) -> Non
     Raises:
         ValueError: that names the entry.
     """
-    values = [state_dict.get(prefix + name) for name in ENTRIES if name != "format"]
-    devices = {value.device.type for value in values if isinstance(value, Tensor)}
-    for name in ENTRIES:
-        value = state_dict.get(prefix + name)
+    check_named_entries(state_dict, prefix, ENTRIES, meta)
+
+
+def check_named_entries(state_dict: Mapping[str, Any], prefix: str, names: Iterable[str], meta: bool) -> None:
+    """:func:`check_entries` for entries of other names."""
+    entries = {name: state_dict.get(prefix + name) for name in names}
+    devices = {
+        value.device.type for name, value in entries.items() if isinstance(value, Tensor) and name != "format"
+    }
+    for name, value in entries.items():
         if value is None:
             continue
         if not isinstance(value, Tensor):

@@ -22,6 +22,7 @@ from ..reference.checks import (
 from ..reference.layout import check_packed_k
 from ..reference.linear import check_int8_mm, check_operands
 from ..reference.mlp import Tensors, channels, check_linear_mlp, check_linear_norm, check_mlp
+from ..reference.rnn import check_rnn_operands
 
 # ---- rows of x ----
 
@@ -192,3 +193,22 @@ def attention(
     check_attention(q, k, v, mask, scale)
     batch, heads, s_q, head_size = q.shape
     return q.new_empty(batch, s_q, heads, head_size).transpose(1, 2)
+
+
+# ---- recurrent layers ----
+
+
+def rnn(
+    x: Tensor,
+    state: Sequence[Tensor],
+    input_layer: Tensors,
+    hidden_layer: Tensors,
+    projection: Tensors,
+    configs: Sequence[int],
+    cell: int,
+    batch_sizes: Tensor | None = None,
+    reverse: bool = False,
+) -> list[Tensor]:
+    shape = check_rnn_operands(x, state, input_layer, hidden_layer, projection, configs, cell, batch_sizes)
+    like_output = _like(x, shape.out, configs[0])
+    return [like_output, *(like_output.new_empty(tensor.shape) for tensor in state)]

@@ -99,6 +99,13 @@ OPS: tuple[Op, ...] = (
         fake.attention,
         Derivative.SDPA,
     ),
+    Op(
+        "rnn(Tensor x, Tensor[] state, Tensor?[] input_layer, Tensor?[] hidden_layer, Tensor?[] projection, "
+        "int[] configs, int cell, Tensor? batch_sizes=None, bool reverse=False) -> Tensor[]",
+        fake.rnn,
+        Derivative.REFUSED,
+        composed=True,
+    ),
 )
 
 library = torch.library.Library("dynquant", "DEF")

@@ -15,6 +15,7 @@ from .linear import dequantize, int8_mm, linear_dynamic, linear_static
 from .mlp import linear_mlp, linear_norm, mlp
 from .norm import layer_norm, rms_norm
 from .quantization import choose_qparams, min_max, quantize, quantize_weight, rotate
+from .rnn import rnn
 
 __all__ = [
     "FLOAT_DTYPES",
@@ -36,6 +37,7 @@ __all__ = [
     "quantize",
     "quantize_weight",
     "rms_norm",
+    "rnn",
     "rotate",
     "unpack_weight",
 ]

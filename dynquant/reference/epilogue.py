@@ -27,6 +27,9 @@ SILU = -1.44269502
 QUICK_GELU = -2.45546699
 GELU_TANH = (-2.3022082, -0.102943242)
 
+# e^(2x) = 2^(x * slope): 2 log2(e).
+TANH = 2.88539004
+
 _ONE = 12583039.0
 _GELU_FIRST = 12582912.0 + 256 + 99  # 256: the sign bit of the power
 
@@ -68,6 +71,25 @@ def quick_gelu(x: Tensor) -> Tensor:
     """x / (1 + e^(-1.702 x)): transformers' ``QuickGELUActivation``. -inf gives -0, NaN gives NaN."""
     low = x.clamp(min=-52.125)
     return _gated(low, low.clamp(max=51.75), QUICK_GELU)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + e^-x), the gates of recurrent layers. -inf gives 0, inf gives 1, NaN gives NaN."""
+    return _gated(torch.ones_like(x), x.clamp(min=-88.75).clamp(max=88.0), SILU)
+
+
+def tanh(x: Tensor) -> Tensor:
+    """The hyperbolic tangent, of recurrent layers: m / (m + 2) for m = e^(2x) - 1.
+
+    m = 2^n (2^f - 1) + (2^n - 1) keeps its relative precision around 0, where 2^f - 1 is a polynomial without
+    constant. Exactly 1 from 9.5 on, to which abs(x) is limited. 0 for both zeros, NaN for NaN.
+    """
+    w = x.clamp(min=-9.5).clamp(max=9.5)
+    t = fma(w, TANH, _ONE)
+    fraction = fma(w, TANH, _ONE - t)
+    power = _power_of_2(t)
+    m = fma(power, fraction * _polynomial(fraction, EXP2[1:]), power - 1.0)
+    return m / (m + 2.0)
 
 
 def exp2(x: Tensor) -> Tensor:

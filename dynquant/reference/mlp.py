@@ -51,7 +51,7 @@ def linear_norm(
         RuntimeError: for shapes, dtypes and devices that do not fit.
     """
     check_linear_norm(x, layer, config, residual, norm_in, norm_out, norm)
-    y = _layer(_normed(_rows(x), norm_in, eps, norm), layer, config, linear)
+    y = apply_layer(_normed(_rows(x), norm_in, eps, norm), layer, config, linear)
     return _output(_normed(_add(y, residual), norm_out, eps, norm), x, config)
 
 
@@ -114,7 +114,7 @@ def linear_mlp(
     Other arguments, results and errors as in :func:`linear_norm`.
     """
     check_linear_mlp(x, layer, gate, up, down, configs, residual, first_norm, second_norm, norm, pre_norm)
-    h = _add(_layer(_rows(x), layer, configs[0], linear), residual)
+    h = _add(apply_layer(_rows(x), layer, configs[0], linear), residual)
     normed = _normed(h, first_norm, eps, norm)
     y = _mlp(normed, gate, up, down, configs[1:], linear)
     out = y + h if pre_norm else _normed(y + normed, second_norm, eps, norm)
@@ -130,8 +130,10 @@ def channels(layer: Tensors) -> int:
     return 0 if scale is None else scale.numel()
 
 
-def _check_layer(op: str, name: str, layer: Tensors, x: Tensor, k: int, config: int) -> None:
-    """A layer with k inputs, its operands on the device of x, per_token."""
+def check_layer(
+    op: str, name: str, layer: Tensors, x: Tensor, k: int, config: int, *, per_token: bool = True
+) -> None:
+    """A layer with k inputs, its operands on the device of x; with ``per_token``, activations are."""
     check_float(op, "x", x)
     op = f"{op}, {name}"
     check(
@@ -143,7 +145,10 @@ def _check_layer(op: str, name: str, layer: Tensors, x: Tensor, k: int, config: 
     if packed_weight is None or weight_sum is None or weight_scale is None:
         raise RuntimeError(f"{op}: expected packed_weight, weight_sum and weight_scale, got None")
     activations = Config.decode(config).activations
-    check(activations == "per_token", f"{op}: expected per_token activations in config, got {activations}")
+    check(
+        activations == "per_token" or not per_token,
+        f"{op}: expected per_token activations in config, got {activations}",
+    )
     check_operands(op, x, packed_weight, weight_sum, weight_scale, bias)
     check_packed_k(op, "K", k, packed_weight, weight_scale.numel())
     check_k(op, k, config)
@@ -154,10 +159,10 @@ def _check_mlp_layers(
 ) -> None:
     """The layers of an MLP fit each other; gate and up read the same quantized rows."""
     check(len(configs) == 3, f"{op}: expected a config of gate, up and down, got {len(configs)} configs")
-    _check_layer(op, "up", up, x, k, configs[1])
+    check_layer(op, "up", up, x, k, configs[1])
     inner = channels(up)
     if gate:
-        _check_layer(op, "gate", gate, x, k, configs[0])
+        check_layer(op, "gate", gate, x, k, configs[0])
         check(
             channels(gate) == inner,
             f"{op}: expected gate to have {inner} channels, as up has, got {channels(gate)}",
@@ -167,7 +172,7 @@ def _check_mlp_layers(
             rotations[0] == rotations[1],
             f"{op}: expected gate and up with one rotation block, got {rotations[0]} and {rotations[1]}",
         )
-    _check_layer(op, "down", down, x, inner, configs[2])
+    check_layer(op, "down", down, x, inner, configs[2])
 
 
 def _check_norm(op: str, name: str, parameters: Tensors, x: Tensor, size: int, norm: int) -> None:
@@ -213,7 +218,7 @@ def check_linear_norm(
     norm: int,
 ) -> None:
     """All requirements of :func:`linear_norm`."""
-    _check_layer("linear_norm", "layer", layer, x, x.shape[-1], config)
+    check_layer("linear_norm", "layer", layer, x, x.shape[-1], config)
     _check_norm("linear_norm", "norm_in", norm_in, x, x.shape[-1], norm)
     _check_norm("linear_norm", "norm_out", norm_out, x, channels(layer), norm)
     _check_residual("linear_norm", residual, x, channels(layer))
@@ -256,7 +261,7 @@ def check_linear_mlp(
     check(
         len(configs) == 4, f"{op}: expected a config of layer, gate, up and down, got {len(configs)} configs"
     )
-    _check_layer(op, "layer", layer, x, x.shape[-1], configs[0])
+    check_layer(op, "layer", layer, x, x.shape[-1], configs[0])
     _check_mlp_layers(op, x, n, gate, up, down, configs[1:])
     check(
         channels(down) == n, f"{op}: expected down to have {n} channels, as layer has, got {channels(down)}"
@@ -274,7 +279,7 @@ def _rows(x: Tensor) -> Tensor:
     return x.to(torch.float32).reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
-def _layer(x: Tensor, layer: Tensors, config: int, linear: Linear) -> Tensor:
+def apply_layer(x: Tensor, layer: Tensors, config: int, linear: Linear) -> Tensor:
     packed_weight, weight_sum, weight_scale, bias = layer
     assert packed_weight is not None
     assert weight_sum is not None
@@ -286,10 +291,10 @@ def _layer(x: Tensor, layer: Tensors, config: int, linear: Linear) -> Tensor:
 def _mlp(
     x: Tensor, gate: Tensors, up: Tensors, down: Tensors, configs: Sequence[int], linear: Linear
 ) -> Tensor:
-    hidden = _layer(x, up, configs[1], linear)
+    hidden = apply_layer(x, up, configs[1], linear)
     if gate:
-        hidden = _layer(x, gate, configs[0], linear) * hidden
-    return _layer(hidden, down, configs[2], linear)
+        hidden = apply_layer(x, gate, configs[0], linear) * hidden
+    return apply_layer(hidden, down, configs[2], linear)
 
 
 def _add(y: Tensor, residual: Tensor | None) -> Tensor:

@@ -433,15 +433,20 @@ def test_transformer_with_decoder():
 # ---- float layers and warnings
 
 
-def test_recurrent_layers_stay_float_and_warn_once():
-    model = nn.ModuleDict({"lstm": nn.LSTM(4, 4), "cell": nn.GRUCell(4, 4), "fc": nn.Linear(4, 4)})
-    for spec in ({nn.LSTM, nn.GRUCell, nn.Linear}, None):
+class OwnLSTM(nn.LSTM):
+    def forward(self, input, hx=None):
+        return super().forward(input * 2, hx)
+
+
+def test_recurrent_layers_without_int8_stay_float_and_warn_once():
+    model = nn.ModuleDict({"rnn": nn.RNN(4, 4), "own": OwnLSTM(4, 4), "fc": nn.Linear(4, 4)})
+    for spec in ({nn.RNN, nn.LSTM, nn.Linear}, None):
         with pytest.warns(UserWarning, match="left as they are") as caught:
             quantized = quantize_dynamic(model, spec)
         (warning,) = caught
         assert str(warning.message) == (
-            "quantize_dynamic: 1 layer converted; left as they are: 1 LSTM ('lstm'): there is no int8 "
-            "version of it; 1 GRUCell ('cell'): there is no int8 version of it"
+            "quantize_dynamic: 1 layer converted; left as they are: 1 RNN ('rnn'): there is no int8 version "
+            "of it; 1 OwnLSTM ('own'): its forward is not that of LSTM"
         )
         assert warning.filename == __file__
         assert converted(quantized) == ["fc"]

@@ -90,9 +90,9 @@ LINEAR = "1 layer converted; left as they are: "
             LINEAR + "8 OwnForward ('1', '2', '3' and 5 more): its forward is not that of Linear",
         ),
         (
-            lambda: nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.GRU(8, 8))),
+            lambda: nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.RNN(8, 8))),
             None,
-            LINEAR + "1 GRU ('1.0'): there is no int8 version of it",
+            LINEAR + "1 RNN ('1.0'): there is no int8 version of it",
         ),
         (
             lambda: nn.Sequential(Conv1D(8, 8), nn.Linear(8, 8)),
@@ -225,7 +225,6 @@ IDS = torch.arange(6).reshape(3, 2)
             {nn.LSTM: float16_dynamic_qconfig},
             "1 LSTM ('lstm'): its qconfig asks for weights of torch.float16",
         ),
-        ({nn.LSTM: default_dynamic_qconfig}, "1 LSTM ('lstm'): there is no int8 version of it"),
         ({"lost": None}, "qconfig_spec names 'lost', which the model does not have"),
         ({"heat": None}, "names 'heat', which the model does not have; did you mean 'head'?"),
         ({nn.GRU: float16_dynamic_qconfig}, None),
@@ -235,6 +234,7 @@ def test_specs_that_torch_ao_takes(more: dict[Any, Any], sentence: str | None) -
     spec = {nn.Linear: per_channel_dynamic_qconfig, **more}
     quantized, message = said(lambda: quantize_dynamic(Net(), spec))
     assert converted(quantized) == ["head"]
+    assert type(quantized.lstm) is nn.LSTM
     assert (message is None) == (sentence is None)
     assert sentence is None or sentence in str(message)
 

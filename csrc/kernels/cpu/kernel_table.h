@@ -83,6 +83,22 @@ struct AttentionHead {
   Destination out;  // without epilogue
 };
 
+enum class RnnCell : int { kLstm, kGru, kTanh, kRelu };
+
+// Its gates: a weight has this many times as many channels as there are hidden units.
+constexpr int64_t gates_of(RnnCell cell) {
+  return cell == RnnCell::kLstm ? 4 : cell == RnnCell::kGru ? 3 : 1;
+}
+
+// A time step of a recurrent layer after its products, for `m` sequences.
+struct RnnStep {
+  RnnCell cell;
+  int64_t m, hidden;
+  const float *from_input, *from_hidden;  // [m][gates_of(cell) * hidden]
+  float* h;                               // [m][hidden]; GRU: the previous ones, which are replaced
+  float* c;                               // LSTM: [m][hidden], replaced
+};
+
 // Calls with 2 to kFewRows rows may use a separate kernel table.
 constexpr int64_t kFewRows = 7;
 
@@ -145,6 +161,9 @@ struct KernelTable {
 
   // y[i] *= by[i]
   void (*multiply)(float* y, const float* by, int64_t count);
+
+  // The gate functions, for hidden units [unit0, unit1).
+  void (*rnn_step)(const RnnStep& step, int64_t unit0, int64_t unit1);
 
   // Largest |w| of row m, after rotation and its factor 1/block; +inf or NaN if an element is non-finite.
   float (*weight_range)(const Rows& w, int64_t m, float* row);

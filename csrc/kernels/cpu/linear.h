@@ -49,6 +49,14 @@ struct Linear {
   Destination out;
 };
 
+// A layer that is one of several in a call.
+struct PackedLayer {
+  Weight weight;
+  Epilogue epilogue;
+  int rotation_block;
+  bool per_tensor;  // one range for all rows
+};
+
 // Bytes of the pieces of a workspace, in memory order.
 struct WorkspaceLayout {
   int64_t activations, qparams, row, gemm;

@@ -5,6 +5,7 @@
 
 #include "cpu/isa/dispatch.h"
 #include "cpu/linear.h"
+#include "cpu/product_steps.h"
 #include "cpu/quantize.h"
 #include "cpu/row_pieces.h"
 
@@ -42,22 +43,8 @@ struct BufferLayout {
 // The bytes that the products of `rows` rows need, the largest of all layers.
 WorkspaceLayout layout_of_products(const KernelTable& kernels, const Mlp& args, int64_t rows) {
   WorkspaceLayout most{};
-  for_layers(args, [&](const PackedLayer& layer) {
-    const int64_t k = layer.weight.k, row = layer.rotation_block > 0 ? row_floats(k) : 0;
-    // Some pieces have one row less.
-    const int64_t gemm =
-        std::max(kernels.gemm_scratch(rows, k, rows), kernels.gemm_scratch(rows - 1, k, rows));
-    const WorkspaceLayout own = layout_of(kernels, row_tiles(kernels, rows, 1), k, row, gemm);
-    most = {std::max(most.activations, own.activations), std::max(most.qparams, own.qparams),
-            std::max(most.row, own.row), std::max(most.gemm, own.gemm)};
-  });
+  for_layers(args, [&](const PackedLayer& layer) { most = widened(most, kernels, layer, rows); });
   return most;
-}
-
-Rows fp32_rows(const float* data, int64_t m, int64_t k) { return {data, Dtype::kFloat32, m, k, k, 0}; }
-
-Destination fp32_destination(float* data, int64_t n, Epilogue epilogue = Epilogue::kNone) {
-  return {data, n, Dtype::kFloat32, epilogue};
 }
 
 // x as fp32 rows; `converted` has room for them.
@@ -66,61 +53,6 @@ Rows in_fp32(const Rows& x, float* converted) {
   for (int64_t m = 0; m < x.m; ++m) read_row(x, m, converted + m * x.k);
   return fp32_rows(converted, x.m, x.k);
 }
-
-struct Product {
-  const PackedLayer* layer;
-  float* out;
-};
-
-// The steps on the calling thread, for a piece of rows.
-struct PieceSteps {
-  const KernelTable& kernels;
-  const WorkspaceLayout& layout;
-  uint8_t* memory;
-
-  template <size_t kCount>
-  void multiply(Rows x, const std::array<Product, kCount>& products) const {
-    const Workspace work = workspace_at(kernels, layout, memory, x.m, x.k);
-    const RowTiles tiles = row_tiles(kernels, x.m, 1);
-    x.rotation_block = products[0].layer->rotation_block;
-    kernels.quantize_per_token(x, tiles, work.a, work.qparams, work.row);
-    for (const Product& product : products) {
-      const Weight& weight = product.layer->weight;
-      kernels.linear(work.a, work.qparams, weight,
-                     fp32_destination(product.out, weight.n, product.layer->epilogue), work.gemm, tiles, 0,
-                     blocks_of(weight.n));
-    }
-  }
-
-  template <typename Body>
-  void by_rows(const Body& body) const {
-    body();
-  }
-};
-
-// The steps for all rows of a call, each over all threads.
-struct CallSteps {
-  const KernelTable& kernels;
-  const Parallel& parallel;
-  uint8_t* memory;
-
-  template <size_t kCount>
-  void multiply(Rows x, const std::array<Product, kCount>& products) const {
-    x.rotation_block = products[0].layer->rotation_block;
-    for (const Product& product : products) {
-      const Weight& weight = product.layer->weight;
-      const Linear args{x, weight, false, nullptr,
-                        fp32_destination(product.out, weight.n, product.layer->epilogue)};
-      linear(args, plan_linear(args, parallel), memory, parallel);
-    }
-  }
-
-  // Rows are few here.
-  template <typename Body>
-  void by_rows(const Body& body) const {
-    parallel.run(*kernels.scope, 1, [&](int64_t) { body(); });
-  }
-};
 
 template <typename Steps>
 void run_steps(const Mlp& args, const Steps& steps, const Rows& x, const Rows* residual,

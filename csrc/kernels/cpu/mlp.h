@@ -10,12 +10,6 @@
 
 namespace dynquant::cpu {
 
-struct PackedLayer {
-  Weight weight;
-  Epilogue epilogue;
-  int rotation_block;
-};
-
 // With layer alone:  out = norm_out(layer(norm_in(x)) + residual)
 // With up and down:  out = norm_out(mlp(norm_in(x)) + residual), mlp(v) = down(up(v)), or gated
 //                    down(gate(v) * up(v))

@@ -24,6 +24,7 @@ void store_part(T* p, F x, int64_t count) {
 #include "cpu/generic/quantize.h"
 #include "cpu/generic/gemm.h"
 #include "cpu/generic/norm.h"
+#include "cpu/generic/rnn.h"
 #include "cpu/generic/softmax.h"
 #include "cpu/generic/attention.h"
 
@@ -52,6 +53,7 @@ constexpr KernelTable make_kernels(const char* name, double gops, const KernelTa
       int8_mm,
       add_norm,
       multiply,
+      rnn_step,
       weight_range,
       quantize_weight,
       key_block_bytes,

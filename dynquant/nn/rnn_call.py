@@ -1,0 +1,158 @@
+"""A call of a recurrent module: one op for each layer and direction, and what its derivatives are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import ops  # noqa: F401  registers torch.ops.dynquant
+from ..config import CELLS, recode
+from ..qtensor import QTensor, dequantize
+from ..reference import FLOAT_DTYPES
+
+_rnn = torch.ops.dynquant.rnn.default
+
+
+class Direction(NamedTuple):
+    """A layer in one direction, without its biases.
+
+    Attributes:
+        cell: index into ``dynquant.config.CELLS``.
+        weights: of the input, the hidden state and, if there is one, the projection.
+        tensors: each weight as the op takes it; an empty list for no projection.
+        configs: of the three, 0 for no projection.
+        biases: names of the parameters; empty: none.
+        reverse: from the last time step to the first.
+    """
+
+    cell: int
+    weights: tuple[QTensor, ...]
+    tensors: tuple[list[Tensor], list[Tensor], list[Tensor | None]]
+    configs: list[int]
+    biases: tuple[str, ...]
+    reverse: bool
+
+
+def run_direction(
+    direction: Direction,
+    x: Tensor,
+    state: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+) -> list[Tensor]:
+    """All time steps: what the op ``rnn`` returns, with derivatives in x, the state and the biases.
+
+    They are those of torch's own layer with the dequantized weights: straight through the quantization.
+    """
+    configs = _with_autocast_dtype(direction.configs, x)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *state, *biases)):
+        return list(_StraightThrough.apply(direction, configs, batch_sizes, len(state), x, *state, *biases))
+    return _call(direction, configs, x, state, biases, batch_sizes)
+
+
+def _with_autocast_dtype(configs: list[int], x: Tensor) -> list[int]:
+    """The output has the autocast dtype under autocast, as that of the linear ops."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64 or x.dtype not in FLOAT_DTYPES:
+        return configs
+    return [recode(configs[0], out_dtype=torch.get_autocast_dtype(device)), *configs[1:]]
+
+
+def _call(
+    direction: Direction,
+    configs: list[int],
+    x: Tensor,
+    state: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+) -> list[Tensor]:
+    of_input, of_hidden, projection = direction.tensors
+    bias_ih, bias_hh = biases if biases else (None, None)
+    results: list[Tensor] = _rnn(
+        x,
+        list(state),
+        [*of_input, bias_ih],
+        [*of_hidden, bias_hh],
+        projection,
+        configs,
+        direction.cell,
+        batch_sizes,
+        direction.reverse,
+    )
+    return results
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The op; its backward computes the float layer once more."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        direction: Direction,
+        configs: list[int],
+        batch_sizes: Tensor | None,
+        states: int,
+        x: Tensor,
+        *others: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.direction, ctx.batch_sizes, ctx.states = direction, batch_sizes, states
+        ctx.save_for_backward(x, *others)
+        with torch.no_grad():
+            return tuple(_call(direction, configs, x, others[:states], others[states:], batch_sizes))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[4:]
+        inputs = [
+            tensor.detach().requires_grad_(needs)
+            for tensor, needs in zip(ctx.saved_tensors, needed, strict=True)
+        ]
+        with torch.enable_grad(), torch.autocast(inputs[0].device.type, enabled=False):
+            x, *others = (tensor.to(torch.float32) for tensor in inputs)
+            outputs = _float_direction(
+                ctx.direction, x, others[: ctx.states], others[ctx.states :], ctx.batch_sizes
+            )
+        wanted = [tensor for tensor in inputs if tensor.requires_grad]
+        given = [grad.to(output.dtype) for grad, output in zip(grads, outputs, strict=True)]
+        found = iter(torch.autograd.grad(outputs, wanted, given, allow_unused=True))
+        return None, None, None, None, *(next(found) if needs else None for needs in needed)
+
+
+def _float_direction(
+    direction: Direction,
+    x: Tensor,
+    state: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+) -> list[Tensor]:
+    """The layer with dequantized weights by torch's own function, which runs forwards in time."""
+    order = _reversed_order(x.shape[0], batch_sizes, x.device) if direction.reverse else None
+    if order is not None:
+        x = x[order]
+    of_input, of_hidden, *projection = (dequantize(weight) for weight in direction.weights)
+    weights = [of_input, of_hidden, *biases, *projection]
+    hx = [tensor.unsqueeze(0) for tensor in state]
+    function = getattr(torch._VF, CELLS[direction.cell])
+    sizes = () if batch_sizes is None else (batch_sizes,)
+    # One layer in training mode, without which cuDNN has no backward, without dropout.
+    options = (bool(biases), 1, 0.0, True, False, *(() if sizes else (False,)))
+    out, *last = function(x, *sizes, hx if len(hx) > 1 else hx[0], weights, *options)
+    if order is not None:
+        out = out[order]
+    return [out, *(tensor.squeeze(0) for tensor in last)]
+
+
+def _reversed_order(rows: int, batch_sizes: Tensor | None, device: torch.device) -> Tensor:
+    """The rows of the time steps in reverse, each sequence within its own length: its own inverse."""
+    if batch_sizes is None:
+        return torch.arange(rows - 1, -1, -1, device=device)
+    sizes = batch_sizes.tolist()
+    starts = [0, *batch_sizes.cumsum(0).tolist()]
+    lengths = [sum(size > i for size in sizes) for i in range(max(sizes, default=0))]
+    order = [starts[lengths[i] - 1 - t] + i for t, size in enumerate(sizes) for i in range(size)]
+    return torch.tensor(order, device=device)

@@ -18,7 +18,9 @@ from .conversion.select import select
 from .conversion.sources import default_mapping
 from .conversion.spec import read_spec
 from .conversion.swap import Converted, convert, swap
+from .fusion.hugging_face_attention import use_int8_attention
 from .fusion.modules import describe_unfused, fuse_steps, planned_epilogues
+from .measurement.attention import judge_attention
 from .measurement.fusion_check import fuse_checked
 from .measurement.layers import Measured
 from .measurement.pairs import Pair, pair_layers
@@ -26,6 +28,7 @@ from .measurement.report import make_report
 from .measurement.report_data import Report
 from .measurement.sample import Sample, measuring
 from .measurement.thresholds import check_arguments, judge
+from .nn.attention import check_attention_choice, keep_attention_float
 from .nn.module import QModule
 from .own_thread import on_own_thread
 
@@ -44,6 +47,7 @@ def quantize_dynamic(
     weights: str = "per_channel",
     rotation: str | int | None = None,
     fuse: bool = False,
+    attention: str | None = None,
     sample: Any = None,
     min_speedup: float | None = None,
     min_sqnr: float | None = None,
@@ -63,6 +67,7 @@ def quantize_dynamic(
     weights: str = "per_channel",
     rotation: str | int | None = None,
     fuse: bool = False,
+    attention: str | None = None,
     sample: Any = None,
     min_speedup: float | None = None,
     min_sqnr: float | None = None,
@@ -81,6 +86,7 @@ def quantize_dynamic(
     weights: str = "per_channel",
     rotation: str | int | None = None,
     fuse: bool = False,
+    attention: str | None = None,
     sample: Any = None,
     min_speedup: float | None = None,
     min_sqnr: float | None = None,
@@ -111,6 +117,11 @@ def quantize_dynamic(
         fuse: make activation functions epilogues of the layers before them, and merge layers that read the
             same tensor, see :func:`dynquant.fuse`. With a sample, activations whose fusion changes the
             model's output stay apart, with a warning.
+        attention: None, or ``"int8"``: int8 attention (:func:`dynquant.reference.attention`) also where
+            ``fuse`` does not choose it, in decoders and causal use: in transformers models by the name of
+            their attention implementation, of which one warning says where it cannot be. v is quantized in
+            blocks of keys, so that a token's output depends a little on the size of later values in its
+            block. ``min_sqnr`` and the report judge the attention of each module as well.
         sample: the arguments of a call of the model, as of :func:`dynquant.report`, for ``fuse`` and the next
             three parameters. They run the model on it, in eval mode and without gradients.
         min_speedup: keep a layer float if time of the float layer / time of the int8 layer, measured on
@@ -136,6 +147,7 @@ def quantize_dynamic(
     """
     scheme: Scheme = {"activations": activations, "weights": weights, "rotation": rotation}
     layer_config(1, **scheme)
+    check_attention_choice("quantize_dynamic: expected attention", attention)
     check_arguments(sample, report, fuse, min_speedup, min_sqnr)
     if mapping is None:
         mapping = default_mapping(model)
@@ -144,13 +156,21 @@ def quantize_dynamic(
     unusual = describe_left_float(model, {} if qconfig_spec is None else spec, plan)
     if sample is None:
         result, unfused = _build(model, _convert(model, plan), fuse=fuse, inplace=inplace)
+        unchanged = use_int8_attention(result) if attention else None
         made_report = None
     else:
         limits = {"min_speedup": min_speedup, "min_sqnr": min_sqnr}
-        result, unfused, made_report = _measured(
-            model, plan, Sample.of(sample), fuse=fuse, inplace=inplace, report=report, **limits
+        result, unfused, unchanged, made_report = _measured(
+            model,
+            plan,
+            Sample.of(sample),
+            fuse=fuse,
+            attention=attention,
+            inplace=inplace,
+            report=report,
+            **limits,
         )
-    _warn(unusual, unfused if plan.converted else None)
+    _warn(unusual, unfused if plan.converted else None, unchanged)
     return result if made_report is None else (result, made_report)
 
 
@@ -195,11 +215,12 @@ def _measured(
     sample: Sample,
     *,
     fuse: bool,
+    attention: str | None,
     inplace: bool,
     report: bool,
     min_speedup: float | None,
     min_sqnr: float | None,
-) -> tuple[nn.Module, str | None, Report | None]:
+) -> tuple[nn.Module, str | None, str | None, Report | None]:
     """Convert, leave float the layers that miss a threshold on the sample, build a copy, report it. In place,
     the model itself is built last, when nothing can fail any more."""
     with measuring(model):
@@ -220,17 +241,26 @@ def _measured(
         # The copy shares the tensors of a model that is converted in place.
         shared = [*model.parameters(), *model.buffers()] if inplace else []
         result, unfused = _build(model, converted, fuse=fuse, inplace=False, shared=shared, sample=sample)
+        unchanged = use_int8_attention(result) if attention else None
+        float_attention: dict[str, str] = {}
+        if min_sqnr is not None:
+            with measuring(result):
+                float_attention = judge_attention(result, sample, min_sqnr)
         made_report = None
         if report:
             pairs = pair_layers(model, result, [decision.module for decision in plan.converted])
             known = {
                 pair.name: measured[key] for pair in pairs if (key := (pair.name, pair.config)) in measured
             }
-            made_report = make_report(model, result, sample, plan, pairs, known)
+            made_report = make_report(model, result, sample, plan, pairs, known, float_attention)
     if inplace:
         del converted, result
         result, _ = _build(model, _convert(model, plan), fuse=fuse, inplace=True, sample=sample)
-    return result, unfused, made_report
+        if attention:
+            use_int8_attention(result)
+        for name in float_attention:
+            keep_attention_float(result.get_submodule(name))
+    return result, unfused, unchanged, made_report
 
 
 @contextmanager
@@ -252,8 +282,9 @@ def _fused_as_planned(model: nn.Module, converted: Collection[Converted]) -> Ite
             layer.set_epilogue("none")
 
 
-def _warn(left_float: str | None, unfused: str | None) -> None:
+def _warn(left_float: str | None, unfused: str | None, unchanged: str | None) -> None:
     parts = [] if left_float is None else [f"quantize_dynamic: {left_float}"]
     parts += [] if unfused is None else [f"fuse: {unfused}"]
+    parts += [] if unchanged is None else [f"attention='int8': {unchanged}"]
     if parts:
         warnings.warn(". ".join(parts), stacklevel=3)

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..nn.attention import check_attention_choice
 from .epilogues import fold_activations
+from .graph_attention import quantize_attention
 from .merge import are_contiguous, merge_calls, merge_tensors, parts_of
 from .nodes import Call
 
@@ -39,19 +41,27 @@ def backend(
     Args:
         mode: as of ``torch.compile(backend="inductor")``.
         options: ``"backend"``: the backend that compiles the fused graph, ``"inductor"`` (the default),
-            ``"eager"``, ``"aot_eager"``, any other that torch knows, or a function. Other options go to
-            inductor.
+            ``"eager"``, ``"aot_eager"``, any other that torch knows, or a function. ``"attention"``:
+            ``"int8"`` as in :func:`dynquant.fuse_graph`, None by default. Other options go to inductor.
 
     Raises:
-        ValueError: for a mode or other options if the backend is not inductor.
+        ValueError: for a mode or other options if the backend is not inductor; for another value of
+            ``"attention"``.
     """
     options = dict(options or {})
     inner = options.pop("backend", "inductor")
+    attention = options.pop("attention", None)
+    check_attention_choice("dynquant: expected options['attention']", attention)
     if inner != "inductor" and (mode or options):
         got = f"mode={mode!r}" if mode else f"options {sorted(options)}"
-        raise ValueError(f"dynquant: expected no mode and no options but 'backend' for {inner!r}, got {got}")
+        raise ValueError(
+            f"dynquant: expected no mode and no options but 'backend' and 'attention' for {inner!r}, "
+            f"got {got}"
+        )
     if inner == "dynquant":
         raise ValueError("dynquant: expected options['backend'] to be another backend, got 'dynquant'")
+    if attention is not None:
+        quantize_attention(module)
     fold_activations(module)
     inputs = list(example_inputs)
     merged = _merge_inputs(module, inputs)

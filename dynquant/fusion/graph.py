@@ -14,14 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..nn.attention import check_attention_choice
 from ..nn.module import QModule
 from .epilogues import fold_activations
+from .graph_attention import quantize_attention
 from .merge import merge_calls, merge_tensors, parts_of
 from .modules import has_hooks
 from .nodes import Call, input_of
 
 
-def fuse_graph(module: fx.GraphModule) -> fx.GraphModule:
+def fuse_graph(module: fx.GraphModule, *, attention: str | None = None) -> fx.GraphModule:
     """Fuse the int8 layers of a traced or exported module, in place, for inference.
 
     - QLinear modules that the graph calls become ops on constants of ``module``.
@@ -42,15 +44,23 @@ def fuse_graph(module: fx.GraphModule) -> fx.GraphModule:
     Args:
         module: of ``torch.fx.symbolic_trace``, with QLinear traced through or left as a module, or of
             ``torch.export.export(...).module()``, before or after ``run_decompositions()``.
+        attention: ``"int8"`` makes ``scaled_dot_product_attention`` without dropout int8 attention
+            (:func:`dynquant.reference.attention`), except for fewer than 16 queries with more than 64 keys
+            and on devices without a kernel for it. None leaves it as it is. ``run_decompositions()`` takes
+            attention apart, before which this function must run then.
 
     Returns:
         ``module``.
 
     Raises:
         TypeError: for anything but a torch.fx.GraphModule.
+        ValueError: for another value of ``attention``.
     """
     if not isinstance(module, fx.GraphModule):
         raise TypeError(f"fuse_graph: expected a torch.fx.GraphModule, got {type(module).__name__}")
+    check_attention_choice("fuse_graph: expected attention", attention)
+    if attention is not None:
+        quantize_attention(module)
     _modules_to_ops(module)
     fold_activations(module)
     original_constants = [node for node in module.graph.nodes if node.op == "get_attr" and node.users]

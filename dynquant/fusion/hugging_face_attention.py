@@ -6,16 +6,26 @@ padding mask would arrive as None. Nothing here imports transformers.
 
 from __future__ import annotations
 
+import math
+import sys
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..after_import import after_import
-from ..nn.attention import has_int8_attention, scaled_dot_product_attention
+from ..nn.attention import (
+    has_int8_attention,
+    is_attention_float,
+    report_to_watcher,
+    scaled_dot_product_attention,
+)
+from ..nn.encoder import EncoderLayer
 
 NAME = "dynquant"
-_NOT_IN_INT8 = ("position_bias", "softcap", "s_aux", "sliding_window_bias")
+_NOT_IN_INT8 = ("softcap", "s_aux", "sliding_window_bias")
 
 
 def install() -> None:
@@ -53,7 +63,7 @@ def attention_forward(
         [B, S_q, H, D], a contiguous view, and None for the weights, which no step computes.
     """
     covered = dropout == 0.0 and all(kwargs.get(name) is None for name in _NOT_IN_INT8)
-    if not covered or not has_int8_attention(query, key, value):
+    if not covered or is_attention_float(module) or not has_int8_attention(query, key, value):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(
@@ -61,5 +71,70 @@ def attention_forward(
         )
     wanted = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(wanted) and attention_mask is None and query.shape[2] > 1
-    out = scaled_dot_product_attention(query, key, value, attention_mask, causal, scaling)
+    mask = attention_mask
+    if kwargs.get("position_bias") is not None:
+        mask = _added(kwargs["position_bias"], mask, key.shape[2])
+    report_to_watcher(id(module), query, key, value, mask, causal, scaling)
+    out = scaled_dot_product_attention(query, key, value, mask, causal, scaling)
     return out.transpose(1, 2), None
+
+
+def _added(bias: Tensor, mask: Tensor | None, keys: int) -> Tensor:
+    """T5's position bias, which is added to the scores, and the mask of a call."""
+    bias = bias[..., :keys]
+    if mask is None:
+        return bias
+    return bias.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else bias + mask
+
+
+def use_int8_attention(model: nn.Module) -> str | None:
+    """Have the attention of every transformers model in a module go by the name ``"dynquant"``, in place.
+
+    EncoderLayers have int8 attention anyway.
+
+    Returns:
+        What attention stays float, with the reasons, or that there is none, as a clause; None if all is int8.
+    """
+    encoder_layers = [module for module in model.modules() if isinstance(module, EncoderLayer)]
+    inside = {id(part) for layer in encoder_layers for part in layer.modules()}
+    found = bool(encoder_layers)
+    left: dict[str, str] = {}
+    refused: set[str] = set()  # modules of classes; models within a model are in the same one
+    for module in _pretrained_models(model):
+        if _uses_interface(type(module)):
+            # Not by the property, which sets the configs of inner models that may not use the interface.
+            module.config._attn_implementation_internal = NAME
+            found = True
+        elif (
+            not any(id(part) in inside for part in module.modules())
+            and type(module).__module__ not in refused
+        ):
+            refused.add(type(module).__module__)
+            left[type(module).__name__] = "which does not use transformers' AttentionInterface"
+    if any(type(m) is nn.MultiheadAttention and id(m) not in inside for m in model.modules()):
+        left["nn.MultiheadAttention"] = "whose function in torch takes it whole"
+    if left:
+        return f"attention stays float in {', '.join(f'{name}, {reason}' for name, reason in left.items())}"
+    if found:
+        return None
+    return (
+        "no attention was found in the model; that of a compiled model is int8 by "
+        "torch.compile(model, backend='dynquant', options={'attention': 'int8'})"
+    )
+
+
+def _pretrained_models(model: nn.Module) -> Iterator[Any]:
+    """The transformers models in a module."""
+    modeling_utils = sys.modules.get("transformers.modeling_utils")
+    base = getattr(modeling_utils, "PreTrainedModel", None)
+    if base is not None:
+        yield from (module for module in model.modules() if isinstance(module, base))
+
+
+def _uses_interface(kind: Any) -> bool:
+    """Whether a class of transformers models looks its attention up by name."""
+    modeling_utils = sys.modules["transformers.modeling_utils"]
+    if not hasattr(modeling_utils, "AttentionInterface"):
+        return False
+    can_set = getattr(kind, "_can_set_attn_implementation", None)
+    return bool(can_set() if can_set is not None else kind._supports_attention_backend)

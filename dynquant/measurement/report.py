@@ -15,9 +15,10 @@ from ..environment import isa
 from ..nn.module import QModule
 from ..patterns.hugging_face import CONV1D
 from ..patterns.registry import type_name
+from .attention import MeasuredAttention, measure_attention
 from .layers import Measured, MeasuredModel, measure_layers, measure_models
 from .pairs import Pair, pair_layers
-from .report_data import LayerReport, ModelReport, Report, SkippedLayer
+from .report_data import AttentionReport, LayerReport, ModelReport, Report, SkippedLayer
 from .sample import Sample, measuring
 from .sizes import model_bytes, nbytes_of, tensors_of
 
@@ -62,6 +63,7 @@ def make_report(
     plan: Plan,
     pairs: Sequence[Pair],
     measured: Mapping[str, Measured] | None = None,
+    float_attention: Mapping[str, str] | None = None,
 ) -> Report:
     """:func:`report` under :func:`dynquant.measurement.sample.measuring`.
 
@@ -69,6 +71,7 @@ def make_report(
         plan: with the reasons of the modules that stay float.
         pairs: the converted layers.
         measured: measurements by the names of layers, where there are any already.
+        float_attention: by name, why the attention of a module stays float.
     """
     whole = measure_models(model, int8_model, sample)
     known = dict(measured or {})
@@ -78,11 +81,30 @@ def make_report(
     return Report(
         _of_model(model, int8_model, whole),
         tuple(_of_layer(pair, known[pair.name]) for pair in pairs),
-        tuple(_left_float(int8_model, plan, pairs)),
+        (*_left_float(int8_model, plan, pairs), *_float_attention(int8_model, float_attention or {})),
         str(sample),
         torch.get_num_threads(),
         isa(),
+        tuple(_of_attention(*item) for item in measure_attention(int8_model, sample, timed=True).items()),
     )
+
+
+def _of_attention(name: str, measured: MeasuredAttention) -> AttentionReport:
+    return AttentionReport(
+        name=name,
+        type=type(measured.module).__name__,
+        calls=measured.calls,
+        shapes=tuple(measured.shapes),
+        sqnr_db=measured.agreement.sqnr_db,
+        cosine=measured.agreement.cosine,
+        us_float=measured.us_float,
+        us_int8=measured.us_int8,
+    )
+
+
+def _float_attention(int8_model: nn.Module, reasons: Mapping[str, str]) -> Iterator[SkippedLayer]:
+    for name, reason in reasons.items():
+        yield SkippedLayer(name, type_text(int8_model.get_submodule(name)), 0, reason)
 
 
 def _of_model(model: nn.Module, int8_model: nn.Module, whole: MeasuredModel) -> ModelReport:

@@ -86,8 +86,36 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class AttentionReport:
+    """The int8 attention of one module.
+
+    Attributes:
+        name, type: of the EncoderLayer or the attention module.
+        calls: with the sample.
+        shapes: the different [B, H, S_q, S_kv, D].
+        sqnr_db, cosine: of its output to that of torch's attention, in fp32 on the same operands.
+        us_float, us_int8: microseconds a call of torch's and of int8 attention.
+    """
+
+    name: str
+    type: str
+    calls: int
+    shapes: tuple[tuple[int, ...], ...]
+    sqnr_db: float | None
+    cosine: float | None
+    us_float: float | None
+    us_int8: float | None
+
+    @property
+    def speedup(self) -> float | None:
+        """Time of torch's attention / time of int8 attention."""
+        return _ratio(self.us_float, self.us_int8)
+
+
+@dataclass(frozen=True)
 class SkippedLayer:
-    """A module with a weight matrix that stays float, with the reason; ``bytes``: of its own tensors."""
+    """A module that stays float, with the reason: one with a weight matrix, or one whose attention was found
+    inexact. ``bytes``: of its own tensors, 0 for attention."""
 
     name: str
     type: str
@@ -130,6 +158,7 @@ class Report:
         skipped: the layers that stay float, with the reasons.
         sample: the arguments of the models' calls, in words.
         threads, isa: of the timed calls.
+        attention: the modules with int8 attention, in the order of the model.
     """
 
     model: ModelReport
@@ -138,6 +167,7 @@ class Report:
     sample: str
     threads: int
     isa: str
+    attention: tuple[AttentionReport, ...] = ()
 
     def __repr__(self) -> str:
         return f"<Report of {self.model.type}: {len(self.layers)} layers int8, {len(self.skipped)} float>"
@@ -160,7 +190,9 @@ class Report:
         return Group(*self._tables())
 
     def _tables(self) -> list[Table]:
-        return [self.table(), *([self.skipped_table()] if self.skipped else [])]
+        tables = [self.table()]
+        tables += [self.attention_table()] if self.attention else []
+        return tables + ([self.skipped_table()] if self.skipped else [])
 
     def summary(self) -> str:
         """The model in one line."""
@@ -185,6 +217,14 @@ class Report:
         """
         return report_table.layer_table(self)
 
+    def attention_table(self) -> Table:
+        """One row a module with int8 attention.
+
+        Raises:
+            MissingPackageError: if rich is not installed.
+        """
+        return report_table.attention_table(self)
+
     def skipped_table(self) -> Table:
         """One row a layer that stays float.
 
@@ -199,6 +239,10 @@ class Report:
             "model": {**asdict(self.model), "speedup": self.model.speedup},
             "layers": [
                 {**asdict(layer), "rows": list(layer.rows), "speedup": layer.speedup} for layer in self.layers
+            ],
+            "attention": [
+                {**asdict(entry), "shapes": [list(shape) for shape in entry.shapes], "speedup": entry.speedup}
+                for entry in self.attention
             ],
             "skipped": [asdict(layer) for layer in self.skipped],
             "sample": self.sample,

@@ -50,6 +50,29 @@ def layer_table(report: Report) -> Table:
     return table
 
 
+def attention_table(report: Report) -> Table:
+    """:meth:`Report.attention_table`."""
+    with needs("Report.attention_table", extra="report"):
+        from rich.markup import escape
+        from rich.table import Table
+    table = Table(title="int8 attention, beside torch's")
+    table.add_column("module", overflow="fold")
+    for heading in ("B, H, S, S_kv, D", "calls", "SQNR dB", "cosine", "µs", "speed"):
+        table.add_column(heading, justify="right")
+    for entry in report.attention:
+        more = f" and {len(entry.shapes) - 1} more" if len(entry.shapes) > 1 else ""
+        table.add_row(
+            escape(entry.name or "(the model)"),
+            ", ".join(map(str, entry.shapes[0])) + more,
+            str(entry.calls),
+            decibel_text(entry.sqnr_db),
+            cosine_text(entry.cosine),
+            arrow_text(entry.us_float, entry.us_int8),
+            speed_text(entry.speedup),
+        )
+    return table
+
+
 def skipped_table(report: Report) -> Table:
     """:meth:`Report.skipped_table`."""
     with needs("Report.skipped_table", extra="report"):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import ops  # noqa: F401  registers torch.ops.dynquant
 from .._extension import extension
@@ -12,6 +16,50 @@ from ..ops.autograd import sdpa_arguments
 
 FEW_QUERIES = 16
 KEYS_IN_CACHE = 64
+
+ATTENTION_CHOICES = (None, "int8")
+"""Values of the option ``attention`` of :func:`dynquant.quantize_dynamic` and of graphs."""
+
+STAYS_FLOAT = "_dynquant_float_attention"
+
+Watcher = Callable[[int, tuple[Any, ...]], None]
+_watcher: Watcher | None = None
+
+
+def check_attention_choice(function: str, attention: Any) -> None:
+    """Raises:
+    ValueError: for a value of the option that there is not.
+    """
+    if attention not in ATTENTION_CHOICES:
+        raise ValueError(f"{function} to be None or 'int8', got {attention!r}")
+
+
+def keep_attention_float(module: nn.Module) -> None:
+    """Have the attention of one EncoderLayer or attention module of transformers stay torch's."""
+    vars(module)[STAYS_FLOAT] = True
+
+
+def is_attention_float(module: nn.Module) -> bool:
+    """Whether :func:`keep_attention_float` was called with it."""
+    return vars(module).get(STAYS_FLOAT) is True
+
+
+@contextlib.contextmanager
+def watching_attention(watcher: Watcher) -> Iterator[None]:
+    """Within the block, ``watcher`` gets the id of the module and the arguments of
+    :func:`scaled_dot_product_attention` before each int8 attention of a module."""
+    global _watcher
+    before, _watcher = _watcher, watcher
+    try:
+        yield
+    finally:
+        _watcher = before
+
+
+def report_to_watcher(module_id: int, *arguments: Any) -> None:
+    """To be called by modules before int8 attention."""
+    if _watcher is not None:
+        _watcher(module_id, arguments)
 
 
 def has_int8_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -47,6 +95,18 @@ def scaled_dot_product_attention(
     """
     if has_int8_attention(q, k, v):
         return torch.ops.dynquant.attention(q, k, v, mask, is_causal, scale)
+    return float_attention(q, k, v, mask, is_causal, scale)
+
+
+def float_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """torch's attention, with mask and is_causal together and shared heads of k and v."""
     mask, is_causal = sdpa_arguments(q, k, mask, is_causal)
     shared = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=shared)

@@ -19,7 +19,13 @@ from ..patterns.registry import type_name
 from ..patterns.transformer_layers import ATTENTION_IMPLEMENTATIONS, HARMLESS, TransformerLayer
 from ..qtensor import QTensor, tensors_of
 from ..reference import FLOAT_DTYPES
-from .attention import scaled_dot_product_attention
+from .attention import (
+    STAYS_FLOAT,
+    float_attention,
+    is_attention_float,
+    report_to_watcher,
+    scaled_dot_product_attention,
+)
 from .linear import QLinear
 from .merged import MergedLinear
 
@@ -74,6 +80,8 @@ class EncoderCall:
         self.arguments: Arguments | None = None
         self.reason: str | None = None
         self.is_reason_of_device = False
+        self.layer_id = id(layer)
+        self.has_float_attention = is_attention_float(layer)
         self.parameters: tuple[Tensor, ...] = ()
         self._masks = frozenset(pattern.masks)
         # Written-out attention adds a bool mask to its scores, as 0 and 1.
@@ -150,7 +158,11 @@ class EncoderCall:
         y = y.unflatten(2, (-1, a.head_size))
         y = y.transpose(1, 2) if a.batch_first else y.permute(1, 2, 0, 3)
         q, k, v = y.split(a.heads, 1)
-        y = attention(q, k, v, mask, a.scale)
+        if self.has_float_attention:
+            y = float_attention(q, k, v, mask, scale=a.scale)
+        else:
+            report_to_watcher(self.layer_id, q, k, v, mask, False, a.scale)
+            y = attention(q, k, v, mask, a.scale)
         y = (y.transpose(1, 2) if a.batch_first else y.permute(2, 0, 1, 3)).flatten(2)
         out = _linear_mlp(y, *a.mlp, x, *a.norms)
         return (out,) if self.pattern.returns_tuple else out
@@ -414,7 +426,7 @@ def _hooks_of(part: nn.Module) -> tuple[Any, Any]:
 def _places(layer: nn.Module, pattern: TransformerLayer) -> Iterator[tuple[dict[str, Any], str]]:
     """Where the objects are kept whose replacement changes what the layer computes."""
     own: Any = getattr(layer, "_base", type(layer))
-    for name in _methods(own):
+    for name in (*_methods(own), STAYS_FLOAT):
         yield vars(layer), name
     for module in layer.modules():
         state = vars(module)

@@ -441,7 +441,7 @@ def test_options_and_modes_go_to_inductor(monkeypatch: pytest.MonkeyPatch) -> No
     [
         (
             {"options": {"backend": "eager", "max_autotune": True}},
-            "no options but 'backend' for 'eager', got options .'max_autotune'.",
+            "no options but 'backend' and 'attention' for 'eager', got options .'max_autotune'.",
         ),
         ({"options": {"backend": "dynquant"}}, "to be another backend, got 'dynquant'"),
     ],

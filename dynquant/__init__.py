@@ -14,7 +14,19 @@ from .fusion.graph import fuse_graph
 from .fusion.modules import fuse
 from .measurement.report import report
 from .measurement.report_data import Report
-from .nn import QGRU, QLSTM, EncoderLayer, QGRUCell, QLinear, QLSTMCell, QModule, QRNNCell
+from .nn import (
+    QGRU,
+    QLSTM,
+    EncoderLayer,
+    QEmbedding,
+    QEmbeddingBag,
+    QGRUCell,
+    QLinear,
+    QLSTMCell,
+    QModule,
+    QMultiheadAttention,
+    QRNNCell,
+)
 from .patterns.registry import register_pattern
 from .qtensor import QTensor
 from .quantize import quantize_dynamic
@@ -28,10 +40,13 @@ __all__ = [
     "Config",
     "EncoderLayer",
     "Info",
+    "QEmbedding",
+    "QEmbeddingBag",
     "QGRUCell",
     "QLSTMCell",
     "QLinear",
     "QModule",
+    "QMultiheadAttention",
     "QRNNCell",
     "QTensor",
     "Report",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
 from types import FunctionType
@@ -13,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from .after_import import after_import
 from .config import Config
 from .own_thread import keeping_subnormals, on_own_thread
 from .reference import FLOAT_DTYPES, rotate
+from .traced_reads import OPERATORS, REFLECTED, WITHOUT_VALUES, untraced
 
 FLOAT_WORDS = "float32, bfloat16, float16 or float64"
 
@@ -39,7 +38,8 @@ class QTensor(torch.Tensor):
     ``.to``, ``.half`` and the like, ``.detach``, ``.clone``, ``.contiguous`` and ``.data`` return a QTensor.
 
     Attributes:
-        packed_weight, weight_sum: as ``torch.ops.dynquant.pack_weight`` returns them.
+        packed_weight, weight_sum: as ``torch.ops.dynquant.pack_weight`` returns them; for the table of an
+            embedding (:attr:`is_rows`) int8 [N, K] as it is, and no sums.
         channel_scale: fp32 [N].
         config: the :class:`Config` it was quantized with; it has no epilogue.
         casts: the same weight in the other float dtypes, made in advance: torch.compile cannot make them.
@@ -72,13 +72,19 @@ class QTensor(torch.Tensor):
         self.casts = {other: QTensor(*arguments, other, with_casts=False) for other in others}
         return self
 
+    @property
+    def is_rows(self) -> bool:
+        """Whether its int8 is in rows [N, K], as embeddings read it, and not packed for products."""
+        return self.packed_weight.shape == self.shape and self.weight_sum.shape[0] == 0
+
     @staticmethod
-    def quantize(weight: Tensor, config: Config) -> QTensor:
+    def quantize(weight: Tensor, config: Config, rows: bool = False) -> QTensor:
         """Quantize and pack a float weight.
 
         Args:
             weight: [N, K], fp32, bf16, fp16 or fp64.
             config: its epilogue is dropped.
+            rows: keep the rows instead of packing them, see :attr:`is_rows`.
 
         Raises:
             RuntimeError: for another dtype or shape, or a non-finite element, with its index.
@@ -90,18 +96,21 @@ class QTensor(torch.Tensor):
         def quantize_and_pack() -> QTensor:
             with torch.no_grad(), torch.inference_mode(False), keeping_subnormals():
                 weight_int8, weight_scale = _ops.quantize_weight(weight.detach(), config.encode())
-                return _pack(weight_int8, weight_scale, config, weight.dtype)
+                return pack(weight_int8, weight_scale, config, weight.dtype, rows)
 
         return on_own_thread([weight], quantize_and_pack)
 
     @staticmethod
-    def from_int8(weight: Tensor, weight_scale: Tensor, config: Config, dtype: torch.dtype) -> QTensor:
+    def from_int8(
+        weight: Tensor, weight_scale: Tensor, config: Config, dtype: torch.dtype, rows: bool = False
+    ) -> QTensor:
         """Check and pack an int8 weight from outside, such as a file.
 
         Args:
             weight: int8 [N, K] in [-127, 127], as ``int_repr()`` returned it.
             weight_scale: fp32, finite and positive; [N] per_channel, [1] per_tensor.
             dtype: the float dtype that the tensor shows.
+            rows: as of :meth:`quantize`.
 
         Raises:
             ValueError: for a shape, dtype or value that does not fit.
@@ -128,7 +137,7 @@ class QTensor(torch.Tensor):
             with torch.no_grad(), torch.inference_mode(False), keeping_subnormals():
                 if weight.device.type != "meta":
                     _check_values(weight, weight_scale)
-                return _pack(weight, weight_scale, config, dtype)
+                return pack(weight, weight_scale, config, dtype, rows)
 
         return on_own_thread([weight, weight_scale], check_and_pack)
 
@@ -158,23 +167,24 @@ class QTensor(torch.Tensor):
         return cast(QTensor, memo[id(self)])
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _unpickle, (_int_repr(self), weight_scale(self), self.config.encode(), self.dtype)
+        tensors = _int_repr(self), weight_scale(self)
+        return _unpickle, (*tensors, self.config.encode(), self.dtype, self.is_rows)
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _FUNCTIONS:
-            return _FUNCTIONS[func](*args, **kwargs)
+        if func in FUNCTIONS:
+            return FUNCTIONS[func](*args, **kwargs)
         if func is Tensor.__setitem__ and isinstance(args[0], QTensor):
             raise _read_only(func.__name__)
-        if func.__name__ in _REFLECTED and isinstance(args[1], Tensor):
+        if func.__name__ in REFLECTED and isinstance(args[1], Tensor):
             # torch.compile's form of args[1] / args[0] and the like; a reflected method rounds otherwise.
             right, left = tree_map_only(QTensor, _dequantize, args)
-            return _REFLECTED[func.__name__](left, right)
+            return REFLECTED[func.__name__](left, right)
         if func.__name__ == "__get__":
-            return _attribute(func, *args)
+            return untraced(func, *args)
         # Neither torch.compile nor torch.jit.trace sees into __torch_dispatch__.
         is_traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
         if func in _NEEDS_STORAGE or is_traced:
@@ -248,21 +258,39 @@ def weight_scale(w: QTensor) -> Tensor:
 
 def dequantize(w: QTensor) -> Tensor:
     """fp32 [N, K] in the original basis."""
-    values = _int_repr(w) * w.channel_scale[:, None]
-    return rotate(values, w.config.rotation_block) if w.config.rotation_block else values
+    return in_original_basis(_int_repr(w) * w.channel_scale[:, None], w.config)
 
 
-def _pack(weight_int8: Tensor, weight_scale: Tensor, config: Config, dtype: torch.dtype) -> QTensor:
-    packed_weight, weight_sum = _ops.pack_weight(weight_int8)
-    # A copy: what a file or a caller holds is not the layer's memory.
+def in_original_basis(rows: Tensor, config: Config) -> Tensor:
+    """Dequantized rows of a weight, fp32 [..., K], without its rotation."""
+    return rotate(rows, config.rotation_block) if config.rotation_block else rows
+
+
+def pack(
+    weight_int8: Tensor, weight_scale: Tensor, config: Config, dtype: torch.dtype, rows: bool = False
+) -> QTensor:
+    """A QTensor of checked tensors: packed, or in ``rows``."""
+    # Copies: what a file or a caller holds is not the layer's memory.
+    if rows:
+        packed_weight = weight_int8.clone(memory_format=torch.contiguous_format)
+        weight_sum = weight_int8.new_empty(0, dtype=torch.int32)
+    else:
+        packed_weight, weight_sum = _ops.pack_weight(weight_int8)
     channel_scale = (
         weight_scale.detach().expand(weight_int8.shape[0]).clone(memory_format=torch.contiguous_format)
     )
     return QTensor(packed_weight, weight_sum, channel_scale, config, weight_int8.shape, dtype)
 
 
-def _unpickle(weight_int8: Tensor, weight_scale: Tensor, config: int, dtype: torch.dtype) -> QTensor:
-    return QTensor.from_int8(weight_int8, weight_scale, Config.decode(config), dtype)
+def as_packed(w: QTensor) -> QTensor:
+    """w, packed for products."""
+    return pack(w.packed_weight, weight_scale(w), w.config, w.dtype) if w.is_rows else w
+
+
+def _unpickle(
+    weight_int8: Tensor, weight_scale: Tensor, config: int, dtype: torch.dtype, rows: bool = False
+) -> QTensor:
+    return QTensor.from_int8(weight_int8, weight_scale, Config.decode(config), dtype, rows)
 
 
 def _share(w: QTensor) -> tuple[Any, ...]:
@@ -278,6 +306,8 @@ def _dequantize(w: QTensor) -> Tensor:
 
 
 def _int_repr(w: QTensor) -> Tensor:
+    if w.is_rows:
+        return w.packed_weight.clone()
     weight_int8: Tensor = _ops.unpack_weight(w.packed_weight, *w.shape)
     return weight_int8
 
@@ -292,9 +322,10 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     if bias is not None:
         bias = bias.to(torch.float32)
     config = weight.config.encode(weight.shape[1])
-    out: Tensor = _ops.linear_dynamic(
-        input, weight.packed_weight, weight.weight_sum, weight.channel_scale, bias, config
-    )
+    tensors = weight.packed_weight, weight.weight_sum
+    if weight.is_rows:
+        tensors = _ops.pack_weight(weight.packed_weight)
+    out: Tensor = _ops.linear_dynamic(input, *tensors, weight.channel_scale, bias, config)
     return out
 
 
@@ -325,11 +356,11 @@ def with_dtype(w: QTensor, dtype: torch.dtype) -> QTensor:
 
 def to_device(w: QTensor, move: Callable[[Tensor], Tensor], dtype: torch.dtype) -> QTensor:
     """w as a tensor of ``dtype``, moved by ``move`` and repacked if the device needs another layout."""
-    if move(w.channel_scale[:0]).device.type == w.device.type:
+    if w.is_rows or move(w.channel_scale[:0]).device.type == w.device.type:
         return _map_tensors(w, move, dtype)
     with torch.no_grad(), torch.inference_mode(False):
         # to_empty returns uninitialized memory, in which -128 may occur; a packed weight holds none.
-        return _pack(move(_int_repr(w)).clamp(min=-127), move(w.channel_scale), w.config, dtype)
+        return pack(move(_int_repr(w)).clamp(min=-127), move(w.channel_scale), w.config, dtype)
 
 
 def _map_tensors(w: QTensor, function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> QTensor:
@@ -367,20 +398,6 @@ def _without_storage(name: str) -> Callable[..., Any]:
         )
 
     return method
-
-
-def _attribute(get: Callable[..., Any], *args: Any) -> Any:
-    """An attribute of the wrapper, such as its shape; torch.jit.trace would record a read of its memory."""
-    set_state: Callable[[Any], None] = vars(torch._C)["_set_tracing_state"]  # its stubs lack it
-    tracing_state = torch._C._get_tracing_state()
-    if tracing_state is not None:
-        set_state(None)
-    try:
-        with torch._C.DisableTorchFunctionSubclass():
-            return get(*args)
-    finally:
-        if tracing_state is not None:
-            set_state(tracing_state)
 
 
 def _q_scale(w: QTensor) -> float | Tensor:
@@ -432,31 +449,15 @@ _METHODS: dict[str, Callable[..., Any]] = {
     "is_shared": lambda w: w.packed_weight.is_shared(),
     **{name: _without_storage(name) for name in ("data_ptr", "storage", "untyped_storage", "_typed_storage")},
 }
-_FUNCTIONS: dict[Any, Callable[..., Any]] = {F.linear: _linear, F.multi_head_attention_forward: _attention}
+FUNCTIONS: dict[Any, Callable[..., Any]] = {F.linear: _linear, F.multi_head_attention_forward: _attention}
 for _name, _method in _METHODS.items():
     # torch.compile traces methods of a subclass only if they are written in Python.
     setattr(QTensor, _name, _method)
-    _FUNCTIONS |= {getattr(owner, _name): _method for owner in (torch, Tensor) if hasattr(owner, _name)}
+    # torch.cpu and torch.cuda are modules.
+    FUNCTIONS |= {
+        function: _method for owner in (torch, Tensor) if callable(function := getattr(owner, _name, None))
+    }
 _NEEDS_STORAGE = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__}
-
-_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
-_REFLECTED = {f"__r{name}__": getattr(operator, name) for name in _BINARY} | {"__rdiv__": operator.truediv}
-# Of the reflected operators the commutative alone: Python asks a subclass for these before the left operand.
-_OPERATORS = {
-    *(
-        f"__{name}__"
-        for name in (*_BINARY, "radd", "rmul", "and", "or", "xor", "lshift", "rshift", "neg", "pos")
-    ),
-    *("__abs__", "__invert__", "__getitem__", "__iter__"),
-    *("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"),
-}
-# Methods that read no values: those of the wrapper are right.
-_WITHOUT_VALUES = {
-    *("as_subclass", "backward", "dim_order", "get_device", "is_coalesced", "is_complex", "is_conj"),
-    *("is_distributed", "is_inference", "is_neg", "is_pinned", "is_same_size", "is_set_to", "is_signed"),
-    *("ndimension", "nelement", "register_hook", "register_post_accumulate_grad_hook", "requires_grad_"),
-    *("retain_grad", "type"),
-}
 
 
 def _method_of_values(name: str) -> Callable[..., Any]:
@@ -475,22 +476,13 @@ def _method_that_writes(name: str) -> Callable[..., Any]:
 
 def _add_methods() -> None:
     """Every method of Tensor that reads or writes values, in Python, for torch.compile."""
-    own = vars(QTensor).keys() | _METHODS.keys() | _WITHOUT_VALUES
+    own = vars(QTensor).keys() | _METHODS.keys() | WITHOUT_VALUES
     for name in dir(Tensor):
-        is_public = not name.startswith("_") or name in _OPERATORS
+        is_public = not name.startswith("_") or name in OPERATORS
         if is_public and name not in own and callable(getattr(Tensor, name)):
-            writes = name.endswith("_") and name not in _OPERATORS
+            writes = name.endswith("_") and name not in OPERATORS
             setattr(QTensor, name, _method_that_writes(name) if writes else _method_of_values(name))
     QTensor.__hash__ = Tensor.__hash__  # type: ignore[method-assign]
 
 
 _add_methods()
-
-
-def _give_matmul_its_reflected_form(builtin: Any) -> None:
-    """torch.compile hands ``w @ x`` to __torch_function__ as the arguments (x, w) of the reflected method;
-    its table lacks that of matmul, and ``x @ w`` would be computed."""
-    getattr(builtin, "BUILTIN_TO_TENSOR_RFN_MAP", {}).setdefault(operator.matmul, Tensor.__rmatmul__)
-
-
-after_import("torch._dynamo.variables.builtin", _give_matmul_its_reflected_form)

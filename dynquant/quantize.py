@@ -15,7 +15,7 @@ from .config import Config, layer_config
 from .conversion.left_float import describe_left_float
 from .conversion.plan import Plan, Scheme
 from .conversion.select import select
-from .conversion.sources import default_mapping
+from .conversion.sources import EMBEDDINGS, default_mapping
 from .conversion.spec import read_spec
 from .conversion.swap import Converted, convert, swap
 from .fusion.hugging_face_attention import use_int8_attention
@@ -46,6 +46,7 @@ def quantize_dynamic(
     activations: str = "per_token",
     weights: str = "per_channel",
     rotation: str | int | None = None,
+    embeddings: bool = False,
     fuse: bool = False,
     attention: str | None = None,
     sample: Any = None,
@@ -66,6 +67,7 @@ def quantize_dynamic(
     activations: str = "per_token",
     weights: str = "per_channel",
     rotation: str | int | None = None,
+    embeddings: bool = False,
     fuse: bool = False,
     attention: str | None = None,
     sample: Any = None,
@@ -85,6 +87,7 @@ def quantize_dynamic(
     activations: str = "per_token",
     weights: str = "per_channel",
     rotation: str | int | None = None,
+    embeddings: bool = False,
     fuse: bool = False,
     attention: str | None = None,
     sample: Any = None,
@@ -101,19 +104,23 @@ def quantize_dynamic(
 
     Args:
         model: any module on any device.
-        qconfig_spec: the modules to convert. None: every nn.Linear. A set of types and dotted names: these
-            and their submodules. A dict of types and dotted names to None (leave float), a
-            :class:`dynquant.Config` or one of torch.ao's QConfig objects, whose weight observer is per_tensor
-            or per_channel. A name takes precedence over a type, both over the entry of the parent, a
-            ``qconfig`` attribute over all.
+        qconfig_spec: the modules to convert. None: every nn.Linear and nn.MultiheadAttention. A set of types
+            and dotted names: these and their submodules, but embeddings only where their own type or name is
+            in it. A dict of types and dotted names to None (leave float), a :class:`dynquant.Config` or one
+            of torch.ao's QConfig objects, whose weight observer is per_tensor or per_channel. A name takes
+            precedence over a type, both over the entry of the parent, a ``qconfig`` attribute over all.
         dtype: torch.qint8 or torch.int8; ignored if ``qconfig_spec`` is a dict, as by torch.ao.
-        mapping: float type to quantized type with a ``from_float``; None for {nn.Linear: QLinear}, and
-            Hugging Face's Conv1D, GPT-2's linear layer, likewise. torch.ao's classes and its whole default
-            mapping may be in it: for the call of ``from_float`` a layer has the ``qconfig`` that they read.
-            What becomes of other types is measured, judged and reported as the rest.
+        mapping: float type to quantized type with a ``from_float``; None for dynquant's own: {nn.Linear:
+            QLinear, nn.MultiheadAttention: QMultiheadAttention, nn.Embedding: QEmbedding, nn.EmbeddingBag:
+            QEmbeddingBag}, and Hugging Face's Conv1D, GPT-2's linear layer, to QLinear. torch.ao's classes
+            and its whole default mapping may be in it: for the call of ``from_float`` a layer has the
+            ``qconfig`` that they read. What becomes of other types is measured, judged and reported as the
+            rest.
         inplace: swap in ``model`` itself instead of a copy. A model that is itself an nn.Linear never
             changes: use the returned one.
         activations, weights, rotation: the scheme, as of :class:`dynquant.QLinear`.
+        embeddings: convert nn.Embedding and nn.EmbeddingBag too, to int8 tables with a scale a row. A table
+            that is also the weight of a converted linear layer is held once, in the layer's layout.
         fuse: make activation functions epilogues of the layers before them, and merge layers that read the
             same tensor, see :func:`dynquant.fuse`. With a sample, activations whose fusion changes the
             model's output stay apart, with a warning.
@@ -151,7 +158,9 @@ def quantize_dynamic(
     check_arguments(sample, report, fuse, min_speedup, min_sqnr)
     if mapping is None:
         mapping = default_mapping(model)
-    spec = read_spec(model, qconfig_spec, dtype, scheme, mapping)
+    elif embeddings:
+        mapping = {**EMBEDDINGS, **mapping}
+    spec = read_spec(model, qconfig_spec, dtype, scheme, mapping, embeddings)
     plan = select(model, spec, scheme, mapping, covers_all=qconfig_spec is None)
     unusual = describe_left_float(model, {} if qconfig_spec is None else spec, plan)
     if sample is None:

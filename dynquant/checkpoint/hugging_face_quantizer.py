@@ -14,15 +14,21 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..config import MAX_ROTATION_BLOCK, Config, layer_config
-from ..nn.linear import QLinear
+from ..nn.module import QModule
 from ..nn.state import FORMAT_VERSION
 from ..patterns.hugging_face import CONV1D
 from ..patterns.registry import type_name
 from .contents import adopt_encoder_layer, contents, merge_as_saved, remove_fused, replace_module
 from .hugging_face import METHOD, describe, quantize_function
+from .hugging_face_state import State, put_states, tie
 
-_SCHEME = ("activations", "weights", "rotation", "fuse", "modules_to_not_convert")
+_SCHEME = ("activations", "weights", "rotation", "fuse", "modules_to_not_convert", "embeddings")
 _LAYOUT = ("modules", "fused", "merged", "encoder_layers")
+_TYPES = (
+    *(nn.Linear, nn.MultiheadAttention),
+    *(nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell, nn.RNNCell),
+)
+"""What is quantized beside Conv1D, of types that torch has."""
 
 
 class DynquantConfig(QuantizationConfigMixin):
@@ -34,7 +40,7 @@ class DynquantConfig(QuantizationConfigMixin):
     ``config`` of a transformers model: ``save_pretrained`` and ``from_pretrained`` need nothing more.
 
     Args:
-        activations, weights, rotation, fuse: as of :func:`dynquant.quantize_dynamic`.
+        activations, weights, rotation, fuse, embeddings: as of :func:`dynquant.quantize_dynamic`.
         modules_to_not_convert: modules that stay float, by dotted names or their last parts: ``"lm_head"``,
             ``"layers.0"``.
         modules: by the name of each quantized layer where its scheme differs from ``dynquant.Config()``;
@@ -60,6 +66,7 @@ class DynquantConfig(QuantizationConfigMixin):
         fused: Sequence[str] = (),
         merged: Sequence[Sequence[str]] = (),
         encoder_layers: Sequence[str] = (),
+        embeddings: bool = False,
         format: int = FORMAT_VERSION,
         quant_method: str = METHOD,
     ) -> None:
@@ -74,7 +81,7 @@ class DynquantConfig(QuantizationConfigMixin):
         self.modules_to_not_convert = None if modules_to_not_convert is None else list(modules_to_not_convert)
         self.modules = None if modules is None else {name: dict(scheme) for name, scheme in modules.items()}
         self.fused, self.merged = list(fused), [list(group) for group in merged]
-        self.encoder_layers = list(encoder_layers)
+        self.encoder_layers, self.embeddings = list(encoder_layers), embeddings
         self.format = format
 
     @classmethod
@@ -97,8 +104,9 @@ class DynquantConfig(QuantizationConfigMixin):
         """For ``config.json``: the scheme that is to come, or the layers of a converted model."""
         names = _SCHEME if self.modules is None else _LAYOUT
         entries = {name: getattr(self, name) for name in names}
-        if not self.encoder_layers:
-            entries.pop("encoder_layers", None)  # versions that do not know it read all other files
+        for name in ("encoder_layers", "embeddings"):
+            if not getattr(self, name):
+                entries.pop(name, None)  # versions that do not know it read all other files
         return {"quant_method": METHOD, "format": self.format} | entries
 
 
@@ -106,23 +114,24 @@ class DynquantHfQuantizer(HfQuantizer):
     """Loads a saved converted model, or converts a float model once it is loaded."""
 
     quantization_config: DynquantConfig
+    _tied: Sequence[tuple[str, str]] = ()
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         _check_one_device(device_map)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        states: dict[nn.Module, _State] = {}
-        for name, scheme in (self.quantization_config.modules or {}).items():
-            found = _find(model, name)
-            if found is not None:
-                module = model.get_submodule(found)
-                if module not in states:
-                    states[module] = _State.of(found, module, scheme)
-                replace_module(model, found, states[module])
-        tied = model.all_tied_weights_keys
-        for target, source in list(tied.items()):
-            if any(isinstance(_owner(model, key), _State) for key in (target, source)):
-                del tied[target]
+        schemes = {
+            found: scheme
+            for name, scheme in (self.quantization_config.modules or {}).items()
+            if (found := _find(model, name)) is not None
+        }
+        tied = dict(model.all_tied_weights_keys)
+        put_states(model, schemes)
+        self._tied = [
+            names for names in tied.items() if any(isinstance(_owner(model, key), State) for key in names)
+        ]
+        for target, _ in self._tied:
+            del model.all_tied_weights_keys[target]
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -140,7 +149,7 @@ class DynquantHfQuantizer(HfQuantizer):
         config = self.quantization_config
         block = MAX_ROTATION_BLOCK if config.rotation == "hadamard" else int(config.rotation or 0)
         modules = dict(model.named_modules(remove_duplicate=False))
-        types = {nn.Linear, *(type(module) for module in modules.values() if type_name(module) == CONV1D)}
+        types = {*_TYPES, *(type(module) for module in modules.values() if type_name(module) == CONV1D)}
         spec: dict[Any, Config | None] = dict.fromkeys(
             types, Config(config.activations, config.weights, block)
         )
@@ -152,17 +161,22 @@ class DynquantHfQuantizer(HfQuantizer):
                 )
             below = tuple(f"{root}." for root in roots)
             spec.update(dict.fromkeys(name for name in modules if f"{name}.".startswith(below)))
-        quantize_function()(model, spec, inplace=True, fuse=config.fuse)
+        quantize_function()(model, spec, inplace=True, fuse=config.fuse, embeddings=config.embeddings)
 
     def _build(self, model: Any) -> None:
-        """Make QLinear layers of the loaded states, and fuse the model around them as the saved one was."""
+        """Make quantized modules of the loaded states, and fuse the model as the saved one was."""
         config = self.quantization_config
-        layers: dict[nn.Module, QLinear] = {}
+        modules: dict[nn.Module, QModule] = {}
+        built: tuple[str, ...] = ()  # prefixes of names within modules that are built as a whole
         for name, module in list(model.named_modules(remove_duplicate=False)):
-            if isinstance(module, _State):
-                if module not in layers:
-                    layers[module] = module.build(name, _dtype_of(model, f"{name}.weight", module.dtype))
-                replace_module(model, name, layers[module])
+            if isinstance(module, State) and not name.startswith(built):
+                if module not in modules:
+                    key = f"{name}.{next(iter(module._parameters))}"
+                    modules[module] = module.build(name, _dtype_of(model, key, module.dtype))
+                replace_module(model, name, modules[module])
+                built = (*built, f"{name}.")
+        for target, source in self._tied:
+            tie(_owner(model, target), _owner(model, source))
         for name in config.fused:
             parent, _, child = name.rpartition(".")
             found = _find(model, parent)
@@ -187,68 +201,6 @@ class DynquantHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
-
-
-class _State(nn.Module):
-    """Holds the state_dict of a quantized layer, which transformers fills before there is a QLinear."""
-
-    def __init__(
-        self, n: int, k: int, bias: bool, dtype: torch.dtype, config: Config, static: bool = False
-    ) -> None:
-        super().__init__()
-        self.n, self.k, self.dtype, self.config = n, k, dtype, config
-        shapes: dict[str, tuple[list[int], torch.dtype]] = {
-            "weight": ([n, k, 1], torch.int8),
-            "weight_scale": ([n if config.weights == "per_channel" else 1], torch.float32),
-            "format": ([4], torch.int64),
-        }
-        if bias:
-            shapes["bias"] = [n], torch.float32
-        if static:
-            shapes["activation_scale"] = [1], torch.float32
-            shapes["activation_zero_point"] = [1], torch.int32
-        for name, (shape, of_entry) in shapes.items():
-            # Parameters: of nothing else can transformers split what some families' files hold as one tensor.
-            tensor = torch.empty(shape, dtype=of_entry, device="meta")
-            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-
-    @classmethod
-    def of(cls, name: str, module: Any, scheme: Mapping[str, Any]) -> _State:
-        """For a layer of a model without weights, by its entry in ``config.json``."""
-        if type_name(module) == CONV1D:
-            k, n = module.weight.shape
-        elif isinstance(module, nn.Linear):
-            n, k = module.weight.shape
-        else:
-            raise ValueError(
-                f"dynquant: config.json says that layer {name!r} is quantized, but in this model it is a "
-                f"{type(module).__name__}"
-            )
-        words = dict(scheme)
-        static = words.pop("static", False)
-        return cls(n, k, module.bias is not None, module.weight.dtype, Config(**words), static)
-
-    def build(self, name: str, dtype: torch.dtype) -> QLinear:
-        """The layer, with ``weight.dtype`` as ``dtype``."""
-        missing = [key for key, value in self._parameters.items() if not hasattr(value, "_is_hf_initialized")]
-        if missing:
-            raise ValueError(
-                f"dynquant: config.json says that layer {name!r} is quantized, but the weights have no "
-                f"{', '.join(missing)} of it"
-            )
-        config = self.config
-        layer = QLinear(
-            self.k,
-            self.n,
-            "bias" in self._parameters,
-            activations=config.activations,
-            weights=config.weights,
-            rotation=config.rotation_block or None,
-            epilogue=config.epilogue,
-            device="meta",
-        )
-        layer.load_state_dict(self.state_dict(), assign=True)
-        return layer.to(dtype).train(self.training)
 
 
 def _dtype_of(model: Any, key: str, dtype: torch.dtype) -> torch.dtype:

@@ -13,6 +13,7 @@ Scheme = dict[str, Any]
 
 SPEC_LEAVES_FLOAT = "the spec leaves it float"
 NO_INT8_VERSION = "there is no int8 version of it"
+NOT_ASKED_FOR = "embeddings are converted by embeddings=True, or where the spec has their type or name"
 
 
 class Request(NamedTuple):
@@ -22,15 +23,22 @@ class Request(NamedTuple):
         scheme: of dynquant's own modules.
         qconfig: torch.ao's QConfig, if the spec has one, for the ``from_float`` of other classes.
         dtype: of the weights that the qconfig asks for.
+        is_float_qparams: whether the scales and zero points of the qconfig's weights are floats.
     """
 
     scheme: Scheme
     qconfig: Any = None
     dtype: torch.dtype = torch.qint8
+    is_float_qparams: bool = False
 
     @property
     def is_int8(self) -> bool:
         return self.dtype in (torch.qint8, torch.int8)
+
+    @property
+    def has_float_qparams(self) -> bool:
+        """Whether the qconfig is torch.ao's for embeddings, ``float_qparams_weight_only_qconfig``."""
+        return self.qconfig is not None and self.dtype == torch.quint8 and self.is_float_qparams
 
 
 class Decision(NamedTuple):

@@ -9,14 +9,26 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ..nn.module import QModule
-from ..patterns.hugging_face import CONV1D
+from ..nn.own_forward import with_own_forward
+from ..patterns.hugging_face import CONV1D, LINEAR_FORWARDS
 from ..patterns.registry import type_name
 from ..reference import FLOAT_DTYPES
-from .plan import NO_INT8_VERSION, SPEC_LEAVES_FLOAT, Decision, Plan, Request, Scheme, label
+from .own_forward import why_not_int8
+from .plan import (
+    NO_INT8_VERSION,
+    NOT_ASKED_FOR,
+    SPEC_LEAVES_FLOAT,
+    Decision,
+    Plan,
+    Request,
+    Scheme,
+    label,
+)
 from .sources import is_own
-from .spec import Spec, read_qconfig
+from .spec import EMBEDDINGS, Spec, read_qconfig
 
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 EXPERTS = "its weights are 3-D, a matrix for each expert, and there is no int8 version of such a module"
@@ -52,12 +64,18 @@ def select(
             continue  # another of its names is covered
         if id(module) in stays_float:
             request = None
-        decision = _decide(name, module, request, mapping)
+        decision = _decide(name, module, request, mapping, spec)
         if decision is None:
             continue
         if decision.target is None and id(module) not in stays_float:
             decision = _noted(decision, spec, covers_all)
-        if isinstance(module, torch.jit.ScriptModule) or _converts_parts(decision.target):
+        whole = _converts_parts(decision.target)
+        if whole and is_own(decision.target):
+            other = _other_entry(name, modules, requests, spec)
+            if other is not None:
+                whole, reason = False, f"the spec has an entry of its own for {label(other)}"
+                decision = decision._replace(target=None, reason=reason)
+        if isinstance(module, torch.jit.ScriptModule) or whole:
             replaced = (*replaced, f"{name}." if name else "")
         decisions[id(module)] = decision
     return Plan(tuple(decisions.values()))
@@ -66,6 +84,18 @@ def select(
 def _converts_parts(target: Any) -> bool:
     """Whether a module is converted as a whole, and what is in it not by itself."""
     return target is not None and (not is_own(target) or getattr(target, "converts_parts", False))
+
+
+def _other_entry(
+    name: str, modules: Mapping[str, Any], requests: Mapping[str, Request | None], spec: Spec
+) -> str | None:
+    """The name of a part of a module that the spec leaves float, or for which it names another scheme."""
+    for part, module in modules.items():
+        is_inside = part.startswith(f"{name}." if name else "") and part != name
+        is_named = part in spec or "qconfig" in vars(module)
+        if is_inside and (requests.get(part) is None or (is_named and requests[part] != requests[name])):
+            return part
+    return None
 
 
 def _requests(modules: Mapping[str, Any], spec: Spec, default: Scheme) -> dict[str, Request | None]:
@@ -84,7 +114,7 @@ def _requests(modules: Mapping[str, Any], spec: Spec, default: Scheme) -> dict[s
 
 
 def _decide(
-    name: str, module: nn.Module, request: Request | None, mapping: Mapping[type, Any]
+    name: str, module: nn.Module, request: Request | None, mapping: Mapping[type, Any], spec: Spec
 ) -> Decision | None:
     """The decision about a module, None for one that has nothing to quantize."""
     if isinstance(module, QModule):
@@ -96,20 +126,42 @@ def _decide(
     if base is None and not _has_matrix(module):
         return None
     if request is None:
-        return Decision(name, module, None, None, SPEC_LEAVES_FLOAT if base else _no_version(module))
+        return Decision(name, module, None, None, _uncovered(name, module, base, spec))
     if base is None:
         return Decision(name, module, None, request, _no_version(module, request))
+    if base in EMBEDDINGS and not (request.has_float_qparams or _is_named(name, module, spec)):
+        return Decision(name, module, None, request, NOT_ASKED_FOR)
     reason = _why_not(name, module, base, mapping[base])
     if reason is not None:
         return Decision(name, module, None, request, reason)
-    if is_own(mapping[base]) and not request.is_int8:
+    if is_own(mapping[base]) and not (request.is_int8 or (base in EMBEDDINGS and request.has_float_qparams)):
         if issubclass(base, RECURRENT):
             return Decision(name, module, None, request, _no_version(module, request))
         raise ValueError(
             f"quantize_dynamic: expected the qconfig of {label(name)} ({type(module).__name__}) to ask for "
             f"weights of torch.qint8, got {request.dtype}"
         )
-    return Decision(name, module, mapping[base], request)
+    target = mapping[base]
+    if (
+        is_own(target)
+        and type(module).forward is not base.forward
+        and type_name(module) not in LINEAR_FORWARDS
+    ):
+        target = with_own_forward(target, type_before_parametrizations(module))
+    return Decision(name, module, target, request)
+
+
+def _is_named(name: str, module: nn.Module, spec: Spec) -> bool:
+    """Whether a spec has an entry for a module itself, not for a part of the model that it is in."""
+    names_type = any(key in spec for key in type(module).__mro__ if key is not nn.Module)
+    return name in spec or names_type or "qconfig" in vars(module)
+
+
+def _uncovered(name: str, module: nn.Module, base: type | None, spec: Spec) -> str:
+    """The reason why a module stays float for which the spec asks nothing."""
+    if base is None:
+        return _no_version(module)
+    return SPEC_LEAVES_FLOAT if base not in EMBEDDINGS or _is_named(name, module, spec) else NOT_ASKED_FOR
 
 
 def _has_matrix(module: nn.Module) -> bool:
@@ -155,12 +207,19 @@ def _why_not(name: str, module: Any, base: Any, target: Any) -> str | None:
                 return "accelerate replaced its forward; call remove_hook_from_submodules(model) before"
             if type(module).__module__.startswith("torch.ao.nn.qat."):
                 return "torch.ao.quantization.prepare_qat made it; convert the float model"
+            if member == "forward" and "forward" not in vars(module) and is_own(target):
+                if type_name(module) in LINEAR_FORWARDS:
+                    continue
+                reason = why_not_int8(module, base)
+                if reason is None:
+                    continue
+                return reason
             return f"its {member} is not that of {base.__name__}"
     if base is nn.Linear and weight is not None and weight.dtype not in FLOAT_DTYPES:
         return f"its weight is {weight.dtype}"
     if isinstance(module, NonDynamicallyQuantizableLinear) and not is_own(target):
         return f"nn.MultiheadAttention reads its weight, which is not a tensor in a {target.__name__}"
-    return None
+    return target.why_not(module) if isinstance(target, type) and issubclass(target, QModule) else None
 
 
 def _noted(decision: Decision, spec: Spec, covers_all: bool) -> Decision:
@@ -178,5 +237,6 @@ def _noted(decision: Decision, spec: Spec, covers_all: bool) -> Decision:
     else:
         keys: list[type | str] = [decision.name, *type(module).__mro__]
         is_named = any(spec.get(key) is not None for key in keys if key is not nn.Module)
-        is_notable = is_named or decision.reason != NO_INT8_VERSION or isinstance(module, RECURRENT)
+        is_usual = decision.reason in (NO_INT8_VERSION, NOT_ASKED_FOR)
+        is_notable = is_named or not is_usual or isinstance(module, RECURRENT)
     return decision._replace(is_notable=is_notable)

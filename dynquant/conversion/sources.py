@@ -6,26 +6,31 @@ from typing import Any
 
 from torch import nn
 
+from ..nn.embedding import QEmbedding, QEmbeddingBag
 from ..nn.linear import QLinear
 from ..nn.module import QModule
+from ..nn.multihead_attention import QMultiheadAttention
 from ..nn.rnn import QGRU, QLSTM
 from ..nn.rnn_cells import QGRUCell, QLSTMCell, QRNNCell
 from ..patterns.hugging_face import CONV1D
 from ..patterns.registry import type_name
 
+EMBEDDINGS: dict[type, Any] = {nn.Embedding: QEmbedding, nn.EmbeddingBag: QEmbeddingBag}
+
 _TORCH_NN: dict[type, Any] = {
     nn.Linear: QLinear,
+    nn.MultiheadAttention: QMultiheadAttention,
     nn.LSTM: QLSTM,
     nn.GRU: QGRU,
     nn.LSTMCell: QLSTMCell,
     nn.GRUCell: QGRUCell,
     nn.RNNCell: QRNNCell,
+    **EMBEDDINGS,
 }
 
 
 def default_mapping(model: nn.Module) -> dict[type, Any]:
-    """Float type to quantized type: those that torch.ao converts, and Hugging Face's Conv1D if ``model`` has
-    any."""
+    """Float type to quantized type: those of torch.nn, and Hugging Face's Conv1D if ``model`` has any."""
     conv1d = {type(module): _Conv1D for module in model.modules() if type_name(module) == CONV1D}
     return {**_TORCH_NN, **conv1d}
 

@@ -17,25 +17,40 @@ Spec = dict[type | str, Request | None]
 """By type or dotted name: what is asked for the modules, None for those that stay float."""
 
 
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+
+
 def read_spec(
     model: nn.Module,
     qconfig_spec: Mapping[type | str, Any] | Collection[type | str] | None,
     dtype: torch.dtype,
     default: Scheme,
     mapping: Mapping[type, Any],
+    embeddings: bool = False,
 ) -> Spec:
     """``qconfig_spec`` as a dict of types and names of modules of ``model``.
 
-    None stands for all types of ``mapping`` but embeddings, whose float qparams are a request of their own,
-    as for torch.ao.
+    None stands for all types of ``mapping`` but embeddings, which have to be asked for, as of torch.ao: by
+    ``embeddings``, which adds them to any spec that does not name them.
     """
+    spec = _read(model, qconfig_spec, dtype, default, mapping)
+    return spec if not embeddings else {**dict.fromkeys(EMBEDDINGS, Request(default)), **spec}
+
+
+def _read(
+    model: nn.Module,
+    qconfig_spec: Mapping[type | str, Any] | Collection[type | str] | None,
+    dtype: torch.dtype,
+    default: Scheme,
+    mapping: Mapping[type, Any],
+) -> Spec:
     if not isinstance(qconfig_spec, Mapping) and dtype not in (torch.qint8, torch.int8):
         raise ValueError(
             f"quantize_dynamic: expected dtype to be torch.qint8 or torch.int8, got {dtype}; dynquant has no "
             "weights of that dtype"
         )
     if qconfig_spec is None:
-        types = [kind for kind in mapping if not issubclass(kind, (nn.Embedding, nn.EmbeddingBag))]
+        types = [kind for kind in mapping if not issubclass(kind, EMBEDDINGS)]
         return dict.fromkeys([nn.Linear, *types], Request(default))
     if isinstance(qconfig_spec, str) or not isinstance(qconfig_spec, Collection):
         raise TypeError(
@@ -75,9 +90,10 @@ def read_qconfig(of: str, qconfig: Any, default: Scheme) -> Request | None:
             f"{qconfig!r}"
         )
     observer = qconfig.weight()
+    float_qparams = observer.qscheme == torch.per_channel_affine_float_qparams
     per_channel = observer.qscheme in (torch.per_channel_symmetric, torch.per_channel_affine)
-    scheme = {**default, "weights": "per_channel" if per_channel else "per_tensor"}
-    return Request(scheme, qconfig, observer.dtype)
+    scheme = {**default, "weights": "per_channel" if per_channel or float_qparams else "per_tensor"}
+    return Request(scheme, qconfig, observer.dtype, float_qparams)
 
 
 def _with_known_names(model: nn.Module, spec: Spec) -> Spec:
@@ -92,7 +108,7 @@ def _with_known_names(model: nn.Module, spec: Spec) -> Spec:
         if spec[key] is not None:
             raise ValueError(f"quantize_dynamic: qconfig_spec names {hint}")
     if unknown:
-        warnings.warn(f"quantize_dynamic: qconfig_spec names {'; '.join(unknown.values())}", stacklevel=4)
+        warnings.warn(f"quantize_dynamic: qconfig_spec names {'; '.join(unknown.values())}", stacklevel=5)
     return {key: request for key, request in spec.items() if key not in unknown}
 
 

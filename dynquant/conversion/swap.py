@@ -35,7 +35,6 @@ class Converted(NamedTuple):
 def convert(plan: Plan) -> list[Converted]:
     """The quantized counterpart of each module that the plan converts; the model does not change."""
     converted = []
-    weights: dict[int, QTensor] = {}
     decisions = plan.converted
     with layer_bar("quantize_dynamic", len(decisions)) as advance:
         for decision in decisions:
@@ -44,21 +43,30 @@ def convert(plan: Plan) -> list[Converted]:
             except (ValueError, TypeError, RuntimeError, AssertionError) as error:
                 reason = str(error).removeprefix("dynquant: ")
                 raise ValueError(f"quantize_dynamic: {label(decision.name)}: {reason}") from error
-            if isinstance(layer, QModule):
-                _tie(decision.module, layer, weights)
             converted.append(Converted(decision, layer))
             advance()
+    _tie(converted)
     return converted
 
 
-def _tie(module: nn.Module, layer: QModule, weights: dict[int, QTensor]) -> None:
-    """Have a layer share the weights of those that were made of the same float parameters."""
-    for name, weight in layer.quantized_weights().items():
-        parameter = module._parameters.get(name)
-        if parameter is not None:
-            tied = weights.setdefault(id(parameter), weight)
-            if tied is not weight and tied.config == weight.config:
-                setattr(layer, name, tied)
+def _tie(converted: Iterable[Converted]) -> None:
+    """Have layers that were made of the same float parameter share one weight.
+
+    A packed one comes first: products need it, and embeddings can read it too.
+    """
+    holders: dict[int, list[tuple[QModule, str, QTensor]]] = {}
+    for decision, layer in converted:
+        if isinstance(layer, QModule):
+            for name, weight in layer.quantized_weights().items():
+                parameter = decision.module._parameters.get(name)
+                if parameter is not None:
+                    holders.setdefault(id(parameter), []).append((layer, name, weight))
+    for group in holders.values():
+        weights = sorted((weight for _, _, weight in group), key=lambda weight: weight.is_rows)
+        for layer, name, own in group:
+            shared = next((weight for weight in weights if weight is own or layer.shares(name, weight)), own)
+            if shared is not own:
+                setattr(layer, name, shared)
 
 
 def _from_float(decision: Decision) -> nn.Module:

@@ -27,8 +27,9 @@ class Pair(NamedTuple):
         return self.int8_layer.config if isinstance(self.int8_layer, QModule) else None
 
     def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        """The tensors [..., K] that a call quantizes; the first tensor if the layer is not a QModule."""
-        if isinstance(self.int8_layer, QModule):
+        """The tensors [..., K] that a call quantizes; the first tensor for other layers, those that quantize
+        weights alone among them."""
+        if isinstance(self.int8_layer, QModule) and self.int8_layer.quantized_input_names:
             return list(self.int8_layer.quantized_inputs(args, kwargs).values())
         tensors = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
         return [tensor for tensor in tensors if tensor.dim()][:1]

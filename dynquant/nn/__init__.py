@@ -1,9 +1,23 @@
 """Modules that stand in for those of torch.nn."""
 
+from .embedding import QEmbedding, QEmbeddingBag
 from .encoder import EncoderLayer
 from .linear import QLinear
 from .module import QModule
+from .multihead_attention import QMultiheadAttention
 from .rnn import QGRU, QLSTM
 from .rnn_cells import QGRUCell, QLSTMCell, QRNNCell
 
-__all__ = ["QGRU", "QLSTM", "EncoderLayer", "QGRUCell", "QLSTMCell", "QLinear", "QModule", "QRNNCell"]
+__all__ = [
+    "QGRU",
+    "QLSTM",
+    "EncoderLayer",
+    "QEmbedding",
+    "QEmbeddingBag",
+    "QGRUCell",
+    "QLSTMCell",
+    "QLinear",
+    "QModule",
+    "QMultiheadAttention",
+    "QRNNCell",
+]

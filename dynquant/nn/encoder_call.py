@@ -28,6 +28,7 @@ from .attention import (
 )
 from .linear import QLinear
 from .merged import MergedLinear
+from .multihead_attention import QMultiheadAttention
 
 _linear_dynamic = torch.ops.dynquant.linear_dynamic.default
 _linear_norm = torch.ops.dynquant.linear_norm.default
@@ -36,7 +37,7 @@ _attention = torch.ops.dynquant.attention.default
 
 Tensors = list[Tensor | None]
 SAMPLE_SIZE = 61
-_HOLDERS = (nn.ModuleList, nn.MultiheadAttention)
+_HOLDERS = (nn.ModuleList, nn.MultiheadAttention, QMultiheadAttention)
 _GLOBAL_HOOKS = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
 
 
@@ -324,10 +325,7 @@ def _check_parts(layer: nn.Module, base: type[nn.Module], pattern: TransformerLa
         if type(part) is nn.Dropout:
             _require(not part.training, f"{name} is in training mode")
             continue
-        ours = type(part).__module__ == base.__module__ or type(part) in (
-            nn.ModuleList,
-            nn.MultiheadAttention,
-        )
+        ours = type(part).__module__ == base.__module__ or type(part) in _HOLDERS
         _require(name in holders and ours, f"{name or 'the layer'} is a {type_name(part)}")
         _require(not part.training, f"{name} is in training mode")
 
@@ -387,8 +385,14 @@ def _projections(
 def _projections_of_torch(
     layer: nn.Module, pattern: TransformerLayer, up: QLinear, call: EncoderCall
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None, list[int], int]:
-    """Of an nn.MultiheadAttention, whose float in_proj is quantized in the scheme of another layer."""
+    """Of a QMultiheadAttention; or of an nn.MultiheadAttention, whose float in_proj is quantized in the
+    scheme of ``up``."""
     part = _part(layer, pattern.in_proj)
+    own = part.in_proj_weight
+    if type(part) is QMultiheadAttention and own is not None:
+        _require(own.config.activations == "per_token", f"{pattern.in_proj} is quantized per_tensor")
+        code = own.config.encode(part.embed_dim)
+        return tensors_of(own), part.in_proj_bias, [part.embed_dim] * 3, code
     _require(type(part) is nn.MultiheadAttention, f"{pattern.in_proj} is a {type(part).__name__}")
     weight, bias = part.in_proj_weight, part.in_proj_bias
     _require(weight is not None, "key or value have sizes of their own")
@@ -437,6 +441,8 @@ def _places(layer: nn.Module, pattern: TransformerLayer) -> Iterator[tuple[dict[
             yield state, "forward"
         if isinstance(module, QLinear):
             yield state, "_packed"
+        elif isinstance(module, QMultiheadAttention):
+            yield state, "_prepared"
         elif type(module) is nn.Dropout or (module._modules and module is not layer):
             yield state, "training"
         if isinstance(module, MergedLinear):

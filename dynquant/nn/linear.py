@@ -15,7 +15,16 @@ from ..own_thread import on_own_thread
 from ..patterns.activations import apply_float
 from ..patterns.hugging_face import CONV1D
 from ..patterns.registry import type_name
-from ..qtensor import FLOAT_WORDS, QTensor, dequantize, tensors_of, to_device, weight_scale, with_tensor
+from ..qtensor import (
+    FLOAT_WORDS,
+    QTensor,
+    as_packed,
+    dequantize,
+    tensors_of,
+    to_device,
+    weight_scale,
+    with_tensor,
+)
 from ..reference import FLOAT_DTYPES
 from . import tied
 from .layouts import is_dense, of_nested, refusal
@@ -165,6 +174,7 @@ class QLinear(LinearNames):
         if weight.shape != expected:
             got = list(weight.shape)
             raise ValueError(f"QLinear: expected a weight of shape {list(expected)}, got {got}")
+        weight = as_packed(weight)
         scale, zero_point = self.activation_scale, self.activation_zero_point
         qparams = None if scale is None or zero_point is None else (scale, zero_point)
         if qparams is not None:

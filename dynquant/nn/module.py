@@ -110,6 +110,11 @@ class QModule(nn.Module):
         """Whether it may have been made of this float module, by its sizes."""
         return True
 
+    @classmethod
+    def why_not(cls, float_module: nn.Module) -> str | None:
+        """Why a float module of the right type cannot be quantized, as a clause; None if it can."""
+        return None
+
     # ---- scheme and contents
 
     @property
@@ -133,6 +138,12 @@ class QModule(nn.Module):
         Assigning one of them to the attribute makes two modules share it, as tied float modules do.
         """
         raise NotImplementedError(f"{type(self).__name__} has no quantized_weights")
+
+    def shares(self, name: str, weight: QTensor) -> bool:
+        """Whether this weight, which another module made of the same float parameter, may be the one of the
+        name here too."""
+        own = self.quantized_weights()[name]
+        return own.config == weight.config and own.is_rows == weight.is_rows
 
     def int8_tensors(self) -> dict[str, Tensor]:
         """Its int8 tensors by name, those of its submodules too: the packed weights."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..config import Config, rotation_block
 from ..own_thread import on_own_thread
-from ..qtensor import FLOAT_WORDS, QTensor, tensors_of, to_device, with_tensor
+from ..qtensor import FLOAT_WORDS, QTensor, as_packed, tensors_of, to_device, with_tensor
 from ..reference import FLOAT_DTYPES
 from . import tied
 from .module import QModule
@@ -55,6 +55,9 @@ class NamedWeights(QModule):
         _weight_names: tuple[str, ...]
         _prepared: Any
 
+    takes_rows: ClassVar[bool] = False
+    """Whether weights may be in rows (``QTensor.is_rows``), as :meth:`_init_tensors` then makes them."""
+
     def _init_tensors(
         self, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor | None], config: Config
     ) -> None:
@@ -73,7 +76,7 @@ class NamedWeights(QModule):
                 copy = bias.detach().clone(memory_format=torch.contiguous_format)
                 self.register_parameter(name, nn.Parameter(copy, requires_grad=False))
         made = {
-            name: _named(name, quantized, weight, config_of_weight(config, weight.shape[1]))
+            name: _named(name, quantized, weight, config_of_weight(config, weight.shape[1]), self.takes_rows)
             for name, weight in weights.items()
         }
         self._set_weights(made)
@@ -87,6 +90,8 @@ class NamedWeights(QModule):
                     f"{type(self).__name__}: expected {name} of shape {list(present.shape)}, got "
                     f"{list(weight.shape)}"
                 )
+        if not self.takes_rows:
+            weights = {name: as_packed(weight) for name, weight in weights.items()}
         self.__dict__.update(weights)
         # As in QLinear: sizes, broadcasts and devices of a model are read from its buffers.
         packed = {
@@ -131,7 +136,7 @@ class NamedWeights(QModule):
                 f"{type(self).__name__}: expected a tensor for .{name}, got {type(value).__name__}"
             )
         present: QTensor = self.__dict__[name]
-        return _named(name, quantized, value, present.config)
+        return _named(name, quantized, value, present.config, present.is_rows)
 
     # ---- answers of a QModule
 

@@ -84,13 +84,14 @@ def read_weight(
     weight, scale, format = entries["weight"], entries["weight_scale"], entries["format"]
     if is_float_weight(entries):
         _check_shape(weight, list(like.shape))
-        weight = quantized(weight.to(device), config)
+        weight = quantized(weight.to(device), config, like.is_rows)
         return (weight if device is None else with_dtype(weight, like.dtype)), config
     version, saved, dtype = read_format(format)
     _check_shape(weight, [*like.shape, 1] if version > 1 else list(like.shape))
     if saved.epilogue != config.epilogue:
         raise ValueError(f"expected epilogue {config.epilogue!r}, got {saved.epilogue!r}")
-    return QTensor.from_int8(weight.reshape(like.shape).to(device), scale.to(device), saved, dtype), saved
+    weight_int8 = weight.reshape(like.shape).to(device)
+    return QTensor.from_int8(weight_int8, scale.to(device), saved, dtype, like.is_rows), saved
 
 
 def read_named_weight(
@@ -117,10 +118,11 @@ def read_named_weight(
                 f"expected float weights, since the state_dict has no format, got {weight.dtype}"
             )
         _check_shape(weight, list(like.shape))
-        made = quantized(weight.to(device), config)
+        made = quantized(weight.to(device), config, like.is_rows)
         return made if device is None else with_dtype(made, dtype)
     _check_shape(weight, [*like.shape, 1])
-    return QTensor.from_int8(weight.reshape(like.shape).to(device), scale.to(device), config, dtype)
+    weight_int8 = weight.reshape(like.shape).to(device)
+    return QTensor.from_int8(weight_int8, scale.to(device), config, dtype, like.is_rows)
 
 
 def _check_shape(weight: Tensor, expected: list[int]) -> None:
@@ -322,10 +324,10 @@ def for_autograd(tensor: Tensor) -> Tensor:
         return tensor.clone()
 
 
-def quantized(weight: Tensor, config: Config) -> QTensor:
+def quantized(weight: Tensor, config: Config, rows: bool = False) -> QTensor:
     """:meth:`QTensor.quantize` with a ValueError that does not name the op."""
     try:
-        return QTensor.quantize(weight, config)
+        return QTensor.quantize(weight, config, rows)
     except RuntimeError as error:
         raise ValueError(str(error).removeprefix("quantize_weight: ")) from None
 

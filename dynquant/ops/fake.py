@@ -19,6 +19,7 @@ from ..reference.checks import (
     check_rotation,
     check_weight,
 )
+from ..reference.embedding import check_embedding, check_embedding_bag
 from ..reference.layout import check_packed_k
 from ..reference.linear import check_int8_mm, check_operands
 from ..reference.mlp import Tensors, channels, check_linear_mlp, check_linear_norm, check_mlp
@@ -212,3 +213,29 @@ def rnn(
     shape = check_rnn_operands(x, state, input_layer, hidden_layer, projection, configs, cell, batch_sizes)
     like_output = _like(x, shape.out, configs[0])
     return [like_output, *(like_output.new_empty(tensor.shape) for tensor in state)]
+
+
+# ---- embeddings ----
+
+
+def embedding(indices: Tensor, weight: Tensor, weight_scale: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+    check_embedding("embedding", indices, weight, weight_scale, k, dtype)
+    return weight.new_empty(*indices.shape, k, dtype=dtype)
+
+
+def embedding_bag(
+    indices: Tensor,
+    offsets: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    per_sample_weights: Tensor | None,
+    k: int,
+    mode: int,
+    include_last_offset: bool,
+    padding_idx: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    check_embedding_bag(
+        indices, offsets, weight, weight_scale, per_sample_weights, k, mode, include_last_offset, dtype
+    )
+    return weight.new_empty(offsets.shape[0] - int(include_last_offset), k, dtype=dtype)

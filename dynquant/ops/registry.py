@@ -106,6 +106,17 @@ OPS: tuple[Op, ...] = (
         Derivative.REFUSED,
         composed=True,
     ),
+    Op(
+        "embedding(Tensor indices, Tensor weight, Tensor weight_scale, int k, ScalarType dtype) -> Tensor",
+        fake.embedding,
+    ),
+    Op(
+        "embedding_bag(Tensor indices, Tensor offsets, Tensor weight, Tensor weight_scale, "
+        "Tensor? per_sample_weights, int k, int mode, bool include_last_offset, int padding_idx, "
+        "ScalarType dtype) -> Tensor",
+        fake.embedding_bag,
+        Derivative.REFUSED,
+    ),
 )
 
 library = torch.library.Library("dynquant", "DEF")

@@ -12,6 +12,9 @@ from typing import Any
 CONV1D = "transformers.pytorch_utils.Conv1D"
 """GPT-2's linear layer, whose weight is [K, N]."""
 
+LINEAR_FORWARDS = frozenset({"transformers.models.falcon.modeling_falcon.FalconLinear"})
+"""Subclasses of nn.Linear whose forward is another spelling of nn.Linear's: x @ weight.T + bias."""
+
 RMS_NORMS = {
     "transformers.models.llama.modeling_llama.LlamaRMSNorm": "variance_epsilon",
     "transformers.models.t5.modeling_t5.T5LayerNorm": "variance_epsilon",

@@ -9,6 +9,7 @@ give the same bits. Three habits keep that true on every backend: a constant div
 from .arithmetic import fma
 from .attention import attention
 from .checks import FLOAT_DTYPES
+from .embedding import embedding, embedding_bag
 from .epilogue import apply_epilogue
 from .layout import pack_weight, packed_shape, unpack_weight
 from .linear import dequantize, int8_mm, linear_dynamic, linear_static
@@ -23,6 +24,8 @@ __all__ = [
     "attention",
     "choose_qparams",
     "dequantize",
+    "embedding",
+    "embedding_bag",
     "fma",
     "int8_mm",
     "layer_norm",

@@ -19,7 +19,7 @@ from torch.ao.quantization import (
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import dynquant
-from dynquant import Config, QLinear, quantize_dynamic
+from dynquant import Config, QLinear, QMultiheadAttention, quantize_dynamic
 from tests.support.nets import CountInt8, Net, assert_unchanged, converted, net, state
 from tests.support.same_bits import assert_same_bits
 
@@ -193,7 +193,7 @@ class Subclass(nn.Linear):
 
 class OtherForward(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * 2
+        return x @ self.weight.t() * 2
 
 
 def test_subclasses_where_the_forward_is_nn_linears_own():
@@ -385,13 +385,14 @@ def test_transformer_encoder(batch_first, options):
     model = _encoder(batch_first, **options)
     quantized = quantize_dynamic(model)
     assert len(converted(quantized)) == 6
+    assert type(quantized.layers[0].self_attn) is QMultiheadAttention
     x = torch.randn(3, 5, 32)
     padding = torch.zeros(3 if batch_first else 5, 5 if batch_first else 3, dtype=torch.bool)
     padding[-1, -2:] = True
     for mask in (None, padding):
         with torch.inference_mode(), CountInt8() as count:
             y = quantized(x, src_key_padding_mask=mask)
-        assert count.calls == 6, "out_proj, linear1, linear2 of two layers"
+        assert count.calls == 8, "in_proj, out_proj, linear1, linear2 of two layers"
         expected = model(x, src_key_padding_mask=mask)
         tokens = ~mask if mask is not None else torch.ones_like(padding, dtype=torch.bool)
         tokens = tokens if batch_first else tokens.t()
@@ -412,11 +413,11 @@ def test_multihead_attention(options, need_weights):
     key, value = torch.randn(3, 2, options.get("kdim", 16)), torch.randn(3, 2, options.get("vdim", 16))
     with CountInt8() as count:
         y, attention = quantized(query, key, value, need_weights=need_weights)
-    assert count.calls == 1
+    assert count.calls == 4
     expected, expected_attention = model(query, key, value, need_weights=need_weights)
     assert ((y - expected).norm() / expected.norm()) < 0.03
     if need_weights:
-        torch.testing.assert_close(attention, expected_attention)
+        torch.testing.assert_close(attention, expected_attention, rtol=0.1, atol=0.01)
 
 
 def test_transformer_with_decoder():
@@ -426,7 +427,7 @@ def test_transformer_with_decoder():
     source, target = torch.randn(2, 5, 16), torch.randn(2, 4, 16)
     with CountInt8() as count:
         y = quantized(source, target)
-    assert count.calls == 3 + 4
+    assert count.calls == 4 + 7
     assert ((y - model(source, target)).norm() / y.norm()) < 0.05
 
 

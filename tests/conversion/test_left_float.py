@@ -22,7 +22,7 @@ from torch.ao.quantization.quantization_mappings import get_default_dynamic_quan
 from transformers.pytorch_utils import Conv1D
 
 import dynquant
-from dynquant import QLinear, quantize_dynamic
+from dynquant import QEmbedding, QLinear, quantize_dynamic
 from tests.support.nets import converted
 from tests.support.reporting import names, reasons, reported
 
@@ -49,7 +49,7 @@ def said(call: Callable[[], Any]) -> tuple[Any, str | None]:
 
 
 class OwnForward(nn.Linear):
-    """As FalconLinear."""
+    """A linear layer that does not call F.linear."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight.T + self.bias
@@ -87,7 +87,7 @@ LINEAR = "1 layer converted; left as they are: "
         (
             lambda: nn.Sequential(nn.Linear(8, 8), *(OwnForward(8, 8) for _ in range(8))),
             None,
-            LINEAR + "8 OwnForward ('1', '2', '3' and 5 more): its forward is not that of Linear",
+            LINEAR + "8 OwnForward ('1', '2', '3' and 5 more): its forward is not that of Linear, and reads",
         ),
         (
             lambda: nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.RNN(8, 8))),
@@ -157,7 +157,7 @@ def test_the_report_has_the_rows() -> None:
         _, report = reported(model, X)
     assert names(report) == ["4"]
     assert {name: reason.split(";")[0] for name, reason in reasons(report).items()} == {
-        "0": "its forward is not that of Linear",
+        "0": "its forward is not that of Linear, and reads the weight by T",
         "1": "its weights are 3-D, a matrix for each expert, and there is no int8 version of such a module",
         "2": "accelerate replaced its forward",
         "3": "torch.jit.script or torch.jit.trace made it",
@@ -188,7 +188,7 @@ def test_a_fusion_without_effect() -> None:
     both = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), OwnForward(8, 8))
     _, message = said(lambda: quantize_dynamic(both, fuse=True))
     assert message is not None
-    assert "1 OwnForward ('2'): its forward is not that of Linear. fuse: nothing was fused" in message
+    assert "1 OwnForward ('2'): its forward is not that of Linear, and reads the weight by T. fuse" in message
     fused, message = said(lambda: quantize_dynamic(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), fuse=True))
     assert message is None
     assert said(lambda: dynquant.fuse(fused))[1] is None, "fused before"
@@ -213,14 +213,8 @@ IDS = torch.arange(6).reshape(3, 2)
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        (
-            {nn.Embedding: float_qparams_weight_only_qconfig},
-            "1 Embedding ('embedding'): its qconfig asks for",
-        ),
-        (
-            {"embedding": float_qparams_weight_only_qconfig},
-            "weights of torch.quint8, which dynquant does not",
-        ),
+        ({nn.Embedding: float_qparams_weight_only_qconfig}, None),
+        ({"embedding": float_qparams_weight_only_qconfig}, None),
         (
             {nn.LSTM: float16_dynamic_qconfig},
             "1 LSTM ('lstm'): its qconfig asks for weights of torch.float16",
@@ -235,6 +229,8 @@ def test_specs_that_torch_ao_takes(more: dict[Any, Any], sentence: str | None) -
     quantized, message = said(lambda: quantize_dynamic(Net(), spec))
     assert converted(quantized) == ["head"]
     assert type(quantized.lstm) is nn.LSTM
+    asks_for_embedding = not {nn.Embedding, "embedding"}.isdisjoint(more)
+    assert type(quantized.embedding) is (QEmbedding if asks_for_embedding else nn.Embedding)
     assert (message is None) == (sentence is None)
     assert sentence is None or sentence in str(message)
 

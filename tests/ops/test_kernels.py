@@ -484,6 +484,11 @@ def opcheck_cases() -> dict[str, tuple[object, ...]]:
             *(x, list(square.arguments), *around, [square.config, *configs]),
             *(x, norm, norm, 1e-5, 0, False),
         ),
+        "embedding": (torch.tensor([[1, 9], [0, 3]]), q, weight_scale, 24, torch.bfloat16),
+        "embedding_bag": (
+            *(torch.tensor([1, 9, 3]), torch.tensor([0, 1]), q, weight_scale, torch.rand(3)),
+            *(24, 0, False, -1, torch.float32),
+        ),
         "attention": (*(random_x(2, 4, 5, 8, seed=s) for s in range(3)), torch.rand(5, 5) < 0.5, True, 0.3),
     }
 

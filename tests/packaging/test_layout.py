@@ -26,7 +26,7 @@ ROOMS = (
     {"checkpoint"},
     {"nn"},
     {"qtensor", "ops"},
-    {"reference"},
+    {"reference", "traced_reads"},
     {"environment", "after_import", "own_thread"},
     {"config"},
     {"patterns", "_extension", "_version", "extras", "progress"},

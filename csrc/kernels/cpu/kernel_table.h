@@ -99,6 +99,24 @@ struct RnnStep {
   float* c;                               // LSTM: [m][hidden], replaced
 };
 
+enum class BagMode : int { kSum, kMean, kMax };
+
+// Rows of an int8 table, reduced in bags: bag b has the rows indices[i] for i from offsets[b] to
+// offsets[b + 1], the last one to `end`; without offsets it is the one row indices[b].
+struct EmbeddingBags {
+  const int8_t* table;  // row r at table + r * row_bytes; for panels > 1 a packed weight of such panels
+  int64_t panel, row_bytes, k;
+  const float* scale;      // of each row
+  const int64_t* indices;  // [count], in range
+  int64_t count;
+  const int64_t* offsets;  // [bags] or null
+  int64_t bags, end;
+  const float* weights;   // [count], factors of the scales, or null
+  int64_t padding_index;  // of rows that no bag counts; -1 for none
+  BagMode mode;
+  Destination out;  // [bags][k]; its epilogue is not applied
+};
+
 // Calls with 2 to kFewRows rows may use a separate kernel table.
 constexpr int64_t kFewRows = 7;
 
@@ -183,6 +201,9 @@ struct KernelTable {
   // Queries [begin, end) of a head, whose packed blocks lie one behind the other.
   void (*attend)(const AttentionHead& head, int64_t begin, int64_t end, const uint8_t* packed,
                  uint8_t* scratch);
+
+  // Bags [first, last).
+  void (*embedding_bags)(const EmbeddingBags& args, int64_t first, int64_t last);
 };
 
 // Threads share out the channels of a GEMM in blocks of this many.

@@ -27,6 +27,7 @@ void store_part(T* p, F x, int64_t count) {
 #include "cpu/generic/rnn.h"
 #include "cpu/generic/softmax.h"
 #include "cpu/generic/attention.h"
+#include "cpu/generic/embedding.h"
 
 constexpr KernelTable make_kernels(const char* name, double gops, const KernelTable* few_rows = nullptr,
                                    const ThreadScope* scope = &kFloatModes) {
@@ -60,5 +61,6 @@ constexpr KernelTable make_kernels(const char* name, double gops, const KernelTa
       pack_keys,
       attention_scratch,
       attend,
+      embedding_bags,
   };
 }

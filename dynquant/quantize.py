@@ -18,6 +18,7 @@ from .conversion.select import select
 from .conversion.sources import EMBEDDINGS, default_mapping
 from .conversion.spec import read_spec
 from .conversion.swap import Converted, convert, swap
+from .freed_memory import return_freed_memory
 from .fusion.hugging_face_attention import use_int8_attention
 from .fusion.modules import describe_unfused, fuse_steps, planned_epilogues
 from .measurement.attention import judge_attention
@@ -180,7 +181,15 @@ def quantize_dynamic(
             **limits,
         )
     _warn(unusual, unfused if plan.converted else None, unchanged)
+    # The plan holds the float modules: without it those of a model that was converted in place are freed.
+    size = sum(weight.numel() for layer in result.modules() for weight in _quantized_weights(layer))
+    del plan
+    return_freed_memory(size)
     return result if made_report is None else (result, made_report)
+
+
+def _quantized_weights(module: nn.Module) -> Iterable[Tensor]:
+    return module.quantized_weights().values() if isinstance(module, QModule) else ()
 
 
 def _convert(model: nn.Module, plan: Plan) -> list[Converted]:

@@ -26,6 +26,9 @@ class State(nn.Module):
         super().__init__()
         self.__dict__["module"] = module
         self.dtype = next(iter(module.quantized_weights().values())).dtype
+        for size in ("in_features", "out_features"):  # which some families' _init_weights read
+            if hasattr(module, size):
+                setattr(self, size, getattr(module, size))
         entries: dict[str, Tensor] = {}
         module._save_to_state_dict(entries, "", False)
         shapes = {name: (tuple(value.shape), value.dtype) for name, value in entries.items()}

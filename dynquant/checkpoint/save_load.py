@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config
+from ..freed_memory import return_freed_memory
 from ..nn.module import QModule
 from ..own_thread import on_own_thread
 from ..patterns.activations import epilogue_of
@@ -80,7 +81,9 @@ def load(model: nn.Module, path: Path) -> nn.Module:
         raise TypeError(f"dynquant.load: expected an nn.Module, got {type(model).__name__}")
     with naming(path), torch.inference_mode(False), torch.no_grad():
         saved = SavedFile(path)
-        return on_own_thread([*model.parameters(), *model.buffers()], lambda: _load(model, saved))
+        result = on_own_thread([*model.parameters(), *model.buffers()], lambda: _load(model, saved))
+    return_freed_memory(sum(torch.Size(shape).numel() for _, shape in saved.header.values()))
+    return result
 
 
 def _load(model: nn.Module, saved: SavedFile) -> nn.Module:

@@ -73,8 +73,6 @@ class MergedGroup:
         schemes = {(layer._packed[-1], layer.weight.dtype, layer.bias is None) for layer in self.layers}
         if len(schemes) > 1 or len({(part.device, part.shape[1:]) for part in packed}) > 1:
             return False
-        if packed[0].device.type == "meta":
-            return False
         if _common_qparams(self.layers) is None and any(layer._packed[3] for layer in self.layers):
             return False
         n, k = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
@@ -162,4 +160,7 @@ def _common_qparams(layers: Sequence[QLinear]) -> tuple[Tensor, Tensor] | None:
 def _are_same(a: tuple[Tensor, Tensor] | None, b: tuple[Tensor, Tensor] | None) -> bool:
     if a is None or b is None:
         return a is b
-    return all(x.device == y.device and torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    return all(
+        x.device == y.device and (x.device.type == "meta" or torch.equal(x, y))
+        for x, y in zip(a, b, strict=True)
+    )

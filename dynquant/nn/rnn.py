@@ -33,6 +33,12 @@ def scheme_text(config: Config) -> str:
     return text + (f", rotation=hadamard({config.rotation_block})" if config.rotation_block else "")
 
 
+def call_of_leaf(module: nn.Module, input: torch.fx.Proxy, hx: Any) -> torch.fx.Proxy:
+    """The node of a call for torch.fx.symbolic_trace, which keeps nn.LSTM and the like whole too."""
+    tracer: Any = input.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (input, hx), {})
+
+
 def check_input_tensor(module: nn.Module, x: Any, input_size: int, device: torch.device) -> None:
     """The requirements on the input of every recurrent module but its dimensions."""
     kind = type(module).__name__
@@ -158,6 +164,8 @@ class QRecurrent(NamedWeights):
         return (self.hidden_size,)
 
     def forward(self, input: Any, hx: Any = None) -> Any:
+        if isinstance(input, torch.fx.Proxy):
+            return call_of_leaf(self, input, hx)
         if isinstance(input, PackedSequence):
             return self._of_packed(input, hx)
         x = input

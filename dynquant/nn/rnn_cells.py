@@ -14,6 +14,7 @@ from .named_weights import NamedWeights
 from .rnn import (
     Device,
     biases_of,
+    call_of_leaf,
     check_input_tensor,
     check_state_tensor,
     make_direction,
@@ -77,7 +78,9 @@ class QRecurrentCell(NamedWeights):
     def _cell(self) -> str:
         return self.cell
 
-    def forward(self, input: Tensor, hx: Any = None) -> Any:
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        if isinstance(input, torch.fx.Proxy):
+            return call_of_leaf(self, input, hx)
         kind, direction = type(self).__name__, self._prepared
         dim = input.dim() if isinstance(input, Tensor) else 2
         if dim not in (1, 2):

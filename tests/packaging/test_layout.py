@@ -27,7 +27,7 @@ ROOMS = (
     {"nn"},
     {"qtensor", "ops"},
     {"reference", "traced_reads"},
-    {"environment", "after_import", "own_thread"},
+    {"environment", "after_import", "own_thread", "freed_memory"},
     {"config"},
     {"patterns", "_extension", "_version", "extras", "progress"},
 )

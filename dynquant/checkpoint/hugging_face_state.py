@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,10 +21,16 @@ class State(nn.Module):
     Attributes:
         module: the quantized module, on meta.
         dtype: of its weights in the model without weights.
+        buffers_of: the names of the buffers that no file holds. transformers fills them by the class of the
+            float module, which is there as the child ``unsaved`` for that.
     """
 
-    def __init__(self, module: QModule, static: bool, children: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self, module: QModule, static: bool, children: Mapping[str, nn.Module], float_module: nn.Module
+    ) -> None:
         super().__init__()
+        unsaved = float_module._non_persistent_buffers_set & module._buffers.keys()
+        self.buffers_of = tuple(name for name in unsaved if module._buffers[name] is not None)
         self.__dict__["module"] = module
         self.dtype = next(iter(module.quantized_weights().values())).dtype
         for size in ("in_features", "out_features"):  # which some families' _init_weights read
@@ -43,6 +50,8 @@ class State(nn.Module):
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         for name, child in children.items():
             self.add_module(name, child)
+        if self.buffers_of:
+            self.add_module("unsaved", _without_parameters(float_module))
 
     def build(self, name: str, dtype: torch.dtype) -> QModule:
         """The module with the loaded values, and with weights of ``dtype``.
@@ -57,6 +66,8 @@ class State(nn.Module):
                 f"{', '.join(missing)} of it"
             )
         module: QModule = self.__dict__["module"]
+        for buffer in self.buffers_of:
+            module._buffers[buffer] = self.unsaved._buffers[buffer]
         module.load_state_dict(self.state_dict(), assign=True)
         return module.to(dtype).train(self.training)
 
@@ -81,36 +92,47 @@ def put_states(model: nn.Module, schemes: Mapping[str, Mapping[str, Any]]) -> No
         name: Config(**{word: value for word, value in scheme.items() if word != "static"})
         for name, scheme in schemes.items()
     }
-    floats = {name: type(model.get_submodule(name)).__name__ for name in configs}
+    floats = {name: model.get_submodule(name) for name in configs}
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
     spec = {name: configs.get(name) for name in names}
     if configs:
         quantize_function()(model, spec, inplace=True)
     states: dict[nn.Module, State] = {}
-    for name, scheme in schemes.items():
+    for name in schemes:
         module = model.get_submodule(name)
         if isinstance(module, State):
             continue
         if not isinstance(module, QModule):
             raise ValueError(
                 f"dynquant: config.json says that layer {name!r} is quantized, but in this model it is a "
-                f"{floats[name]}"
+                f"{type(floats[name]).__name__}"
             )
         if module not in states:
-            states[module] = _state_of(name, module, scheme, schemes)
+            states[module] = _state_of(name, module, schemes, floats)
         replace_module(model, name, states[module])
 
 
 def _state_of(
-    name: str, module: QModule, scheme: Mapping[str, Any], schemes: Mapping[str, Mapping[str, Any]]
+    name: str,
+    module: QModule,
+    schemes: Mapping[str, Mapping[str, Any]],
+    floats: Mapping[str, nn.Module],
 ) -> State:
     children: dict[str, nn.Module] = {}
     for child, part in module.named_children():
-        inner = schemes.get(f"{name}.{child}", {})
-        children[child] = (
-            _state_of(f"{name}.{child}", part, inner, schemes) if isinstance(part, QModule) else part
-        )
-    return State(module, bool(scheme.get("static")), children)
+        inner = f"{name}.{child}"
+        children[child] = _state_of(inner, part, schemes, floats) if isinstance(part, QModule) else part
+    return State(module, bool(schemes.get(name, {}).get("static")), children, floats.get(name, module))
+
+
+def _without_parameters(float_module: nn.Module) -> nn.Module:
+    """A module of the same class with the same buffers, and no parameter that could be missing in a file."""
+    stub = copy.copy(float_module)
+    stub.__dict__.update(_parameters={}, _modules={}, _buffers=dict(float_module._buffers))
+    weight = torch.empty(0)
+    weight._is_hf_initialized = True  # type: ignore[attr-defined]
+    stub.__dict__.update(weight=weight, bias=None)
+    return stub
 
 
 def tie(a: nn.Module, b: nn.Module) -> None:

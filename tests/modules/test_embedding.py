@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -306,6 +307,17 @@ def test_a_tied_head_and_its_embedding_hold_one_weight(scheme: dict[str, Any]) -
     moved = copy.deepcopy(quantized).to(torch.bfloat16)
     assert moved.embed.weight is moved.head.weight
     assert moved.embed(IDS).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_saved_to_one_file(tied: bool, tmp_path: Path) -> None:
+    quantized = quantize_dynamic(Language(tied), embeddings=True)
+    dynquant.save(quantized, tmp_path / "language.safetensors")
+    torch.manual_seed(5)
+    loaded = dynquant.load(Language(tied), tmp_path / "language.safetensors")
+    assert_same_bits(loaded(IDS), quantized(IDS))
+    assert type(loaded.embed) is QEmbedding
+    assert (loaded.embed.weight is loaded.head.weight) == tied
 
 
 def test_measured_and_reported() -> None:

@@ -8,6 +8,7 @@ import itertools
 import pickle
 import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -434,6 +435,18 @@ def test_a_fused_layer_runs_its_ops_with_a_converted_attention() -> None:
     restored.layers[0].restore()
     with torch.no_grad():
         torch.testing.assert_close(restored(x), quantized(x))
+
+
+@pytest.mark.parametrize("options", [{}, {"fuse": True}], ids=str)
+def test_saved_to_one_file(options: dict[str, Any], tmp_path: Path) -> None:
+    model = nn.TransformerEncoder(layer(), 2).eval()
+    quantized = quantize_dynamic(model, **options)
+    dynquant.save(quantized, tmp_path / "encoder.safetensors")
+    loaded = dynquant.load(nn.TransformerEncoder(layer(), 2).eval(), tmp_path / "encoder.safetensors")
+    x = torch.randn(2, 6, E)
+    with torch.no_grad():
+        assert_same_bits(loaded(x), quantized(x))
+    assert type(loaded.layers[1].self_attn) is QMultiheadAttention
 
 
 # ---- conversion

@@ -79,7 +79,8 @@ def bench(
     sections: Annotated[
         str | None,
         typer.Option(
-            help="Subset of linear, avx2, option_cost, kernels, memory, attention, encoder, contention."
+            help="Subset of linear, avx2, option_cost, kernels, memory, attention, recurrent, encoder, "
+            "contention."
         ),
     ] = None,
     isa: Annotated[str | None, typer.Option(help="Force an instruction set, e.g. avx2.")] = None,

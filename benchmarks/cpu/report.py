@@ -9,6 +9,7 @@ from typing import Any
 
 from ..shared.tables import table
 from ..shared.targets import Target
+from . import recurrent
 from .baselines import INT8_BASELINES, OURS
 from .encoder_report import attention_text, encoder_text
 from .linear import best_of, times
@@ -50,6 +51,8 @@ def markdown(results: Results, targets: Sequence[Target]) -> str:
         parts.append(_memory(results["memory"]))
     if results.get("attention"):
         parts.append(attention_text(results["attention"]))
+    if results.get("recurrent"):
+        parts.append(recurrent.text(results["recurrent"]))
     if results.get("encoder"):
         parts.append(encoder_text(results["encoder"]))
     if results.get("contention"):

@@ -32,13 +32,24 @@ from . import (
     memory,
     option_cost,
     plot,
+    recurrent,
     report,
     roofline,
     targets,
 )
 from .baselines import BASELINES, OURS
 
-SECTIONS = ("linear", "avx2", "option_cost", "kernels", "memory", "attention", "encoder", "contention")
+SECTIONS = (
+    "linear",
+    "avx2",
+    "option_cost",
+    "kernels",
+    "memory",
+    "attention",
+    "recurrent",
+    "encoder",
+    "contention",
+)
 FORMER_SECTIONS = {"additions": "option_cost", "busy": "contention"}  # old names, still accepted
 QUICK_LIMIT = 1 << 28  # multiply-accumulates
 
@@ -215,6 +226,8 @@ def _section(section: str, options: Options) -> Any:
     if section == "attention":
         shapes = attention.SHAPES[-1:] if options.quick else attention.SHAPES
         return attention.run(options.threads, rounds=rounds, seconds=seconds, log=_log, shapes=shapes)
+    if section == "recurrent":
+        return recurrent.run(rounds=rounds, seconds=seconds, log=_log, quick=options.quick)
     if section == "encoder":
         # Three models in up to 15 versions: shorter than the other sections, and 10 minutes all the same.
         rounds, seconds = min(rounds, 7), 0.01 if options.quick else 0.15

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from ..shared.targets import Target
+from . import recurrent
 from .baselines import INT8_BASELINES, OURS
 from .encoder_targets import add_encoder_targets
 from .linear import best_of, times
@@ -83,6 +84,7 @@ def evaluate(results: Results) -> list[Target]:
     _option_cost_targets(targets, results.get("option_cost", []))
     _weight_targets(targets, results)
     add_encoder_targets(targets, results)
+    recurrent.add_targets(targets, results.get("recurrent", []))
     _contention_targets(targets, results.get("contention", {}))
     return targets.targets
 

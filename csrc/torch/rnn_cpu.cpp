@@ -94,11 +94,14 @@ Tensor state_in_fp32(const Tensor& values) {
 }
 
 std::vector<Tensor> rnn_op(const Tensor& x, at::TensorList state, const Tensors& input_layer,
-                           const Tensors& hidden_layer, const Tensors& projection, at::IntArrayRef configs,
-                           int64_t cell, const std::optional<Tensor>& batch_sizes, bool reverse) {
+                           const Tensors& hidden_layer, const std::optional<Tensors>& given_projection,
+                           at::IntArrayRef configs, int64_t cell, const std::optional<Tensor>& batch_sizes,
+                           bool reverse) {
   TORCH_CHECK(0 <= cell && cell < static_cast<int64_t>(kCells.size()), "rnn: expected cell in [0, ",
               kCells.size() - 1, "], got ", cell);
   const Cell& kind = kCells[static_cast<size_t>(cell)];
+  // AOTInductor passes an empty list as None.
+  const Tensors projection = given_projection.value_or(Tensors());
   TORCH_CHECK(configs.size() == 3, "rnn: expected a config of each layer and the projection, got ",
               configs.size(), " configs");
   check_float("rnn", "x", x);

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from .. import ops  # noqa: F401  registers torch.ops.dynquant
@@ -15,6 +16,7 @@ from ..qtensor import QTensor, dequantize
 from ..reference import FLOAT_DTYPES
 
 _rnn = torch.ops.dynquant.rnn.default
+_tracing_state = torch._C._get_tracing_state
 
 
 class Direction(NamedTuple):
@@ -48,10 +50,27 @@ def run_direction(
 
     They are those of torch's own layer with the dequantized weights: straight through the quantization.
     """
+    if _tracing_state() is not None:
+        raise RuntimeError(
+            f"{_name(direction)}: expected torch.export or torch.compile, since torch.jit.trace and "
+            "torch.jit.script cannot record its op"
+        )
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, (x, *state, *biases))):
+        raise NotImplementedError(
+            f"{_name(direction)}: expected inputs without tangents, since it has no forward-mode derivative"
+        )
     configs = _with_autocast_dtype(direction.configs, x)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *state, *biases)):
         return list(_StraightThrough.apply(direction, configs, batch_sizes, len(state), x, *state, *biases))
     return _call(direction, configs, x, state, biases, batch_sizes)
+
+
+def _name(direction: Direction) -> str:
+    return f"a quantized {CELLS[direction.cell].partition('_')[0].upper()}"
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _with_autocast_dtype(configs: list[int], x: Tensor) -> list[int]:

@@ -204,7 +204,7 @@ def rnn(
     state: Sequence[Tensor],
     input_layer: Tensors,
     hidden_layer: Tensors,
-    projection: Tensors,
+    projection: Tensors | None,
     configs: Sequence[int],
     cell: int,
     batch_sizes: Tensor | None = None,

@@ -100,7 +100,7 @@ OPS: tuple[Op, ...] = (
         Derivative.SDPA,
     ),
     Op(
-        "rnn(Tensor x, Tensor[] state, Tensor?[] input_layer, Tensor?[] hidden_layer, Tensor?[] projection, "
+        "rnn(Tensor x, Tensor[] state, Tensor?[] input_layer, Tensor?[] hidden_layer, Tensor?[]? projection, "
         "int[] configs, int cell, Tensor? batch_sizes=None, bool reverse=False) -> Tensor[]",
         fake.rnn,
         Derivative.REFUSED,

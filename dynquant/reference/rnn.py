@@ -36,7 +36,7 @@ def rnn(
     state: Sequence[Tensor],
     input_layer: Tensors,
     hidden_layer: Tensors,
-    projection: Tensors,
+    projection: Tensors | None,
     configs: Sequence[int],
     cell: int,
     batch_sizes: Tensor | None = None,
@@ -51,7 +51,7 @@ def rnn(
         state: h [B, P], of an LSTM c [B, H] too, of any float dtype. P is H without a projection.
         input_layer, hidden_layer: packed_weight, weight_sum, weight_scale and bias (or None) as
             linear_dynamic takes them, of shapes [gates H, K] and [gates H, P].
-        projection: likewise, [P, H]; empty: none.
+        projection: likewise, [P, H]; None or empty: none.
         configs: of the two layers and the projection (0 without one), without epilogue; the first one's
             out_dtype is the op's.
         cell: index into ``dynquant.config.CELLS``.
@@ -133,7 +133,7 @@ def check_rnn(
     state: Sequence[Tensor],
     input_layer: Tensors,
     hidden_layer: Tensors,
-    projection: Tensors,
+    projection: Tensors | None,
     configs: Sequence[int],
     cell: int,
     batch_sizes: Tensor | None,
@@ -165,7 +165,7 @@ def check_rnn_operands(
     state: Sequence[Tensor],
     input_layer: Tensors,
     hidden_layer: Tensors,
-    projection: Tensors,
+    projection: Tensors | None,
     configs: Sequence[int],
     cell: int,
     batch_sizes: Tensor | None,

@@ -168,9 +168,10 @@ def test_casts(dtype: torch.dtype) -> None:
         layer.to(torch.complex64)
 
 
-@pytest.mark.parametrize(
-    "scheme", [{"activations": "per_tensor"}, {"weights": "per_tensor"}, {"rotation": "hadamard"}]
-)
+SCHEMES = [{"activations": "per_tensor"}, {"weights": "per_tensor"}, {"rotation": "hadamard"}]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
 def test_schemes(kind: type[nn.Module], scheme: dict[str, Any]) -> None:
     torch.manual_seed(0)
@@ -179,10 +180,8 @@ def test_schemes(kind: type[nn.Module], scheme: dict[str, Any]) -> None:
     x = torch.randn(5, 4, K) if kind in LAYERS else torch.randn(5, K)
     with torch.no_grad():
         assert_close(layer(x), module(x), 25)
-    for name, value in scheme.items():
-        assert getattr(layer.config, {"rotation": "rotation_block"}.get(name, name)) == {"hadamard": 128}.get(
-            value, value
-        )
+    given = {"rotation_block": 128} if "rotation" in scheme else scheme
+    assert vars(layer.config).items() >= given.items()
     blocks = {weight.config.rotation_block for weight in layer.quantized_weights().values()}
     assert blocks == ({8} if "rotation" in scheme else {0})
     again = type(layer)(K, H, **scheme)
@@ -498,6 +497,45 @@ def test_export(kind: type[nn.Module]) -> None:
     assert_same(program.module()(x), layer(x))
     calls = [str(node.target) for node in program.graph.nodes if "dynquant" in str(node.target)]
     assert calls == ["dynquant.rnn.default"]
+
+
+@pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
+def test_a_trace_by_fx_has_one_node(kind: type[nn.Module]) -> None:
+    _, layer = pair(kind)
+    traced = torch.fx.symbolic_trace(nn.Sequential(layer))
+    assert [node.op for node in traced.graph.nodes] == ["placeholder", "call_module", "output"]
+    x = torch.randn(3, 2, K) if kind in LAYERS else torch.randn(2, K)
+    assert_same(traced(x), layer(x))
+
+
+def test_traces_and_transforms_that_would_be_wrong_are_refused() -> None:
+    _, layer = pair(nn.LSTM)
+    x = torch.randn(3, 2, K)
+    with pytest.raises(RuntimeError, match="a quantized LSTM: expected torch.export or torch.compile"):
+        torch.jit.trace(layer, x)
+    with pytest.raises(NotImplementedError, match="a quantized LSTM: expected inputs without tangents"):
+        torch.func.jvp(lambda x: layer(x)[0], (x,), (x,))
+    with pytest.raises(RuntimeError, match="dynquant::rnn"):
+        torch.func.vmap(lambda x: layer(x)[0])(x[None])
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    model, x = Tagger().eval(), torch.randn(5, 6, K)
+    for scheme in ({}, *SCHEMES):
+        quantized = quantize_dynamic(model, **scheme)
+        dynquant.save(quantized, tmp_path / "model.safetensors")
+        assert_same(dynquant.load(Tagger(), tmp_path / "model.safetensors").eval()(x), quantized(x))
+
+
+@pytest.mark.long
+def test_inductor_and_aot_inductor(tmp_path: Path) -> None:
+    torch.compiler.reset()
+    quantized, x = quantize_dynamic(Tagger().eval()), torch.randn(5, 6, K)
+    with torch.no_grad():
+        assert_same(torch.compile(quantized, fullgraph=True)(x), quantized(x))
+        program = torch.export.export(quantized, (x,))
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        assert_same(torch._inductor.aoti_load_package(path)(x), quantized(x))
 
 
 def test_functional_call_of_biases() -> None:

@@ -66,8 +66,9 @@ class State(nn.Module):
                 f"{', '.join(missing)} of it"
             )
         module: QModule = self.__dict__["module"]
+        filled = dict(self.named_buffers())
         for buffer in self.buffers_of:
-            module._buffers[buffer] = self.unsaved._buffers[buffer]
+            module._buffers[buffer] = filled[f"unsaved.{buffer}"]
         module.load_state_dict(self.state_dict(), assign=True)
         return module.to(dtype).train(self.training)
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import dynquant
-from dynquant import QEmbedding, QModule, QMultiheadAttention, quantize_dynamic
+from dynquant import QLSTM, QEmbedding, QModule, QMultiheadAttention, quantize_dynamic
 from tests.support.same_bits import assert_same_bits
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
@@ -110,3 +111,47 @@ def test_resizing_is_refused_by_transformers() -> None:
     quantized = quantize_dynamic(bert().eval(), embeddings=True)
     with pytest.raises(TypeError, match="Old embeddings are of type .*QEmbedding"):
         quantized.resize_token_embeddings(70)
+
+
+class TaggerConfig(transformers.PretrainedConfig):
+    model_type = "tagger"
+
+
+class Tagger(transformers.PreTrainedModel):
+    """A model of a user, with torch.nn's recurrent layers."""
+
+    config_class = TaggerConfig
+
+    def __init__(self, config: TaggerConfig) -> None:
+        super().__init__(config)
+        self.embedding = nn.Embedding(64, 24)
+        self.lstm = nn.LSTM(24, 40, 2, bidirectional=True, batch_first=True)
+        self.cell, self.head = nn.GRUCell(80, 16), nn.Linear(16, 3)
+        self.post_init()
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.cell(self.lstm(self.embedding(input_ids))[0][:, 0]))
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """They have torch's values."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheme", [{}, {"rotation": "hadamard"}, {"weights": "per_tensor"}], ids=str)
+def test_recurrent_layers(scheme: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Tagger(TaggerConfig()).eval().to(dtype)
+    quantized = quantize_dynamic(model, **scheme)
+    quantized.save_pretrained(tmp_path / "int8")
+    loaded, info = Tagger.from_pretrained(tmp_path / "int8", output_loading_info=True)
+    assert not any(info.values()), info
+    assert [str(module) for module in loaded.modules()] == [str(module) for module in quantized.modules()]
+    assert type(loaded.lstm) is QLSTM
+    assert loaded.lstm.weight_hh_l1_reverse.dtype == loaded.lstm.bias_hh_l1_reverse.dtype == dtype
+    with torch.no_grad():
+        assert_same_bits(loaded(IDS), quantized(IDS))
+    model.save_pretrained(tmp_path / "float")
+    config = dynquant.DynquantConfig(**scheme)
+    on_load = Tagger.from_pretrained(tmp_path / "float", quantization_config=config)
+    with torch.no_grad():
+        assert_same_bits(on_load(IDS), quantized(IDS))

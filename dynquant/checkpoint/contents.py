@@ -8,9 +8,11 @@ from typing import Any
 from torch import nn
 
 from ..nn.encoder import EncoderLayer
+from ..nn.fused_activation import FusedActivation
+from ..nn.linear import QLinear
 from ..nn.merged import MergedGroup, MergedLinear
 from ..nn.module import QModule
-from ..patterns.activations import remove_activation
+from ..patterns.activations import epilogue_of, remove_activation
 from ..patterns.registry import patterns_of
 from ..patterns.transformer_layers import TransformerLayer
 
@@ -44,14 +46,24 @@ def _fused(model: nn.Module) -> Iterator[str]:
         children = dict(parent.named_children())
         if any(isinstance(child, QModule) and child.config.epilogue != "none" for child in children.values()):
             for child_name, child in children.items():
-                if type(child) is nn.Identity:
+                if isinstance(child, nn.Identity):
                     yield f"{name}.{child_name}" if name else child_name
 
 
 def remove_fused(model: nn.Module, name: str) -> None:
-    """Put nn.Identity in the place of an activation that a layer beside it has taken in."""
-    parent, _, child = name.rpartition(".")
-    remove_activation(model.get_submodule(parent), child)
+    """Put an identity in the place of an activation that a layer beside it has taken in."""
+    path, _, child = name.rpartition(".")
+    parent = model.get_submodule(path)
+    epilogue = epilogue_of(getattr(parent, child))
+    layers = [
+        layer_name
+        for layer_name, layer in parent.named_children()
+        if isinstance(layer, QLinear) and layer.config.epilogue == epilogue and layer.fused_activation is None
+    ]
+    if len(layers) == 1:
+        FusedActivation.install(parent, layers[0], parent, child, str(epilogue))
+    else:
+        remove_activation(parent, child)
 
 
 def merge_as_saved(model: nn.Module, names: Sequence[str]) -> None:

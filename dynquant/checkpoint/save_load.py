@@ -220,7 +220,7 @@ def _fuse(model: nn.Module, configs: Mapping[str, Config], saved: Mapping[str, A
     for name in saved["fused"]:
         parent, _, child = name.rpartition(".")
         activation = getattr(_get(model, parent), child, None)
-        if activation is None or not (type(activation) is nn.Identity or epilogue_of(activation)):
+        if activation is None or not (isinstance(activation, nn.Identity) or epilogue_of(activation)):
             raise ValueError(
                 f"fused: {name!r} is an activation that a layer has taken in, but in this model it is "
                 f"{'missing' if activation is None else f'a {type(activation).__name__}'}"

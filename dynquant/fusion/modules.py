@@ -16,9 +16,10 @@ from torch import nn
 
 from ..checkpoint.hugging_face import describe
 from ..nn.encoder import EncoderLayer
+from ..nn.fused_activation import FusedActivation
 from ..nn.merged import MergedGroup
 from ..nn.module import QModule
-from ..patterns.activations import epilogue_of, remove_activation
+from ..patterns.activations import epilogue_of
 from ..patterns.registry import (
     PATTERNS,
     REGISTERED,
@@ -35,7 +36,9 @@ def fuse(model: nn.Module) -> nn.Module:
     """Fuse the QLinear layers of a model in place, where nn.Sequential or a pattern allows it, see
     :func:`dynquant.register_pattern`.
 
-    An activation function moves into the QLinear before it (``epilogue=``), and nn.Identity takes its place.
+    An activation function moves into the QLinear before it (``epilogue=``); an identity takes its place, and
+    brings it back where a hook is registered on either or either is replaced
+    (:class:`dynquant.nn.fused_activation.FusedActivation`).
     relu gives the same bits; gelu and silu become those of :mod:`dynquant.reference.epilogue`, within 2^-18
     of the exact function, and computed in fp32 before the one cast to the output's dtype: for bf16 and fp16
     closer to exact than an activation of the rounded output. The weights of layers that read the same tensor
@@ -144,11 +147,9 @@ def _warn_of_missing_parts(name: str, parent: nn.Module) -> None:
 class ActivationFusion:
     """An activation that became the epilogue of a layer."""
 
-    parent: nn.Module
+    fused: FusedActivation
     layer_name: str
     activation_name: str
-    activation: nn.Module | Any
-    relu_or_gelu: int | None  # the parent's ``activation_relu_or_gelu`` before
     parent_name: str = ""
 
     def __str__(self) -> str:
@@ -156,13 +157,7 @@ class ActivationFusion:
         return f"{prefix}{self.layer_name} and {prefix}{self.activation_name}"
 
     def undo(self) -> None:
-        part_of(self.parent, self.layer_name).set_epilogue("none")
-        owner, name = owner_of(self.parent, self.activation_name)
-        if not isinstance(self.activation, nn.Module):
-            delattr(owner, name)
-        setattr(owner, name, self.activation)
-        if self.relu_or_gelu is not None:
-            owner.activation_relu_or_gelu = self.relu_or_gelu
+        self.fused.dissolve()
 
 
 @dataclass(frozen=True)
@@ -189,11 +184,9 @@ def _fuse_activation(
     epilogue = _fusible(layer, activation)
     if epilogue is None or uses[id(layer)] > 1 or has_hooks(layer):
         return None
-    owner, name = owner_of(parent, activation_name)
-    relu_or_gelu = getattr(owner, "activation_relu_or_gelu", None)
-    layer.set_epilogue(epilogue)
-    remove_activation(owner, name)
-    return ActivationFusion(parent, layer_name, activation_name, activation, relu_or_gelu)
+    places = owner_of(parent, layer_name), owner_of(parent, activation_name)
+    fused = FusedActivation.install(*places[0], *places[1], epilogue)
+    return ActivationFusion(fused, layer_name, activation_name)
 
 
 def _fusible(layer: Any, activation: Any) -> str | None:
@@ -210,8 +203,10 @@ def _merge(parent: nn.Module, names: tuple[str, ...], uses: Counter[int]) -> Non
         return
     group = MergedGroup(layers)
     if group.merged is not None:
-        for name, layer in zip(names, group.layers, strict=True):
+        for name, before, layer in zip(names, layers, group.layers, strict=True):
             setattr(*owner_of(parent, name), layer)
+            if before.fused_activation is not None:
+                before.fused_activation.follow(layer)
 
 
 def owner_of(module: nn.Module, name: str) -> tuple[Any, str]:

@@ -108,5 +108,5 @@ def float_attention(
 ) -> Tensor:
     """torch's attention, with mask and is_causal together and shared heads of k and v."""
     mask, is_causal = sdpa_arguments(q, k, mask, is_causal)
-    shared = q.shape[1] != k.shape[1]
+    shared = bool(q.shape[1] != k.shape[1])
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=shared)

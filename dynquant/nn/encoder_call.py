@@ -26,6 +26,7 @@ from .attention import (
     report_to_watcher,
     scaled_dot_product_attention,
 )
+from .fused_activation import FusedActivation
 from .linear import QLinear
 from .merged import MergedLinear
 from .multihead_attention import QMultiheadAttention
@@ -38,6 +39,7 @@ _attention = torch.ops.dynquant.attention.default
 Tensors = list[Tensor | None]
 SAMPLE_SIZE = 61
 _HOLDERS = (nn.ModuleList, nn.MultiheadAttention, QMultiheadAttention)
+_IDENTITIES = (nn.Identity, FusedActivation)
 _GLOBAL_HOOKS = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
 
 
@@ -317,10 +319,10 @@ def _check_parts(layer: nn.Module, base: type[nn.Module], pattern: TransformerLa
     holders = {name.rpartition(".")[0] for name in roles}
     holders |= {holder[:i] for holder in holders for i, letter in enumerate(holder) if letter == "."}
     activation = _part(layer, pattern.activation)
-    _require(type(activation) is nn.Identity, f"{pattern.activation} is no epilogue of the layer before it")
+    _require(type(activation) in _IDENTITIES, f"{pattern.activation} is no epilogue of the layer before it")
     for name, part in layer.named_modules():
         _require("forward" not in vars(part) or part is layer, f"{name}.forward was replaced")
-        if not name or name in roles or type(part) is nn.Identity:
+        if not name or name in roles or type(part) in _IDENTITIES:
             continue
         if type(part) is nn.Dropout:
             _require(not part.training, f"{name} is in training mode")

@@ -27,6 +27,7 @@ from ..qtensor import (
 )
 from ..reference import FLOAT_DTYPES
 from . import tied
+from .fused_activation import WithActivation
 from .layouts import is_dense, of_nested, refusal
 from .module import OpCall
 from .names import LinearNames
@@ -58,7 +59,7 @@ _QPARAMS = ("activation_scale", "activation_zero_point")
 """Buffers of a static layer, None in others."""
 
 
-class QLinear(LinearNames):
+class QLinear(WithActivation, LinearNames):
     """nn.Linear in int8: y = epilogue(x @ weight.T + bias), weights quantized once, x at each call.
 
     A new layer is initialized as nn.Linear is. Casts (``.half()``, ``.to(dtype)``) change the dtype that
@@ -105,7 +106,7 @@ class QLinear(LinearNames):
         _packed: tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None, int]
         _code: int
 
-    __jit_ignored_attributes__ = ("weight", "_packed")
+    __jit_ignored_attributes__ = ("weight", "_packed", "fused_activation")
 
     has_static_form = True
 
@@ -238,6 +239,9 @@ class QLinear(LinearNames):
             raise TypeError(f"QLinear: expected a tensor for .weight, got {type(value).__name__}")
 
     def forward(self, input: Tensor) -> Tensor:
+        fused = self.fused_activation
+        if fused is not None and not torch.compiler.is_compiling() and not fused.is_intact():
+            fused.dissolve()
         packed_weight, weight_sum, weight_scale, qparams, config = self._packed
         try:
             # Parameters and buffers are looked up where torch.func.functional_call and the like replace them.
@@ -422,6 +426,7 @@ class QLinear(LinearNames):
         buffers = {name: buffer for name, buffer in self._buffers.items() if name not in _PACKED}
         state = {**self.__dict__, "_buffers": buffers, "_packed": self.config.encode()}
         del state["_code"]
+        state.pop("fused_activation", None)  # which knows this layer, and the module around both
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -109,7 +109,7 @@ def with_derivatives_of_sdpa(name: str) -> Callable[..., Any]:
         fixed_mask = None if mask is None else mask.detach()
         out = op(q.detach(), k.detach(), v.detach(), fixed_mask, is_causal, scale)
         added, is_causal = sdpa_arguments(q, k, mask, is_causal)
-        shared = q.shape[1] != k.shape[1]
+        shared = bool(q.shape[1] != k.shape[1])
         exact = F.scaled_dot_product_attention(
             q, k, v, added, is_causal=is_causal, scale=scale, enable_gqa=shared
         )

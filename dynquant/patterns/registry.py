@@ -84,7 +84,7 @@ def register_pattern(module_type: type | str, *patterns: Pattern) -> None:
     >>> dynquant.register_pattern(Block, ActivationAfter("up", "act"), SharedInput(("key", "value")))
     >>> int8 = dynquant.quantize_dynamic(Block(), fuse=True)
     >>> int8.up.config.epilogue, int8.act
-    ('gelu', Identity())
+    ('gelu', FusedActivation())
     >>> int8.key.merged_count
     2
 

@@ -180,7 +180,7 @@ def test_a_model_within_another_module(tmp_path: Path) -> None:
     loaded = load(transformers.AutoModel, tmp_path)
     assert_same_bits(run(loaded), run(inner))
     assert sum(type(module) is MergedLinear for module in loaded.modules()) == 6
-    assert type(loaded.encoder.layer[0].intermediate.intermediate_act_fn) is nn.Identity
+    assert isinstance(loaded.encoder.layer[0].intermediate.intermediate_act_fn, nn.Identity)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import dynquant
 from dynquant import QLinear
+from dynquant.nn.fused_activation import FusedActivation
 from dynquant.nn.merged import MergedLinear
 from dynquant.patterns.activations import epilogue_of
 from dynquant.patterns.hugging_face import ACTIVATION_AFTER, QKV_GROUPS
@@ -68,7 +69,7 @@ def test_pairs_in_sequentials(activation: nn.Module, epilogue: str, scheme: dict
     model = nn.Sequential(nn.Linear(16, 33), activation, nn.Dropout(), nn.Linear(33, 5), nn.Tanh())
     fused = dynquant.quantize_dynamic(model, fuse=True, **scheme)
     assert [layer.config.epilogue for layer in layers(fused)] == [epilogue, "none"]
-    assert type(fused[1]) is nn.Identity
+    assert isinstance(fused[1], nn.Identity)
     x = torch.randn(7, 16) * 3
     plain = dynquant.quantize_dynamic(model, **scheme)
     assert_same_bits(fused(x), as_written(plain)(x))
@@ -462,7 +463,7 @@ def test_not_fused() -> None:
 def test_float_layers_are_left_alone() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU())
     fused = dynquant.quantize_dynamic(model, {"2"}, fuse=True)
-    assert [type(module) for module in fused] == [nn.Linear, nn.ReLU, QLinear, nn.Identity]
+    assert [type(module) for module in fused] == [nn.Linear, nn.ReLU, QLinear, FusedActivation]
 
 
 def test_fuse_by_itself_and_twice() -> None:

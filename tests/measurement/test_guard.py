@@ -13,6 +13,7 @@ from torch import nn
 
 import dynquant
 from dynquant import Config, QLinear, quantize_dynamic
+from dynquant.nn.fused_activation import FusedActivation
 from dynquant.nn.merged import MergedLinear
 from tests.support.nets import assert_unchanged, converted, net, state
 from tests.support.reporting import X, names, reasons, reported
@@ -99,7 +100,7 @@ def test_a_fused_layer_that_stays_float_keeps_its_activation(clock) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 6), nn.ReLU()).eval()
     quantized, report = reported(model, fuse=True, min_speedup=1.0)
-    assert [type(module) for module in quantized] == [nn.Linear, nn.ReLU, QLinear, nn.Identity]
+    assert [type(module) for module in quantized] == [nn.Linear, nn.ReLU, QLinear, FusedActivation]
     assert report.layers[0].epilogue == "relu"
     assert_same_bits(quantized[1](quantized[0](X)), model[:2](X))
 

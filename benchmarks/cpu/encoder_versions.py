@@ -56,7 +56,7 @@ def _quantized(**options: Any) -> Maker:
 def _compiled(model: Model, threads: int) -> Call:
     module = dynquant.quantize_dynamic(model.copy(), rotation="hadamard", fuse=True)
     torch._dynamo.reset()  # or the versions of earlier models count towards its limit of recompilations
-    compiled: Any = torch.compile(module, backend="dynquant", dynamic=False)
+    compiled: Any = torch.compile(module, backend="dynquant", dynamic=False, options={"attention": "int8"})
     return lambda inputs: compiled(*inputs)
 
 

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..nn.attention import check_attention_choice
 from .epilogues import fold_activations
 from .graph_attention import quantize_attention
+from .graph_blocks import fuse_blocks
 from .merge import are_contiguous, merge_calls, merge_tensors, parts_of
 from .nodes import Call
 
@@ -35,7 +36,8 @@ def backend(
 
     It runs before autograd splits the graph: the fused ops have gradients of their own, and the results are
     the same with gradients and without (the backward of an epilogue computes its layer again). A new weight
-    in a layer takes effect at the next call, without compiling again. Weights that :func:`dynquant.fuse` made
+    in a layer takes effect at the next call, without compiling again. Without gradients, layers with residual
+    and norm and whole MLPs become one op each (fp32, on the CPU). Weights that :func:`dynquant.fuse` made
     contiguous are merged in place; others are copied, up to :data:`COPIED_BYTES`.
 
     Args:
@@ -63,6 +65,8 @@ def backend(
     if attention is not None:
         quantize_attention(module)
     fold_activations(module)
+    if not torch.is_grad_enabled():
+        fuse_blocks(module)
     inputs = list(example_inputs)
     merged = _merge_inputs(module, inputs)
     module.recompile()

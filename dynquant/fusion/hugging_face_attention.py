@@ -23,6 +23,7 @@ from ..nn.attention import (
     scaled_dot_product_attention,
 )
 from ..nn.encoder import EncoderLayer
+from ..nn.multihead_attention import QMultiheadAttention
 
 NAME = "dynquant"
 _NOT_IN_INT8 = ("softcap", "s_aux", "sliding_window_bias")
@@ -111,6 +112,9 @@ def use_int8_attention(model: nn.Module) -> str | None:
         ):
             refused.add(type(module).__module__)
             left[type(module).__name__] = "which does not use transformers' AttentionInterface"
+    for module in model.modules():
+        if isinstance(module, QMultiheadAttention) and id(module) not in inside:
+            module.int8_attention = found = True
     if any(type(m) is nn.MultiheadAttention and id(m) not in inside for m in model.modules()):
         left["nn.MultiheadAttention"] = "whose function in torch takes it whole"
     if left:

@@ -16,6 +16,7 @@ from ..config import MAX_ROTATION_BLOCK, Config, layer_config
 from ..own_thread import on_own_thread
 from ..qtensor import QTensor, tensors_of
 from ..reference import packed_shape
+from .attention import is_attention_float, report_to_watcher, scaled_dot_product_attention
 from .linear import QLinear
 from .named_weights import NamedWeights
 from .state import check_bias
@@ -79,6 +80,7 @@ class QMultiheadAttention(NamedWeights):
 
     quantized_input_names = ("query", "key", "value")
     converts_parts = True
+    int8_attention = False  # by quantize_dynamic(attention="int8"), for calls without need_weights
 
     if TYPE_CHECKING:  # at run time torch.jit.script would read them as its own types
         embed_dim: int
@@ -279,7 +281,11 @@ class QMultiheadAttention(NamedWeights):
             # The causal hint is of the keys that were given: more of them follow with bias_k and zero_attn.
             if hint and k.shape[2] != keys:
                 hint, mask = False, _merged_mask(attn_mask, None, q, keys, k.shape[2] - keys)
-            out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=hint)
+            if self.int8_attention and not dropout and not is_attention_float(self):
+                report_to_watcher(id(self), q, k, v, mask, hint, None)
+                out = scaled_dot_product_attention(q, k, v, mask, hint)
+            else:
+                out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=hint)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         if not is_batched:
             return out.squeeze(0), weights

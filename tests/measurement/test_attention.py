@@ -153,13 +153,14 @@ def _outside(name: str) -> nn.Module:
         (lambda: _outside("DebertaV2"), "stays float in DebertaV2Model, which does not use"),
         (lambda: _outside("RoFormer"), "stays float in RoFormerModel, which does not use"),
         (lambda: _outside("Falcon"), "stays float in FalconModel, which does not use"),
-        (lambda: nn.TransformerDecoderLayer(16, 2), "stays float in nn.MultiheadAttention, whose function"),
         (lambda: nn.Sequential(nn.Linear(4, 4)), "no attention was found in the model"),
     ],
 )
 def test_one_warning_names_attention_that_stays_float(make: Any, sentence: str) -> None:
     with pytest.warns(UserWarning, match=sentence) as caught:
         dynquant.quantize_dynamic(make(), attention="int8")
+    with pytest.warns(UserWarning, match="stays float in nn.MultiheadAttention, whose function"):
+        dynquant.quantize_dynamic(nn.TransformerDecoderLayer(16, 2), {nn.Linear}, attention="int8")
     assert len([w for w in caught if "attention" in str(w.message)]) == 1
 
 
@@ -172,3 +173,18 @@ def test_layers_that_a_pattern_makes_int8_need_no_warning() -> None:
             attention="int8",
         )
     assert _attention_modules(model, input_ids=IDS) == ["encoder.layer.0", "encoder.layer.1"]
+
+
+def test_a_torch_decoder_layer_has_int8_attention_where_it_is_asked_for() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerDecoderLayer(32, 2, 48, batch_first=True).eval()
+    x, memory = torch.randn(2, 20, 32), torch.randn(2, 30, 32)
+    mask = nn.Transformer.generate_square_subsequent_mask(20)
+    inputs = {"tgt": x, "memory": memory, "tgt_mask": mask, "tgt_is_causal": True}
+    assert _attention_modules(dynquant.quantize_dynamic(layer), **inputs) == []
+    int8, report = dynquant.quantize_dynamic(layer, attention="int8", sample=inputs, report=True)
+    assert [entry.name for entry in report.attention] == ["self_attn", "multihead_attn"]
+    assert _attention_modules(copy.deepcopy(int8), **inputs) == ["self_attn", "multihead_attn"]
+    with torch.no_grad():
+        y, expected = int8(**inputs), layer(**inputs)
+    assert (y - expected).norm() / expected.norm() < 0.02

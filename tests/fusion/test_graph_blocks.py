@@ -1,0 +1,184 @@
+"""Layers with residual and norm, and whole MLPs, in compiled graphs: one op each, with its bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dynquant
+from dynquant._extension import extension, status
+from tests.support.same_bits import assert_same_bits
+
+pytestmark = pytest.mark.skipif(extension is None, reason=f"no kernels of these ops: {status}")
+_ops = torch.ops.dynquant
+BLOCKS = ("linear_dynamic", "linear_norm", "mlp", "linear_mlp")
+
+
+class Post(nn.Module):
+    """Output projection and MLP, each with residual and norm behind it."""
+
+    def __init__(self, norm: type[nn.Module] = nn.LayerNorm, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.out, self.up, self.down = nn.Linear(24, 32), nn.Linear(32, 64), nn.Linear(64, 32)
+        self.first, self.second = norm(32, eps=1e-5), norm(32, eps=eps)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        h = self.first(self.dropout(self.out(x)) + residual)
+        return self.second(h + self.dropout(self.down(F.gelu(self.up(h)))))
+
+
+class Pre(Post):
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        h = residual + self.out(x)
+        return h + self.down(F.gelu(self.up(self.second(h))))
+
+
+class Watched(Post):
+    """The value after the first norm has another reader."""
+
+    def forward(self, x: Tensor, residual: Tensor) -> Any:
+        h = self.first(self.out(x) + residual)
+        y = self.down(F.gelu(self.up(h)))
+        return self.second(h + y), h, y
+
+
+class Broadcast(Post):
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.first(self.out(x) + residual[..., :1])
+
+
+def _inputs() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(3, 7, 24, generator=generator), torch.randn(3, 7, 32, generator=generator)
+
+
+def _model(make: Callable[[], nn.Module], **scheme: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model = make()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return dynquant.quantize_dynamic(model, **scheme)
+
+
+def _compiled(model: nn.Module, backend: str = "eager") -> tuple[Callable[..., Any], list[str]]:
+    """The compiled model and, once it ran, the ops in its graph."""
+    names: list[str] = []
+
+    def keep(module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        targets = [node.target for node in module.graph.nodes if node.op == "call_function"]
+        names.extend(name for t in targets for name in BLOCKS if t is getattr(_ops, name).default)
+        return torch._dynamo.lookup_backend(backend)(module, inputs)
+
+    torch._dynamo.reset()
+    return torch.compile(model, backend="dynquant", fullgraph=True, options={"backend": keep}), names
+
+
+def _operands(layer: Any) -> list[Tensor | None]:
+    return [*layer._packed[:3], layer.bias]
+
+
+def _expected(model: Any, x: Tensor, residual: Tensor) -> Tensor:
+    """By the ops, as an EncoderLayer calls them."""
+    up = model.up
+    up.set_epilogue("gelu")
+    configs = [model.out._packed[-1], 0, up._packed[-1], model.down._packed[-1]]
+    norms = [[n.weight, getattr(n, "bias", None)] for n in (model.first, model.second)]
+    kind = 0 if isinstance(model.first, nn.LayerNorm) else 1
+    layers = [_operands(model.out), [], _operands(up), _operands(model.down)]
+    if isinstance(model, Pre):
+        h = residual + model.out(x)
+        result = _ops.mlp(h, *layers[1:], configs[1:], h, norms[1], [], 1e-5, kind)
+    else:
+        result = _ops.linear_mlp(x, *layers, configs, residual, *norms, 1e-5, kind, False)
+    up.set_epilogue("none")
+    return result
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("scheme", [{}, {"rotation": "hadamard"}], ids=["plain", "rotated"])
+@pytest.mark.parametrize(
+    ("make", "ops"),
+    [
+        (Post, ["linear_mlp"]),
+        (lambda: Post(nn.RMSNorm), ["linear_mlp"]),
+        (Pre, ["linear_dynamic", "mlp"]),
+    ],
+    ids=["post", "post rms", "pre"],
+)
+def test_a_block_is_one_op(
+    make: Callable[[], nn.Module], ops: list[str], scheme: dict[str, Any], backend: str
+) -> None:
+    model, inputs = _model(make, **scheme), _inputs()
+    with torch.no_grad():
+        expected = _expected(model, *inputs)
+        compiled, names = _compiled(model, backend)
+        assert_same_bits(compiled(*inputs), expected)
+        assert names == ops
+        torch.testing.assert_close(expected, model(*inputs), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("make", "ops"),
+    [
+        (Watched, ["linear_norm", "linear_dynamic", "linear_dynamic"]),
+        (Broadcast, ["linear_dynamic"]),
+        (lambda: Post(eps=1e-3), ["linear_norm", "mlp"]),
+    ],
+    ids=["other readers", "broadcast residual", "other eps"],
+)
+def test_other_blocks_stay_apart(make: Callable[[], nn.Module], ops: list[str]) -> None:
+    model, inputs = _model(make), _inputs()
+    with torch.no_grad():
+        compiled, names = _compiled(model)
+        got, expected = compiled(*inputs), model(*inputs)
+        torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02)
+        assert names == ops
+
+
+@pytest.mark.parametrize("scheme", [{"activations": "per_tensor"}, {"static": True}], ids=str)
+def test_other_schemes_stay_apart(scheme: dict[str, Any]) -> None:
+    static = scheme.pop("static", False)
+    model, inputs = _model(Post, **scheme), _inputs()
+    if static:
+        with dynquant.calibrate(model):
+            model(*inputs)
+        dynquant.freeze(model)
+    with torch.no_grad():
+        compiled, names = _compiled(model)
+        torch.testing.assert_close(compiled(*inputs), model(*inputs), rtol=0.02, atol=0.02)
+        assert not set(names) - {"linear_dynamic"}
+
+
+def test_with_gradients_the_layers_stay_apart() -> None:
+    model, inputs = _model(Post), _inputs()
+    x = inputs[0].requires_grad_()
+    compiled, names = _compiled(model, "aot_eager")
+    (grad,) = torch.autograd.grad(compiled(x, inputs[1]).sum(), x)
+    assert grad.isfinite().all()
+    assert set(names) == {"linear_dynamic"}
+
+
+def test_other_dtypes_stay_apart() -> None:
+    model, inputs = _model(Post).bfloat16(), tuple(x.bfloat16() for x in _inputs())
+    with torch.no_grad():
+        compiled, names = _compiled(model)
+        torch.testing.assert_close(compiled(*inputs), model(*inputs), rtol=0.1, atol=0.1)
+        assert set(names) == {"linear_dynamic"}
+
+
+def test_new_weights_take_effect() -> None:
+    model, inputs = _model(Post), _inputs()
+    with torch.no_grad():
+        compiled, names = _compiled(model)
+        compiled(*inputs)
+        torch.manual_seed(1)
+        model.load_state_dict(dynquant.quantize_dynamic(Post()).state_dict())
+        assert_same_bits(compiled(*inputs), _expected(model, *inputs))
+        assert "linear_mlp" in names

@@ -54,6 +54,8 @@ def remove_fused(model: nn.Module, name: str) -> None:
     """Put an identity in the place of an activation that a layer beside it has taken in."""
     path, _, child = name.rpartition(".")
     parent = model.get_submodule(path)
+    if isinstance(getattr(parent, child), nn.Identity):
+        return
     epilogue = epilogue_of(getattr(parent, child))
     layers = [
         layer_name

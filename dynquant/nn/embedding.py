@@ -40,6 +40,11 @@ class _Table(NamedWeights):
         embedding_dim: int
         padding_idx: int | None
         weight: QTensor
+        weight_packed: Tensor
+        weight_channel_scale: Tensor
+        _dtype: torch.dtype
+
+    __jit_ignored_attributes__ = ("weight", "_prepared", "_config")
 
     @classmethod
     def why_not(cls, float_module: nn.Module) -> str | None:
@@ -179,6 +184,7 @@ class QEmbedding(_Table):
 
     def _prepare(self) -> tuple[Tensor, Tensor, int, torch.dtype, bool]:
         weight = self.weight
+        self.__dict__["_dtype"] = weight.dtype
         tensors = weight.packed_weight, weight.channel_scale
         return (*tensors, weight.shape[1], weight.dtype, weight.config.rotation_block > 0)
 
@@ -188,6 +194,14 @@ class QEmbedding(_Table):
             return rows_of(self.weight, input)
         out: Tensor = _embedding(input, packed_weight, scale, k, dtype)
         return out
+
+    def _forward_in_torch_script(self, input: Tensor) -> Tensor:
+        """:meth:`forward` for torch.jit.script, which knows no subclass of Tensor."""
+        return torch.ops.dynquant.embedding(
+            input, self.weight_packed, self.weight_channel_scale, self.embedding_dim, self._dtype
+        )
+
+    forward.__wrapped__ = _forward_in_torch_script  # type: ignore[attr-defined]
 
     def to_float(self) -> nn.Embedding:
         """An nn.Embedding that computes the same, in the dtype of ``.weight``."""

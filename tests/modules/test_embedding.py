@@ -233,6 +233,8 @@ def test_export_trace_and_functional_call() -> None:
     assert_same_bits(program.module()(IDS[:1]), module(IDS[:1]))
     assert_same_bits(torch.jit.trace(module, IDS)(IDS.flip(0)), module(IDS.flip(0)))
     assert_same_bits(torch.func.functional_call(module, {}, IDS), module(IDS))
+    half = QEmbedding(30, 20, dtype=torch.bfloat16)
+    assert_same_bits(torch.jit.script(half)(IDS), half(IDS))
     with torch.autocast("cpu", torch.bfloat16):
         assert_same_bits(module(IDS), module(IDS).float())
 

@@ -92,6 +92,8 @@ def why_not_int8(module: nn.Module, base: type) -> str | None:
     probe.__dict__["_parameters"] = {
         name: value for name, value in module._parameters.items() if name != "weight"
     }
+    buffers = module._buffers.items()
+    probe.__dict__["_buffers"] = {name: None if value is None else value.clone() for name, value in buffers}
     probe.__dict__["weight"] = stand_in(weight, log, _INT8[base])
     if base is nn.Linear:
         x = torch.zeros(1, 2, weight.shape[1], dtype=weight.dtype, device=weight.device)
@@ -102,7 +104,7 @@ def why_not_int8(module: nn.Module, base: type) -> str | None:
         for part in (probe, *training):
             part.training = False
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            probe(x)
+            probe.forward(x)  # without its hooks, which count or change calls
     except Exception as error:
         return f"{words}, and a call of it with one input raises {type(error).__name__}"
     finally:

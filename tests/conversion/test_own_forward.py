@@ -139,6 +139,30 @@ class Lookup(nn.Embedding):
         return self.weight[ids]
 
 
+class Counting(nn.Linear):
+    def __init__(self, k: int, n: int) -> None:
+        super().__init__(k, n)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+def test_the_look_at_a_forward_leaves_no_trace() -> None:
+    model = nn.Sequential(Counting(16, 8))
+    calls: list[str] = []
+    model[0].register_forward_hook(lambda *_: calls.append("hook"))
+    state, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    quantized = quantize_dynamic(model)
+    assert not calls
+    assert torch.equal(torch.get_rng_state(), rng)
+    for name, value in state.items():
+        assert_same_bits(model.state_dict()[name], value)
+    quantized(X)
+    assert calls == ["hook"], "the hook came along"
+
+
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [

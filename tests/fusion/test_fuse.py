@@ -105,7 +105,7 @@ def test_the_fast_path_of_nn_transformer_encoder_calls_the_layers(nested: bool) 
     for arguments in ({}, {"src_key_padding_mask": padding}):
         with torch.inference_mode(), CountInt8() as count:
             out = fused(x, **arguments)
-        assert count.calls == 6  # out_proj, linear1 and linear2 of both layers
+        assert count.calls == 8  # in_proj, out_proj, linear1 and linear2 of both layers
         keep = ~padding if arguments else slice(None)
         assert (out - model(x, **arguments))[keep].abs().max() < 0.1
 

@@ -8,8 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..nn.encoder import EncoderLayer
-from ..nn.fused_activation import FusedActivation
-from ..nn.linear import QLinear
+from ..nn.fused_activation import FusedActivation, WithActivation
 from ..nn.merged import MergedGroup, MergedLinear
 from ..nn.module import QModule
 from ..patterns.activations import epilogue_of, remove_activation
@@ -60,7 +59,8 @@ def remove_fused(model: nn.Module, name: str) -> None:
     layers = [
         layer_name
         for layer_name, layer in parent.named_children()
-        if isinstance(layer, QLinear) and layer.config.epilogue == epilogue and layer.fused_activation is None
+        if isinstance(layer, QModule) and isinstance(layer, WithActivation)
+        if layer.config.epilogue == epilogue and layer.fused_activation is None
     ]
     if len(layers) == 1:
         FusedActivation.install(parent, layers[0], parent, child, str(epilogue))

@@ -167,7 +167,7 @@ def test_skipped_layers_and_reasons() -> None:
     assert names(report) == ["a"]
     assert reasons(report) == {
         "words": NOT_ASKED_FOR,
-        "lstm": "there is no int8 version of it",
+        "lstm": "the spec leaves it float",
         "own": "its forward is not that of Linear, and reads the weight by t",
         "b": "the spec leaves it float",
         "c": "the spec leaves it float",

@@ -58,7 +58,7 @@ def test_dict_json_and_pandas() -> None:
 
     _, report = reported(net(), qconfig_spec={nn.Linear: Config(), "head": None})
     parts = report.to_dict()
-    assert set(parts) == {"model", "layers", "skipped", "sample", "threads", "isa"}
+    assert set(parts) == {"model", "layers", "attention", "skipped", "sample", "threads", "isa"}
     assert parts["layers"][0]["name"] == "fc1"
     assert parts["layers"][0]["speedup"] == report.layers[0].speedup
     assert parts["skipped"] == [

@@ -8,6 +8,7 @@ from .calibration.calibrate import calibrate, freeze
 from .checkpoint import hugging_face as _hugging_face
 from .checkpoint.save_load import load, save
 from .config import Config
+from .conversion.torch_ao import from_torch_ao
 from .environment import Info, available_isas, info, isa
 from .fusion import hugging_face_attention as _hugging_face_attention
 from .fusion.graph import fuse_graph
@@ -54,6 +55,7 @@ __all__ = [
     "available_isas",
     "calibrate",
     "freeze",
+    "from_torch_ao",
     "fuse",
     "fuse_graph",
     "info",

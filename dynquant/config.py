@@ -9,10 +9,11 @@ Bits of the int, lowest first (``csrc/kernels/config.h`` is the same table in C+
 6-8   epilogue: 0 none, else its position in ``patterns.activations.ACTIVATIONS``, 1 first
 9-11  out dtype: 0 the input's, 1 float32, 2 bfloat16, 3 float16, 4 float64
 12-16 the layer's K: 0 unknown, else 1 + K mod 16
+18    weights: 1 if they may hold -128
 ====  ====================================================================
 
-The last row is for the ops alone: it is neither a part of the scheme nor in files. A packed weight gives K
-only up to the next multiple of 4 (16 on CUDA): without that row a traced layer would accept inputs of other
+K is for the ops alone: it is neither a part of the scheme nor in files. A packed weight gives K
+only up to the next multiple of 4 (16 on CUDA): without it a traced layer would accept inputs of other
 widths than its own.
 """
 
@@ -34,7 +35,9 @@ CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 OUT_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_ROTATION_BLOCK = 128
 K_MODULUS = 16
-_K_SHIFT = 12
+_K_SHIFT, _K_BITS = 12, 31
+_FULL_RANGE_SHIFT = 18
+_KNOWN_BITS = (1 << _K_SHIFT) - 1 | _K_BITS << _K_SHIFT | 1 << _FULL_RANGE_SHIFT
 
 
 def one_of(name: str, value: object, allowed: tuple[object, ...]) -> int:
@@ -76,6 +79,8 @@ class Config:
         epilogue: the function applied after the bias: ``"none"``, ``"relu"``, ``"gelu"``, ``"gelu_tanh"``,
             ``"silu"``, ``"quick_gelu"``.
         out_dtype: dtype of the output; None for the input's.
+        full_range: whether int8 weights may hold -128, as those that others quantized may; weights quantized
+            here lie in [-127, 127].
 
     Raises:
         ValueError: for any other word, or a block that is not a power of two up to 128.
@@ -86,12 +91,14 @@ class Config:
     rotation_block: int = 0
     epilogue: str = "none"
     out_dtype: torch.dtype | None = None
+    full_range: bool = False
 
     def __post_init__(self) -> None:
         one_of("activations", self.activations, ACTIVATIONS)
         one_of("weights", self.weights, WEIGHTS)
         one_of("epilogue", self.epilogue, EPILOGUES)
         one_of("out_dtype", self.out_dtype, OUT_DTYPES)
+        one_of("full_range", self.full_range, (False, True))
         one_of("rotation_block", self.rotation_block, (0, 1, 2, 4, 8, 16, 32, 64, 128))
 
     def encode(self, in_features: int | None = None) -> int:
@@ -108,6 +115,7 @@ class Config:
             | EPILOGUES.index(self.epilogue) << 6
             | OUT_DTYPES.index(self.out_dtype) << 9
             | (0 if in_features is None else 1 + in_features % K_MODULUS) << _K_SHIFT
+            | self.full_range << _FULL_RANGE_SHIFT
         )
 
     @staticmethod
@@ -119,7 +127,7 @@ class Config:
             ValueError: for an int that no Config encodes to.
         """
         rotation, epilogue, out_dtype = code >> 2 & 15, code >> 6 & 7, code >> 9 & 7
-        known = 0 <= code >> _K_SHIFT <= K_MODULUS and rotation <= 8
+        known = code & ~_KNOWN_BITS == 0 and (code >> _K_SHIFT & _K_BITS) <= K_MODULUS and rotation <= 8
         if not known or epilogue >= len(EPILOGUES) or out_dtype >= len(OUT_DTYPES):
             raise ValueError(f"dynquant: config {code} has bits that this version does not know")
         return Config(
@@ -128,6 +136,7 @@ class Config:
             rotation_block=1 << rotation >> 1,
             epilogue=EPILOGUES[epilogue],
             out_dtype=OUT_DTYPES[out_dtype],
+            full_range=bool(code >> _FULL_RANGE_SHIFT & 1),
         )
 
 
@@ -159,9 +168,10 @@ def layer_config(
 
 def recode(code: int, **fields: Any) -> int:
     """``code`` with some fields of its Config replaced and the same K."""
-    return replace(Config.decode(code), **fields).encode() | code >> _K_SHIFT << _K_SHIFT
+    return replace(Config.decode(code), **fields).encode() | code & _K_BITS << _K_SHIFT
 
 
 def k_modulo_16(code: int) -> int | None:
     """K mod 16 of the layer that ``code`` belongs to; None if the code does not hold it."""
-    return (code >> _K_SHIFT) - 1 if code >> _K_SHIFT else None
+    one_more = code >> _K_SHIFT & _K_BITS
+    return one_more - 1 if one_more else None

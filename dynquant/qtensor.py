@@ -107,7 +107,7 @@ class QTensor(torch.Tensor):
         """Check and pack an int8 weight from outside, such as a file.
 
         Args:
-            weight: int8 [N, K] in [-127, 127], as ``int_repr()`` returned it.
+            weight: int8 [N, K], as ``int_repr()`` returned it; in [-127, 127] unless ``config.full_range``.
             weight_scale: fp32, finite and positive; [N] per_channel, [1] per_tensor.
             dtype: the float dtype that the tensor shows.
             rows: as of :meth:`quantize`.
@@ -136,7 +136,7 @@ class QTensor(torch.Tensor):
         def check_and_pack() -> QTensor:
             with torch.no_grad(), torch.inference_mode(False), keeping_subnormals():
                 if weight.device.type != "meta":
-                    _check_values(weight, weight_scale)
+                    _check_values(weight, weight_scale, config)
                 return pack(weight, weight_scale, config, dtype, rows)
 
         return on_own_thread([weight, weight_scale], check_and_pack)
@@ -209,8 +209,8 @@ class QTensor(torch.Tensor):
         return func(*args, **kwargs)
 
 
-def _check_values(weight: Tensor, weight_scale: Tensor) -> None:
-    if (weight == -128).any():
+def _check_values(weight: Tensor, weight_scale: Tensor, config: Config) -> None:
+    if not config.full_range and (weight == -128).any():
         raise ValueError("expected weight in [-127, 127], got -128")
     bad = ~(weight_scale.isfinite() & (weight_scale > 0))
     if bad.any():
@@ -275,7 +275,7 @@ def pack(
         packed_weight = weight_int8.clone(memory_format=torch.contiguous_format)
         weight_sum = weight_int8.new_empty(0, dtype=torch.int32)
     else:
-        packed_weight, weight_sum = _ops.pack_weight(weight_int8)
+        packed_weight, weight_sum = _ops.pack_weight(weight_int8, config.full_range)
     channel_scale = (
         weight_scale.detach().expand(weight_int8.shape[0]).clone(memory_format=torch.contiguous_format)
     )
@@ -359,8 +359,9 @@ def to_device(w: QTensor, move: Callable[[Tensor], Tensor], dtype: torch.dtype) 
     if w.is_rows or move(w.channel_scale[:0]).device.type == w.device.type:
         return _map_tensors(w, move, dtype)
     with torch.no_grad(), torch.inference_mode(False):
-        # to_empty returns uninitialized memory, in which -128 may occur; a packed weight holds none.
-        return pack(move(_int_repr(w)).clamp(min=-127), move(w.channel_scale), w.config, dtype)
+        # to_empty returns uninitialized memory, in which -128 may occur.
+        lowest = -128 if w.config.full_range else -127
+        return pack(move(_int_repr(w)).clamp(min=lowest), move(w.channel_scale), w.config, dtype)
 
 
 def _map_tensors(w: QTensor, function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> QTensor:

@@ -27,21 +27,25 @@ struct Config {
   int rotation_block;      // 0: no rotation, else 1, 2, 4 ... 128
   Epilogue epilogue;
   OutDtype out_dtype;
+  bool full_range;  // weights may hold -128
 };
 
 constexpr int kOutDtypeShift = 9;
 
 constexpr int kKShift = 12;
 constexpr int64_t kKModulus = 16;
+constexpr int kFullRangeShift = 18;
 
 constexpr bool is_valid_config(int64_t code) {
-  return code >= 0 && (code >> kKShift) <= kKModulus && ((code >> 2) & 15) <= 8 &&
-         ((code >> 6) & 7) <= kActivationCount && ((code >> kOutDtypeShift) & 7) <= 4;
+  constexpr int64_t kKnown = ((1 << kKShift) - 1) | (31 << kKShift) | (1 << kFullRangeShift);
+  return code >= 0 && (code & ~kKnown) == 0 && ((code >> kKShift) & 31) <= kKModulus &&
+         ((code >> 2) & 15) <= 8 && ((code >> 6) & 7) <= kActivationCount &&
+         ((code >> kOutDtypeShift) & 7) <= 4;
 }
 
 // K mod 16 of the layer, or -1 if the code does not hold it. Only the check of x uses it; it is no part of
 // the scheme.
-constexpr int64_t k_modulo_16(int64_t code) { return (code >> kKShift) - 1; }
+constexpr int64_t k_modulo_16(int64_t code) { return ((code >> kKShift) & 31) - 1; }
 
 // The same code without epilogue and with fp32 output.
 constexpr int64_t plain_fp32(int64_t code) {
@@ -50,8 +54,12 @@ constexpr int64_t plain_fp32(int64_t code) {
 }
 
 constexpr Config decode_config(int64_t code) {
-  return Config{(code & 1) != 0, (code & 2) != 0, static_cast<int>((1 << ((code >> 2) & 15)) >> 1),
-                static_cast<Epilogue>((code >> 6) & 7), static_cast<OutDtype>((code >> kOutDtypeShift) & 7)};
+  return Config{(code & 1) != 0,
+                (code & 2) != 0,
+                static_cast<int>((1 << ((code >> 2) & 15)) >> 1),
+                static_cast<Epilogue>((code >> 6) & 7),
+                static_cast<OutDtype>((code >> kOutDtypeShift) & 7),
+                (code >> kFullRangeShift & 1) != 0};
 }
 
 }  // namespace dynquant

@@ -56,7 +56,7 @@ struct CheckedLayer {
     out_type = out_dtype(config, x);
     packed = {
         Weight{packed_weight->const_data_ptr<int8_t>(), n, k, shape[2], weight_sum->const_data_ptr<int32_t>(),
-               weight_scale->const_data_ptr<float>(), dynquant::in_fp32(bias, bias_owner)},
+               weight_scale->const_data_ptr<float>(), dynquant::in_fp32(bias, bias_owner), config.full_range},
         config.epilogue, config.rotation_block, config.per_tensor};
   }
 };

@@ -139,7 +139,7 @@ inline void check_rotation(const char* op, int64_t k, int64_t block) {
 // All requirements of int8_mm except the shape of the packed weight.
 inline void check_int8_mm(const at::Tensor& q, const at::Tensor& packed_weight,
                           const at::Tensor& weight_sum) {
-  constexpr int64_t kMaxK = INT32_MAX / (128 * 127);
+  constexpr int64_t kMaxK = INT32_MAX / (128 * 128);
   TORCH_CHECK(q.scalar_type() == at::kChar && q.dim() == 2,
               "int8_mm: expected q to be int8 with 2 dimensions [M, K], got ", dtype_name(q.scalar_type()),
               " with ", q.dim());

@@ -8,6 +8,7 @@
 
 #include "checks.h"
 #include "cpu_call.h"
+#include "cpu/isa/dispatch.h"
 #include "cpu/linear.h"
 #include "cpu/pack.h"
 
@@ -25,8 +26,11 @@ Tensor int8_mm_op(const Tensor& q, const Tensor& packed_weight, const Tensor& we
   if (m == 0 || n == 0) return out;
 
   const Tensor rows = q.contiguous();
-  const Weight weight{packed_weight.const_data_ptr<int8_t>(), n,       k,      shape[2],
-                      weight_sum.const_data_ptr<int32_t>(),   nullptr, nullptr};
+  const int8_t* packed = packed_weight.const_data_ptr<int8_t>();
+  const bool full_range =
+      kernels().full_range != nullptr && find_minus_128(packed, packed_weight.numel()) >= 0;
+  const Weight weight{packed,  n,       k,         shape[2], weight_sum.const_data_ptr<int32_t>(),
+                      nullptr, nullptr, full_range};
   const Int8Mm args{rows.const_data_ptr<int8_t>(), m, weight, out.mutable_data_ptr<int32_t>()};
   const Int8MmPlan plan = plan_int8_mm(args, torch_threads());
   Scratch scratch(plan.workspace_bytes);
@@ -64,7 +68,7 @@ Tensor linear_op(const char* op, const Tensor& x, const Tensor& packed_weight, c
   const Linear args{
       rows_of(x, config.rotation_block, owner),
       Weight{packed_weight.const_data_ptr<int8_t>(), n, k, shape[2], weight_sum.const_data_ptr<int32_t>(),
-             weight_scale.const_data_ptr<float>(), bias_of(bias, bias_owner)},
+             weight_scale.const_data_ptr<float>(), bias_of(bias, bias_owner), config.full_range},
       config.per_tensor, given, Destination{out.mutable_data_ptr(), n, dtype_of(computed), config.epilogue}};
   const LinearPlan plan = plan_linear(args, torch_threads());
   Scratch scratch(plan.workspace_bytes);

@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor> quantize_weight_op(const Tensor& weight, int64_t code
   return {q, scale};
 }
 
-std::tuple<Tensor, Tensor> pack_weight_op(const Tensor& weight) {
+std::tuple<Tensor, Tensor> pack_weight_op(const Tensor& weight, bool full_range) {
   TORCH_CHECK(weight.scalar_type() == at::kChar && weight.dim() == 2,
               "pack_weight: expected weight to be int8 with 2 dimensions [N, K], got ",
               dtype_name(weight.scalar_type()), " with ", weight.dim());
@@ -114,7 +114,7 @@ std::tuple<Tensor, Tensor> pack_weight_op(const Tensor& weight) {
   const int64_t n = weight.size(0), k = weight.size(1);
   const Tensor rows = weight.contiguous();
   const int8_t* data = rows.const_data_ptr<int8_t>();
-  const int64_t at = find_minus_128(data, n, k);
+  const int64_t at = full_range ? -1 : find_minus_128(data, n * k);
   TORCH_CHECK(at < 0, "pack_weight: expected weight in [-127, 127], got -128 at weight[", at / k, ", ",
               at % k, "]");
   Tensor packed = at::empty(packed_shape(n, k), weight.options()),

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -142,9 +142,7 @@ def _carry_over(old: nn.Module, new: nn.Module, memo: dict[int, Any] | None) -> 
     def carried(value: Any) -> Any:
         return value if memo is None else copy.deepcopy(value, memo)
 
-    for hooks in _HOOKS & vars(old).keys():
-        value = vars(old)[hooks]
-        new.__dict__[hooks] = _hooks_of(new, old, carried(value)) if isinstance(value, dict) else value
+    carry_hooks_over(old, new, carried)
     if not isinstance(new, QModule) and not isinstance(old, nn.Linear):
         return  # whatever a user's class stands for, its from_float took what it needs
     replaced = _replaced_names(old)
@@ -160,6 +158,13 @@ def _carry_over(old: nn.Module, new: nn.Module, memo: dict[int, Any] | None) -> 
             new.__dict__[name] = carried(value)
     if isinstance(new, QModule):
         new.take_members_of(type_before_parametrizations(old))
+
+
+def carry_hooks_over(old: nn.Module, new: nn.Module, carried: Callable[[Any], Any]) -> None:
+    """The hooks of ``old``, but those that make its weight, after ``carried``."""
+    for hooks in _HOOKS & vars(old).keys():
+        value = vars(old)[hooks]
+        new.__dict__[hooks] = _hooks_of(new, old, carried(value)) if isinstance(value, dict) else value
 
 
 def _replaced_names(old: nn.Module) -> set[str]:

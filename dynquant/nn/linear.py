@@ -185,6 +185,7 @@ class QLinear(WithActivation, LinearNames):
         others = {name: buffer for name, buffer in self._buffers.items() if name not in _PACKED}
         self.__dict__["_buffers"] = dict(zip(_PACKED, tensors_of(weight), strict=True)) | others
         self._non_persistent_buffers_set.update(_PACKED)
+        config = replace(config, full_range=weight.config.full_range)
         # All arguments of the op but x and bias in one tuple: a forward call has one attribute to look up.
         self.__dict__["weight"] = weight
         self.__dict__["_packed"] = (

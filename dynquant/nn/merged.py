@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import Config
+from ..config import Config, recode
 from ..qtensor import QTensor
 from ..reference import packed_shape
 from .linear import QLinear
@@ -61,7 +61,7 @@ class MergedGroup:
             return False
         slices = _slices(merged, self.layers)
         return all(
-            layer._packed[-1] == merged.config
+            _without_range(layer._packed[-1]) == _without_range(merged.config)
             and _is_same_memory(layer.weight.packed_weight, packed_weight)
             and _are_same(layer._packed[3], merged.qparams)
             for layer, (packed_weight, *_) in zip(self.layers, slices, strict=True)
@@ -70,7 +70,10 @@ class MergedGroup:
     def _can_merge(self) -> bool:
         weights = [layer.weight for layer in self.layers]
         packed = [weight.packed_weight for weight in weights]
-        schemes = {(layer._packed[-1], layer.weight.dtype, layer.bias is None) for layer in self.layers}
+        schemes = {
+            (_without_range(layer._packed[-1]), layer.weight.dtype, layer.bias is None)
+            for layer in self.layers
+        }
         if len(schemes) > 1 or len({(part.device, part.shape[1:]) for part in packed}) > 1:
             return False
         if _common_qparams(self.layers) is None and any(layer._packed[3] for layer in self.layers):
@@ -88,7 +91,7 @@ class MergedGroup:
                 torch.cat([layer.weight.weight_sum for layer in layers]),
                 torch.cat([layer.weight.channel_scale for layer in layers]),
                 _common_qparams(layers),
-                layers[0]._packed[-1],
+                recode(layers[0]._packed[-1], full_range=any(layer.config.full_range for layer in layers)),
             )
             for layer, tensors in zip(layers, _slices(merged, layers), strict=True):
                 old = layer.weight
@@ -145,6 +148,11 @@ def _slices(merged: _Merged, layers: Sequence[QLinear]) -> list[tuple[Tensor, Te
             strict=True,
         )
     )
+
+
+def _without_range(code: int) -> int:
+    """The config of a layer without the bit of weights with -128, which merged layers have together."""
+    return recode(code, full_range=False)
 
 
 def _is_same_memory(a: Tensor, b: Tensor) -> bool:

@@ -211,7 +211,9 @@ class NamedWeights(QModule):
             destination[prefix + name], destination[f"{prefix}{name}_scale"] = weight_entries(weight)
         super()._save_to_state_dict(destination, prefix, keep_vars)
         dtype = self.__dict__[self._weight_names[0]].dtype
-        destination[prefix + "format"] = format_entry(dtype, self._config)
+        full_range = any(weight.config.full_range for weight in self.quantized_weights().values())
+        config = replace(self._config, full_range=full_range)
+        destination[prefix + "format"] = format_entry(dtype, config)
 
     def _load_from_state_dict(
         self,

@@ -38,6 +38,15 @@ def weight_entries(weight: QTensor) -> tuple[Tensor, Tensor]:
     return weight.int_repr().unsqueeze(-1), weight_scale(weight).clone()
 
 
+def entries_of(weight: Tensor, weight_scale: Tensor, dtype: torch.dtype, config: Config) -> dict[str, Tensor]:
+    """The entries of a layer, but its bias, from an int8 weight [N, K] and its scales."""
+    return {
+        "weight": weight.unsqueeze(-1),
+        "weight_scale": weight_scale,
+        "format": format_entry(dtype, config),
+    }
+
+
 def format_entry(dtype: torch.dtype, config: Config) -> Tensor:
     """The entry ``format`` of a layer whose ``.weight`` has this dtype."""
     entry = [FORMAT_VERSION, config.encode(), 1 + FLOAT_DTYPES.index(dtype), 0]
@@ -173,9 +182,8 @@ def check_origin(state_dict: Mapping[str, Any], prefix: str) -> None:
     """A ValueError for the state_dict of a layer that torch.ao quantized."""
     if any(key.startswith(f"{prefix}_packed_params") for key in state_dict):
         raise ValueError(
-            "the state_dict is of a layer that torch.ao quantized (_packed_params); load it into the model "
-            "that torch.ao made, and assign `layer.weight().dequantize()` of each of its layers to `.weight` "
-            "here, or convert the float model with dynquant.quantize_dynamic"
+            "the state_dict is of a layer that torch.ao quantized (_packed_params); "
+            "load_state_dict(dynquant.from_torch_ao(state_dict)) takes it, with the same int8 weights"
         )
 
 

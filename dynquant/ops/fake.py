@@ -61,7 +61,7 @@ def quantize_weight(weight: Tensor, config: int) -> tuple[Tensor, Tensor]:
     return weight.new_empty(weight.shape, dtype=torch.int8), weight.new_empty(scales, dtype=torch.float32)
 
 
-def pack_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+def pack_weight(weight: Tensor, full_range: bool = False) -> tuple[Tensor, Tensor]:
     check_int8_matrix("pack_weight", "weight", weight, "[N, K]")
     n, k = weight.shape
     packed = weight.new_empty(packed_shape(weight.device, n, k), dtype=torch.int8)

@@ -56,7 +56,7 @@ OPS: tuple[Op, ...] = (
     Op("quantize(Tensor x, Tensor scale, Tensor zero_point) -> Tensor", fake.quantize),
     Op("rotate(Tensor x, int block) -> Tensor", fake.rotate),
     Op("quantize_weight(Tensor weight, int config) -> (Tensor, Tensor)", fake.quantize_weight),
-    Op("pack_weight(Tensor weight) -> (Tensor, Tensor)", fake.pack_weight),
+    Op("pack_weight(Tensor weight, bool full_range=False) -> (Tensor, Tensor)", fake.pack_weight),
     Op("unpack_weight(Tensor packed_weight, int n, int k) -> Tensor", fake.unpack_weight),
     Op("int8_mm(Tensor q, Tensor packed_weight, Tensor weight_sum) -> Tensor", fake.int8_mm),
     Op(

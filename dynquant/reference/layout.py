@@ -29,11 +29,12 @@ def packed_shape(device: torch.device, n: int, k: int) -> list[int]:
     return [-(-n // p), -(-k // 4), p, 4]
 
 
-def pack_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+def pack_weight(weight: Tensor, full_range: bool = False) -> tuple[Tensor, Tensor]:
     """The layout that the kernels read, and the sum of each row.
 
     Args:
         weight: int8 [N, K], in [-127, 127].
+        full_range: whether it may hold -128. Ops that multiply by it are then given a config that says so.
 
     Returns:
         packed_weight int8, on the CPU [ceil(N/P), ceil(K/4), P, 4] with P = :func:`panel_width`, elsewhere
@@ -41,7 +42,7 @@ def pack_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
         weight_sum int32 [N].
     """
     check_int8_matrix("pack_weight", "weight", weight, "[N, K]")
-    if weight.device.type != "meta" and weight.numel() and int(weight.min()) == -128:
+    if not full_range and weight.device.type != "meta" and weight.numel() and int(weight.min()) == -128:
         place = (weight == -128).nonzero()[0].tolist()
         raise RuntimeError(f"pack_weight: expected weight in [-127, 127], got -128 at weight{place}")
     weight_sum = weight.sum(1, dtype=torch.int32)

@@ -22,14 +22,14 @@ from .epilogue import apply_epilogue
 from .layout import check_packed, unpack_weight
 from .quantization import choose_qparams, constant, min_max, quantize, rotate, rows_of
 
-MAX_K_INT8_MM = (2**31 - 1) // (128 * 127)
+MAX_K_INT8_MM = (2**31 - 1) // (128 * 128)
 
 
 def int8_mm(q: Tensor, packed_weight: Tensor, weight_sum: Tensor) -> Tensor:
     """The exact accumulators: sum_k q[m, k] * weight[n, k].
 
     Args:
-        q: int8 [M, K], K <= 132,104 (beyond it an int32 could wrap).
+        q: int8 [M, K], K <= 131,071 (beyond it an int32 could wrap).
         packed_weight, weight_sum: from :func:`pack_weight`.
 
     Returns:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from dynquant import _extension
+
 CODE = """
 import gc, torch, dynquant
 from torch import nn
@@ -42,6 +44,7 @@ print((resident() - before) / count)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is returned by glibc's malloc_trim")
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the resident pages from /proc")
+@pytest.mark.skipif(_extension.extension is None, reason=f"of the kernels: {_extension.status}")
 def test_a_conversion_in_place_leaves_one_byte_a_weight() -> None:
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

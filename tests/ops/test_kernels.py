@@ -585,7 +585,7 @@ def wrong_arguments() -> dict[str, tuple[str, tuple[object, ...], str]]:
         "deep accumulators": (
             "int8_mm",
             (torch.ones(1, 140_000, dtype=torch.int8), packed, weight_sum),
-            "expected K <= 132104",
+            "expected K <= 131071",
         ),
         "rotate block": ("rotate", (random_x(2, 6), 4), r"divides K \(6\), got 4"),
         "float weight": (

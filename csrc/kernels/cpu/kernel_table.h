@@ -14,9 +14,9 @@
 
 namespace dynquant::cpu {
 
-// Beyond this K an int32 accumulator could wrap (255 * 127 * K): K is split, and partial sums are added in
+// Beyond this K an int32 accumulator could wrap (255 * 128 * K): K is split, and partial sums are added in
 // int64.
-constexpr int64_t kMaxInt32K = 66311;
+constexpr int64_t kMaxInt32K = 65793;
 
 // Tiles [begin, end) of all `count` tiles of m rows. Every thread derives the same tiles, of at most
 // KernelTable::max_rows rows each.
@@ -40,6 +40,7 @@ struct Weight {
   const int32_t* sum;  // [n]
   const float* scale;  // [n]
   const float* bias;   // [n] or null
+  bool full_range;     // may hold -128
 };
 
 struct Destination {
@@ -126,6 +127,8 @@ struct KernelTable {
   double gops;
 
   const KernelTable* few_rows;  // for calls with 2 to kFewRows rows; null: this table
+
+  const KernelTable* full_range;  // for weights that may hold -128; null: this table
 
   const ThreadScope* scope;  // to be entered by each thread that calls the kernels below
 

@@ -76,7 +76,7 @@ void linear_by_channels(const Linear& args, const LinearPlan& plan, const QParam
 
 Int8MmPlan plan_int8_mm(const Int8Mm& args, const Parallel& parallel) {
   const int64_t m = args.m, k = args.weight.k;
-  const KernelTable& kernels = kernels_of_rows(m);
+  const KernelTable& kernels = kernels_of_rows(m, args.weight.full_range);
   Int8MmPlan plan{};
   plan.kernels = &kernels;
   plan.partition = partition_gemm(kernels, m, args.weight, parallel);
@@ -107,7 +107,7 @@ void int8_mm(const Int8Mm& args, const Int8MmPlan& plan, void* workspace, const 
 
 LinearPlan plan_linear(const Linear& args, const Parallel& parallel) {
   const int64_t m = args.x.m, k = args.x.k, row = row_scratch(args.x);
-  const KernelTable& kernels = kernels_of_rows(m);
+  const KernelTable& kernels = kernels_of_rows(m, args.weight.full_range);
   LinearPlan plan{};
   plan.kernels = &kernels;
   plan.partition = partition_gemm(kernels, m, args.weight, parallel);

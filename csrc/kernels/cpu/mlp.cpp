@@ -104,7 +104,9 @@ void run_steps(const Mlp& args, const Steps& steps, const Rows& x, const Rows* r
 
 MlpPlan plan_mlp(const Mlp& args, const Parallel& parallel) {
   const int64_t m = args.x.m;
-  const KernelTable& kernels = kernels_of_rows(m);
+  bool full_range = false;
+  for_layers(args, [&](const PackedLayer& layer) { full_range |= layer.weight.full_range; });
+  const KernelTable& kernels = kernels_of_rows(m, full_range);
   double microseconds = 0.0;
   for_layers(args, [&](const PackedLayer& layer) {
     microseconds += microseconds_to_multiply(kernels, m, layer.weight);

@@ -19,10 +19,10 @@ std::array<int64_t, 4> packed_shape(int64_t n, int64_t k) {
   return {divide_up(n, panel), divide_up(k, 4), panel, 4};
 }
 
-int64_t find_minus_128(const int8_t* weight, int64_t n, int64_t k) {
+int64_t find_minus_128(const int8_t* weight, int64_t count) {
   int8_t lowest = 0;
-  for (int64_t i = 0; i < n * k; ++i) lowest = std::min(lowest, weight[i]);
-  return lowest > -128 ? -1 : std::find(weight, weight + n * k, static_cast<int8_t>(-128)) - weight;
+  for (int64_t i = 0; i < count; ++i) lowest = std::min(lowest, weight[i]);
+  return lowest > -128 ? -1 : std::find(weight, weight + count, static_cast<int8_t>(-128)) - weight;
 }
 
 namespace {

@@ -18,8 +18,8 @@ int64_t panel_width(int64_t n);
 
 std::array<int64_t, 4> packed_shape(int64_t n, int64_t k);
 
-// Index of the first -128 in a weight [n][k], or -1 if there is none: the AVX2 products negate weights.
-int64_t find_minus_128(const int8_t* weight, int64_t n, int64_t k);
+// Index of the first -128 of a weight, or -1 if there is none: the AVX2 products negate weights.
+int64_t find_minus_128(const int8_t* weight, int64_t count);
 
 // packed: packed_shape(n, k); sum: [n], of each row.
 void pack_weight(const int8_t* weight, int64_t n, int64_t k, int8_t* packed, int32_t* sum,

@@ -127,7 +127,7 @@ void run_part(const Rnn& args, const RnnPlan& plan, const Chunk& chunk, int64_t 
   for_steps(args, chunk, [&](int64_t step, int64_t row) {
     const int64_t rows = std::min(m1, args.size_at(step)) - m0;
     if (rows <= 0) return;
-    const PieceSteps steps{kernels_of_rows(rows), plan.layout, memory};
+    const PieceSteps steps{kernels_of_rows(rows, args.full_range()), plan.layout, memory};
     run_step(args, steps, m0, rows, from_input + (row + m0) * args.input_layer.weight.n,
              from_row(args.out, chunk.row0 + row + m0), memory + plan.products_bytes);
   });
@@ -140,7 +140,8 @@ int64_t rows_of_part(const Rnn& args, int64_t parts) { return divide_up(args.bat
 RnnPlan plan_rnn(const Rnn& args, const Parallel& parallel) {
   double of_step = 0.0;
   for_step_layers(args, [&](const PackedLayer& layer) {
-    of_step += microseconds_to_multiply(kernels_of_rows(args.batch), args.batch, layer.weight);
+    of_step +=
+        microseconds_to_multiply(kernels_of_rows(args.batch, args.full_range()), args.batch, layer.weight);
   });
   const bool has_one_range =
       args.hidden_layer.per_tensor || (args.projection != nullptr && args.projection->per_tensor);
@@ -153,7 +154,7 @@ RnnPlan plan_rnn(const Rnn& args, const Parallel& parallel) {
   for_row_counts(args, rows, [&](int64_t count) {
     for_step_layers(args, [&](const PackedLayer& layer) {
       if (plan.parts > 0) {
-        plan.layout = widened(plan.layout, kernels_of_rows(count), layer, count);
+        plan.layout = widened(plan.layout, kernels_of_rows(count, args.full_range()), layer, count);
         return;
       }
       const Rows x = fp32_rows(nullptr, count, layer.weight.k);
@@ -196,7 +197,7 @@ void rnn(const Rnn& args, const RnnPlan& plan, void* workspace, const Parallel& 
     }
     for_steps(args, chunk, [&](int64_t step, int64_t row) {
       const int64_t rows = args.size_at(step);
-      const CallSteps steps{kernels_of_rows(rows), parallel, memory};
+      const CallSteps steps{kernels_of_rows(rows, args.full_range()), parallel, memory};
       run_step(args, steps, 0, rows, from_input + row * args.input_layer.weight.n,
                from_row(args.out, chunk.row0 + row), memory + plan.products_bytes);
     });

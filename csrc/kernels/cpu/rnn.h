@@ -23,6 +23,10 @@ struct Rnn {
   Destination out;                // [m][P]; its epilogue is not read
 
   int64_t hidden() const { return hidden_layer.weight.n / gates_of(cell); }
+  // Whether weights of the steps may hold -128.
+  bool full_range() const {
+    return hidden_layer.weight.full_range || (projection != nullptr && projection->weight.full_range);
+  }
   int64_t size_at(int64_t step) const { return sizes != nullptr ? sizes[step] : batch; }
 };
 

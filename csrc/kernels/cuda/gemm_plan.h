@@ -17,7 +17,7 @@ struct Device {
 // Rows of q and of weights are padded with zeros to a multiple of 16 bytes, the size of every kernel's loads.
 constexpr int64_t padded_k(int64_t k) { return (k + 15) / 16 * 16; }
 
-// The longest part of k for one int32 accumulator; |q - zero_point| * |weight| <= 255 * 127 allows 66,311.
+// The longest part of k for one int32 accumulator; |q - zero_point| * |weight| <= 255 * 128 allows 65,793.
 constexpr int64_t kMaxPartOfK = 65536;
 
 struct GemmShape {

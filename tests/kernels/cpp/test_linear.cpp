@@ -54,7 +54,8 @@ struct Case {
   Activations activations;
   Epilogue epilogue;
   bool bias;
-  int64_t gap;  // elements between rows of x and of the output
+  int64_t gap;              // elements between rows of x and of the output
+  bool full_range = false;  // weights with -128
 };
 
 Floats random_floats(int64_t count, std::mt19937& generator, float mean, float spread) {
@@ -64,9 +65,13 @@ Floats random_floats(int64_t count, std::mt19937& generator, float mean, float s
   return values;
 }
 
-Bytes random_weight(int64_t count, std::mt19937& generator) {
+// With full_range every fourth weight is -128.
+Bytes random_weight(int64_t count, bool full_range, std::mt19937& generator) {
   Bytes weight(index(count));
-  for (int8_t& value : weight) value = static_cast<int8_t>(static_cast<int>(generator() % 255) - 127);
+  for (int8_t& value : weight) {
+    const bool lowest = full_range && generator() % 4 == 0;
+    value = lowest ? int8_t{-128} : static_cast<int8_t>(static_cast<int>(generator() % 255) - 127);
+  }
   return weight;
 }
 
@@ -98,7 +103,7 @@ Prepared prepare(const Case& c, std::mt19937& generator) {
   if (m > 2) x[index(k + k / 2)] = generator() % 2 == 0 ? NAN : INFINITY;
   const std::vector<uint8_t> encoded = encode(x, c.in);
   for (int64_t i = 0; i < m * k; ++i) x[index(i)] = decode(encoded.data(), i, c.in);
-  Bytes weight = random_weight(n * k, generator);
+  Bytes weight = random_weight(n * k, c.full_range, generator);
   Floats scale = random_floats(n, generator, 0.01f, 0.002f);
   Floats bias = random_floats(c.bias ? n : 0, generator, 0.0f, 1.0f);
   const int64_t panel = panel_width(n), size = dynquant::element_size(c.in);
@@ -122,12 +127,12 @@ void check_linear(const Case& c, const Prepared& p, const Threads& threads) {
   const auto [m, k, n, purpose] = c.shape;
   const int64_t stride = n + c.gap, size = dynquant::element_size(c.out);
   Guarded<uint8_t> out((m * n + (m - 1) * c.gap) * size);
-  const dynquant::cpu::Linear args{dynquant::Rows{p.x.data(), c.in, m, k, k + c.gap, c.rotation_block},
-                                   dynquant::cpu::Weight{p.packed.data(), n, k, p.panel, p.sums.data(),
-                                                         p.scale.data(), c.bias ? p.bias.data() : nullptr},
-                                   c.activations == Activations::kPerTensor,
-                                   c.activations == Activations::kStatic ? &p.given : nullptr,
-                                   dynquant::cpu::Destination{out.data(), stride, c.out, c.epilogue}};
+  const dynquant::cpu::Linear args{
+      dynquant::Rows{p.x.data(), c.in, m, k, k + c.gap, c.rotation_block},
+      dynquant::cpu::Weight{p.packed.data(), n, k, p.panel, p.sums.data(), p.scale.data(),
+                            c.bias ? p.bias.data() : nullptr, c.full_range},
+      c.activations == Activations::kPerTensor, c.activations == Activations::kStatic ? &p.given : nullptr,
+      dynquant::cpu::Destination{out.data(), stride, c.out, c.epilogue}};
   const dynquant::cpu::LinearPlan plan = plan_linear(args, threads);
   REQUIRE(plan.workspace_bytes % 64 == 0);
   Guarded<uint8_t> workspace(plan.workspace_bytes);
@@ -153,18 +158,19 @@ void check_linear(const Case& c, const Prepared& p, const Threads& threads) {
   }
 }
 
-void check_int8_mm(const Shape& shape, const Threads& threads, std::mt19937& generator) {
+void check_int8_mm(const Shape& shape, bool full_range, const Threads& threads, std::mt19937& generator) {
   const auto [m, k, n, purpose] = shape;
   Bytes q(index(m * k));
   for (int8_t& value : q) value = static_cast<int8_t>(generator());
-  const Bytes weight = random_weight(n * k, generator);
+  const Bytes weight = random_weight(n * k, full_range, generator);
   const auto rows = Guarded<int8_t>::copy_of(q);
   const auto packed = Guarded<int8_t>::copy_of(pack(weight, n, k, panel_width(n)));
   const auto sums = Guarded<int32_t>::copy_of(row_sums(weight, n, k));
   Guarded<int32_t> out(m * n);
   const dynquant::cpu::Int8Mm args{
       rows.data(), m,
-      dynquant::cpu::Weight{packed.data(), n, k, panel_width(n), sums.data(), nullptr, nullptr}, out.data()};
+      dynquant::cpu::Weight{packed.data(), n, k, panel_width(n), sums.data(), nullptr, nullptr, full_range},
+      out.data()};
   const dynquant::cpu::Int8MmPlan plan = plan_int8_mm(args, threads);
   Guarded<uint8_t> workspace(plan.workspace_bytes);
   dynquant::cpu::int8_mm(args, plan, workspace.data(), threads);
@@ -224,10 +230,14 @@ TEST_SUITE("linear") {
                      activations,
                      static_cast<Epilogue>(turn % 5),
                      turn % 4 != 3,
-                     turn % 2 == 0 ? 0 : 3};
+                     turn % 2 == 0 ? 0 : 3,
+                     false};
         ++turn;
         INFO(shape.purpose);
         check_on_every_isa(c, {&serial}, generator);
+        Case full = c;
+        full.full_range = true;
+        check_on_every_isa(full, {&serial}, generator);
       }
     }
   }
@@ -281,13 +291,14 @@ TEST_SUITE("linear") {
     on_every_isa([&] {
       for (const Shape& shape : kShapes) {
         INFO(shape.purpose);
-        check_int8_mm(shape, StdThreads(1), generator);
+        check_int8_mm(shape, false, StdThreads(1), generator);
+        check_int8_mm(shape, true, StdThreads(1), generator);
       }
       for (const Shape& shape : kThreadedShapes) {
         INFO(shape.purpose);
         for (const auto& threads : all_threads()) {
           if (threads->threads() != 3 && threads->threads() != 4) continue;
-          check_int8_mm(shape, *threads, generator);
+          check_int8_mm(shape, false, *threads, generator);
         }
       }
     });

@@ -2,7 +2,8 @@
 // region, after vector_256.h.
 //
 // vpmaddubsw multiplies unsigned by signed bytes and adds two neighbouring products in 16 bits, where they
-// may saturate. The activations alone tell whether they can, for any weights in [-127, 127]:
+// may saturate. The activations alone tell whether they can, for any weights in [-127, 127] (-128 takes
+// avx2_words.h):
 //
 //   activations          vpmaddubsw of    exact if, of the activations of one sum,
 //   signed:   q          (w + 128, q)     the positive ones total <= 128, the negative ones >= -128

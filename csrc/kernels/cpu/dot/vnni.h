@@ -32,7 +32,7 @@ struct VnniDot {
   // acc - offset * sum in one vpdpwssd, which multiplies two words and adds: a sum is 128 * high + low, and
   // its factors are -128 * offset and -offset.
   struct ZeroPointCompensation {
-    static constexpr int64_t kMaxK = (int64_t{1} << 22) / 127;  // high is a word
+    static constexpr int64_t kMaxK = (int64_t{1} << 22) / 128;  // high is a word
 
     static V::I prepare_sums(V::I sum) {
       const V::I high = V::bit_and(V::shift_left<9>(sum), V::broadcast(~0xffff));

@@ -30,6 +30,7 @@ void store_part(T* p, F x, int64_t count) {
 #include "cpu/generic/embedding.h"
 
 constexpr KernelTable make_kernels(const char* name, double gops, const KernelTable* few_rows = nullptr,
+                                   const KernelTable* full_range = nullptr,
                                    const ThreadScope* scope = &kFloatModes) {
   // Measured. 48 rows of K = 384 fit L1 beside a panel. Tiles of 16 channels pass over the rows four times as
   // often, and repacking a weight pays from more rows on.
@@ -38,6 +39,7 @@ constexpr KernelTable make_kernels(const char* name, double gops, const KernelTa
       name,
       gops,
       few_rows,
+      full_range,
       scope,
       Dot::kMaxRows,
       kRowsAtOnce,

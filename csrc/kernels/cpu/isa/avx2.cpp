@@ -1,4 +1,5 @@
-// AVX2: vpmaddubsw if it cannot saturate, else wider products; 16-bit products throughout for few rows.
+// AVX2: vpmaddubsw if it cannot saturate, else wider products; 16-bit products throughout for few rows and for
+// weights with -128, whose sign vpsignb cannot change.
 #include "cpu/isa/isa.h"
 
 #if defined(__x86_64__)
@@ -26,7 +27,7 @@ namespace few_rows {
 constexpr KernelTable kFewRowsTable = few_rows::make_kernels("avx2", 150.0);
 }  // namespace
 
-extern const KernelTable kAvx2 = make_kernels("avx2", 190.0, &kFewRowsTable);
+extern const KernelTable kAvx2 = make_kernels("avx2", 190.0, &kFewRowsTable, &kFewRowsTable);
 }  // namespace dynquant::cpu
 
 DYNQUANT_TARGET_END

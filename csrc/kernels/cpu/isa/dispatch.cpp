@@ -52,8 +52,9 @@ std::atomic<const KernelTable*>& in_use() {
 
 const KernelTable& kernels() { return *in_use().load(std::memory_order_relaxed); }
 
-const KernelTable& kernels_of_rows(int64_t m) {
+const KernelTable& kernels_of_rows(int64_t m, bool full_range) {
   const KernelTable& all = kernels();
+  if (full_range && all.full_range != nullptr) return *all.full_range;
   return all.few_rows != nullptr && 1 < m && m <= kFewRows ? *all.few_rows : all;
 }
 

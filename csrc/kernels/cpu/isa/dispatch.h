@@ -17,8 +17,8 @@ std::vector<std::string> available_isas();
 std::string isa();
 void set_isa(const std::string& name);
 
-// The kernels of the instruction set in use, and those for a GEMM of m rows.
+// The kernels of the instruction set in use, and those for a GEMM of m rows, by weights that may hold -128.
 const KernelTable& kernels();
-const KernelTable& kernels_of_rows(int64_t m);
+const KernelTable& kernels_of_rows(int64_t m, bool full_range);
 
 }  // namespace dynquant::cpu

@@ -220,6 +220,6 @@ constexpr kernel_tests::DotOps dot_ops() {
 }
 
 constexpr KernelTable make_kernels(const char* name, double, const KernelTable* few_rows = nullptr,
-                                   const ThreadScope* = nullptr) {
+                                   const KernelTable* = nullptr, const ThreadScope* = nullptr) {
   return KernelTable{name, few_rows, vector_ops(), dot_ops()};
 }

@@ -171,10 +171,9 @@ class QLinear(WithActivation, LinearNames):
         self._set_weight(quantized(linear.weight, config), config)
 
     def _set_weight(self, weight: QTensor, config: Config) -> None:
-        expected = (self.out_features, self.in_features)
-        if weight.shape != expected:
-            got = list(weight.shape)
-            raise ValueError(f"QLinear: expected a weight of shape {list(expected)}, got {got}")
+        expected, got = [self.out_features, self.in_features], list(weight.shape)
+        if got != expected:
+            raise ValueError(f"QLinear: expected a weight of shape {expected}, got {got}")
         weight = as_packed(weight)
         scale, zero_point = self.activation_scale, self.activation_zero_point
         qparams = None if scale is None or zero_point is None else (scale, zero_point)

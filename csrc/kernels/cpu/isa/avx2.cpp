@@ -1,5 +1,5 @@
-// AVX2: vpmaddubsw if it cannot saturate, else wider products; 16-bit products throughout for few rows and for
-// weights with -128, whose sign vpsignb cannot change.
+// AVX2: vpmaddubsw if it cannot saturate, else wider products; 16-bit products throughout for few rows and
+// for weights with -128, whose sign vpsignb cannot change.
 #include "cpu/isa/isa.h"
 
 #if defined(__x86_64__)

@@ -5,6 +5,7 @@ Imports torch, so only a build that makes the extension may import this file.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -59,12 +60,13 @@ class BuildWithCuda(BuildExtension):
         cuda = self._add_cuda(module)
         folders = [Path(self.build_lib) / "dynquant"] + ([ROOT / "dynquant"] if self.inplace else [])
         record = build_record(Path(self.get_ext_filename(module.name)).name, cuda)
-        if any(_read(folder / "_build.json") != record for folder in folders):
+        if any(_without_interface(_read(folder / "_build.json")) != record for folder in folders):
             self.force = True  # the same sources for another torch, or other flags
         with short_lines():
             super().run()
         for folder in folders:
-            (folder / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
+            complete = record | {"interface": _interface()}
+            (folder / "_build.json").write_text(json.dumps(complete, indent=2) + "\n")
 
     def _add_cuda(self, module: Extension) -> dict[str, Any]:
         toolkit, reason = cuda_toolkit()
@@ -89,6 +91,22 @@ class BuildWithCuda(BuildExtension):
             "architectures": [str(entry) for entry in wanted],
             "nvcc": version,
         }
+
+
+def _interface() -> str | None:
+    """Of dynquant/_interface.py, without importing the package, which would load the extension."""
+    spec = importlib.util.spec_from_file_location("_interface", ROOT / "dynquant" / "_interface.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    interface: str | None = module.interface_of(ROOT / "dynquant")
+    return interface
+
+
+def _without_interface(record: Any) -> Any:
+    """A build record without what changes with the Python files: ninja knows what that compiles again."""
+    return {k: v for k, v in record.items() if k != "interface"} if isinstance(record, dict) else record
 
 
 def build_record(filename: str, cuda: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from ._interface import interface_of
+
 _FOLDER = Path(__file__).resolve().parent
 _FALLBACK = "every op runs on the PyTorch reference"
 # 64-bit and little-endian, as every system with kernels: e_shoff, e_shentsize and e_shnum of the file header.
@@ -46,6 +48,12 @@ def _mismatch(file: Path, record: dict[str, Any]) -> str | None:
         built_file = record["file"]
     except KeyError:
         return f"{file.name} has no readable build record beside it, so {_FALLBACK}; {_REBUILD}"
+    current = interface_of(_FOLDER)
+    if current is not None and record.get("interface") != current:
+        return (
+            f"{file.name} was built from other sources than these Python files: its ops have other arguments "
+            f"or configs, so {_FALLBACK}; {_REBUILD}"
+        )
     if built_file != file.name:
         return f"the build record is of {built_file}, not of {file.name}, so {_FALLBACK}; {_REBUILD}"
     running = (torch.__version__, torch.version.cuda, torch.compiled_with_cxx11_abi())

@@ -30,6 +30,7 @@ ROOMS = (
     {"environment", "after_import", "own_thread", "freed_memory"},
     {"config"},
     {"patterns", "_extension", "_version", "extras", "progress"},
+    {"_interface"},
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 PACKAGE = ROOT / "dynquant"

@@ -208,6 +208,7 @@ def test_isa_is_lowered_by_the_environment_variable(installed: Path, tmp_path: P
         ({"torch_cuda": "12.6"}, "(CUDA 12.6)"),
         ({"cxx11_abi": False}, "pre-C++11 ABI"),
         ({"file": "_C.other.so"}, "the build record is of _C.other.so"),
+        ({"interface": "0123456789abcdef"}, "was built from other sources than these Python files"),
         (None, "no readable build record"),
     ],
 )

@@ -9,6 +9,7 @@ Bits of the int, lowest first (``csrc/kernels/config.h`` is the same table in C+
 6-8   epilogue: 0 none, else its position in ``patterns.activations.ACTIVATIONS``, 1 first
 9-11  out dtype: 0 the input's, 1 float32, 2 bfloat16, 3 float16, 4 float64
 12-16 the layer's K: 0 unknown, else 1 + K mod 16
+17    rotation: 1 with signs
 18    weights: 1 if they may hold -128
 ====  ====================================================================
 
@@ -34,10 +35,11 @@ NORMS = ("layer_norm", "rms_norm")
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 OUT_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_ROTATION_BLOCK = 128
+AUTO_ROTATION = "auto"
 K_MODULUS = 16
 _K_SHIFT, _K_BITS = 12, 31
-_FULL_RANGE_SHIFT = 18
-_KNOWN_BITS = (1 << _K_SHIFT) - 1 | _K_BITS << _K_SHIFT | 1 << _FULL_RANGE_SHIFT
+_SIGNS_SHIFT, _FULL_RANGE_SHIFT = 17, 18
+_KNOWN_BITS = (1 << _K_SHIFT) - 1 | _K_BITS << _K_SHIFT | 1 << _SIGNS_SHIFT | 1 << _FULL_RANGE_SHIFT
 
 
 def one_of(name: str, value: object, allowed: tuple[object, ...]) -> int:
@@ -81,6 +83,8 @@ class Config:
         out_dtype: dtype of the output; None for the input's.
         full_range: whether int8 weights may hold -128, as those that others quantized may; weights quantized
             here lie in [-127, 127].
+        rotation_signs: whether the rotation multiplies elements by a fixed sequence of signs first, as all
+            new layers do; False without a rotation, and in layers of files from before the signs.
 
     Raises:
         ValueError: for any other word, or a block that is not a power of two up to 128.
@@ -92,6 +96,7 @@ class Config:
     epilogue: str = "none"
     out_dtype: torch.dtype | None = None
     full_range: bool = False
+    rotation_signs: bool = True
 
     def __post_init__(self) -> None:
         one_of("activations", self.activations, ACTIVATIONS)
@@ -100,6 +105,21 @@ class Config:
         one_of("out_dtype", self.out_dtype, OUT_DTYPES)
         one_of("full_range", self.full_range, (False, True))
         one_of("rotation_block", self.rotation_block, (0, 1, 2, 4, 8, 16, 32, 64, 128))
+        one_of("rotation_signs", self.rotation_signs, (False, True))
+        if not self.rotation_block:
+            object.__setattr__(self, "rotation_signs", False)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a pickle; those from before the signs have no word of them."""
+        vars(self).update({"rotation_signs": False, **state})
+
+    @property
+    def rotation_text(self) -> str:
+        """``", rotation=hadamard(128)"`` for the ``repr`` of a layer; empty without a rotation."""
+        if not self.rotation_block:
+            return ""
+        signs = "" if self.rotation_signs else ", rotation_signs=False"
+        return f", rotation=hadamard({self.rotation_block}){signs}"
 
     def encode(self, in_features: int | None = None) -> int:
         """The int that the ops take.
@@ -116,6 +136,7 @@ class Config:
             | OUT_DTYPES.index(self.out_dtype) << 9
             | (0 if in_features is None else 1 + in_features % K_MODULUS) << _K_SHIFT
             | self.full_range << _FULL_RANGE_SHIFT
+            | self.rotation_signs << _SIGNS_SHIFT
         )
 
     @staticmethod
@@ -127,13 +148,16 @@ class Config:
             ValueError: for an int that no Config encodes to.
         """
         rotation, epilogue, out_dtype = code >> 2 & 15, code >> 6 & 7, code >> 9 & 7
+        signs = code >> _SIGNS_SHIFT & 1
         known = code & ~_KNOWN_BITS == 0 and (code >> _K_SHIFT & _K_BITS) <= K_MODULUS and rotation <= 8
+        known = known and signs <= rotation
         if not known or epilogue >= len(EPILOGUES) or out_dtype >= len(OUT_DTYPES):
             raise ValueError(f"dynquant: config {code} has bits that this version does not know")
         return Config(
             activations=ACTIVATIONS[code & 1],
             weights=WEIGHTS[code >> 1 & 1],
             rotation_block=1 << rotation >> 1,
+            rotation_signs=bool(signs),
             epilogue=EPILOGUES[epilogue],
             out_dtype=OUT_DTYPES[out_dtype],
             full_range=bool(code >> _FULL_RANGE_SHIFT & 1),
@@ -159,6 +183,11 @@ def layer_config(
         block = rotation_block(in_features)
     elif type(rotation) is int and rotation in sizes:
         block = min(rotation, rotation_block(in_features))
+    elif rotation == AUTO_ROTATION:
+        raise ValueError(
+            "dynquant: expected rotation to be None, 'hadamard' or a block size, got 'auto', which "
+            "dynquant.quantize_dynamic alone takes: it chooses for each layer of a model"
+        )
     else:
         raise ValueError(
             f"dynquant: expected rotation to be None, 'hadamard' or one of {sizes}, got {rotation!r}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
 from types import FunctionType
 from typing import Any, cast
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from .config import Config
 from .own_thread import keeping_subnormals, on_own_thread
-from .reference import FLOAT_DTYPES, rotate
+from .reference import FLOAT_DTYPES, rotate_back
 from .traced_reads import OPERATORS, REFLECTED, WITHOUT_VALUES, untraced
 
 FLOAT_WORDS = "float32, bfloat16, float16 or float64"
@@ -91,7 +92,7 @@ class QTensor(torch.Tensor):
         """
         if weight.dtype not in FLOAT_DTYPES:
             raise RuntimeError(f"expected weight of dtype {FLOAT_WORDS}, got {weight.dtype}")
-        config = Config(config.activations, config.weights, config.rotation_block)
+        config = replace(config, epilogue="none", out_dtype=None)
 
         def quantize_and_pack() -> QTensor:
             with torch.no_grad(), torch.inference_mode(False), keeping_subnormals():
@@ -159,6 +160,7 @@ class QTensor(torch.Tensor):
         values = repr(self.dequantize()).removeprefix("tensor(").removesuffix(")").replace("\n", "\n ")
         config = self.config
         rotation = f", rotation_block={config.rotation_block}" if config.rotation_block else ""
+        rotation += ", rotation_signs=False" if config.rotation_block and not config.rotation_signs else ""
         return f"QTensor({values}, weights={config.weights}, activations={config.activations}{rotation})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QTensor:
@@ -263,7 +265,8 @@ def dequantize(w: QTensor) -> Tensor:
 
 def in_original_basis(rows: Tensor, config: Config) -> Tensor:
     """Dequantized rows of a weight, fp32 [..., K], without its rotation."""
-    return rotate(rows, config.rotation_block) if config.rotation_block else rows
+    block, signs = config.rotation_block, config.rotation_signs
+    return rotate_back(rows, block, signs) if block else rows
 
 
 def pack(

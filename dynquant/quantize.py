@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from .checkpoint.hugging_face import describe
-from .config import Config, layer_config
+from .config import AUTO_ROTATION, Config, layer_config
 from .conversion.left_float import describe_left_float
 from .conversion.plan import Plan, Scheme
 from .conversion.select import select
@@ -27,6 +28,7 @@ from .measurement.layers import Measured
 from .measurement.pairs import Pair, pair_layers
 from .measurement.report import make_report
 from .measurement.report_data import Report
+from .measurement.rotation import choose_rotations
 from .measurement.sample import Sample, measuring
 from .measurement.thresholds import check_arguments, judge
 from .nn.attention import check_attention_choice, keep_attention_float
@@ -119,7 +121,9 @@ def quantize_dynamic(
             rest.
         inplace: swap in ``model`` itself instead of a copy. A model that is itself an nn.Linear never
             changes: use the returned one.
-        activations, weights, rotation: the scheme, as of :class:`dynquant.QLinear`.
+        activations, weights, rotation: the scheme, as of :class:`dynquant.QLinear`. ``rotation="auto"``
+            rotates the layers whose SQNR on the sample gains by it; without a sample, and where the sample
+            does not reach a layer, all but those that are known to read an activation function's output.
         embeddings: convert nn.Embedding and nn.EmbeddingBag too, to int8 tables with a scale a row. A table
             that is also the weight of a converted linear layer is held once, in the layer's layout.
         fuse: make activation functions epilogues of the layers before them, and merge layers that read the
@@ -130,8 +134,9 @@ def quantize_dynamic(
             their attention implementation, of which one warning says where it cannot be. v is quantized in
             blocks of keys, so that a token's output depends a little on the size of later values in its
             block. ``min_sqnr`` and the report judge the attention of each module as well.
-        sample: the arguments of a call of the model, as of :func:`dynquant.report`, for ``fuse`` and the next
-            three parameters. They run the model on it, in eval mode and without gradients.
+        sample: the arguments of a call of the model, as of :func:`dynquant.report`, for
+            ``rotation="auto"``, ``fuse`` and the next three parameters. They run the model on it, in eval
+            mode and without gradients.
         min_speedup: keep a layer float if time of the float layer / time of the int8 layer, measured on
             its inputs from the sample, is below this; 1.0: no layer becomes slower. Layers that the sample
             does not reach are converted.
@@ -154,9 +159,9 @@ def quantize_dynamic(
             not a number.
     """
     scheme: Scheme = {"activations": activations, "weights": weights, "rotation": rotation}
-    layer_config(1, **scheme)
+    layer_config(1, activations, weights, None if rotation == AUTO_ROTATION else rotation)
     check_attention_choice("quantize_dynamic: expected attention", attention)
-    check_arguments(sample, report, fuse, min_speedup, min_sqnr)
+    check_arguments(sample, report, fuse or rotation == AUTO_ROTATION, min_speedup, min_sqnr)
     if mapping is None:
         mapping = default_mapping(model)
     elif embeddings:
@@ -165,6 +170,7 @@ def quantize_dynamic(
     plan = select(model, spec, scheme, mapping, covers_all=qconfig_spec is None)
     unusual = describe_left_float(model, {} if qconfig_spec is None else spec, plan)
     if sample is None:
+        plan = choose_rotations(model, plan, None, partial(_convert, model))
         result, unfused = _build(model, _convert(model, plan), fuse=fuse, inplace=inplace)
         unchanged = use_int8_attention(result) if attention else None
         made_report = None
@@ -244,6 +250,7 @@ def _measured(
     with measuring(model):
         # A sample that does not fit is an error before the conversion.
         sample.run(model, "the model")
+        plan = choose_rotations(model, plan, sample, partial(_convert, model))
         converted = _convert(model, plan)
         measured: dict[tuple[str, Config | None], Measured] = {}
         if min_speedup is not None or min_sqnr is not None:

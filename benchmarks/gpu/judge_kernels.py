@@ -113,7 +113,7 @@ def _rows(setting: Setting, probe: Probe, k: int, judge: Judge) -> None:
             scale = torch.full((m,), -1.0, device=device)
             zero_point = torch.full((m,), 77, dtype=torch.int32, device=device)
             probe.quantize(x.to(device), q, scale, zero_point, block)
-            rows = reference.rotate(x, block) if block else x
+            rows = reference.rotate(x, block, signs=True) if block else x
             qparams = reference.choose_qparams(*reference.min_max(rows, True))
             case = f"{dtype}, {kind}, rotation {block}"
             judge.same(scale, qparams[0], f"scale, {case}")

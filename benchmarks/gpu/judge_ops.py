@@ -101,7 +101,9 @@ def single_steps(setting: Setting, judge: Judge) -> None:
             judge.same(q, reference.quantize(x, *qparams), f"quantize {case}")
     for block, dtype in itertools.product((1, 2, 4, 8, 16, 32, 64, 128), DTYPES):
         x = torch.randn(7, block * 33).to(dtype)
-        judge.same(_ops.rotate(x.to(device), block), reference.rotate(x, block), f"rotate {block} {dtype}")
+        for signs in (False, True):
+            rotated = _ops.rotate(x.to(device), block, signs)
+            judge.same(rotated, reference.rotate(x, block, signs), f"rotate {block} {signs} {dtype}")
 
 
 def int8_mm(setting: Setting, judge: Judge) -> None:

@@ -149,7 +149,7 @@ PROBE_EXPORT int probe_gemm(const ProbeGemm* args, void* workspace, cudaStream_t
 static Linear linear_of(const ProbeLinear& args) {
   Linear linear = {};
   const Config config = decode_config(args.config);
-  linear.x = Rows{args.x, static_cast<Dtype>(args.x_dtype), args.m, args.k, args.k, config.rotation_block};
+  linear.x = Rows{args.x, static_cast<Dtype>(args.x_dtype), args.m, args.k, args.k, config.rotation};
   linear.n = args.n;
   linear.weight = args.weight;
   linear.weight_sum = args.weight_sum;
@@ -198,14 +198,15 @@ PROBE_EXPORT int probe_linear(const ProbeLinear* args, void* workspace, cudaStre
 }
 
 // per_token: q [m, k rounded up to a multiple of 16], scale and zero_point [m].
-PROBE_EXPORT int probe_quantize(const void* x, int32_t dtype, int64_t m, int64_t k, int32_t rotation_block,
-                                int8_t* q, float* scale, int32_t* zero_point, cudaStream_t stream) {
+PROBE_EXPORT int probe_quantize(const void* x, int32_t dtype, int64_t m, int64_t k, int32_t block,
+                                int32_t signs, int8_t* q, float* scale, int32_t* zero_point,
+                                cudaStream_t stream) {
   return PROBE_RUN(([&] {
     Device device = {};
     const cudaError_t error = current_device(&device);
     if (error != cudaSuccess) return error;
     QuantizeRows args = {};
-    args.x = Rows{x, static_cast<Dtype>(dtype), m, k, k, rotation_block};
+    args.x = Rows{x, static_cast<Dtype>(dtype), m, k, k, Rotation{block, signs != 0}};
     args.from = QParamsFrom::kRow;
     args.q = q;
     args.row_bytes = (k + 15) / 16 * 16;

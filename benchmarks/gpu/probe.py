@@ -185,11 +185,18 @@ class Probe:
         return Call(self, "probe_linear", arguments, out, (x, layer))
 
     def quantize(self, x: Tensor, q: Tensor, scale: Tensor, zero_point: Tensor, block: int = 0) -> None:
-        """x [M, K] per_token into q int8 [M, K rounded up to 16], scale fp32 and zero_point int32 [M]."""
+        """x [M, K] per_token, rotated if ``block``, into q int8 [M, K rounded up to 16], scale fp32 and
+        zero_point int32 [M]."""
         numbers = ctypes.c_int32(DTYPES[str(x.dtype)]), ctypes.c_int64(x.shape[0]), ctypes.c_int64(x.shape[1])
         pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, q, scale, zero_point)]
         self.call(
-            "probe_quantize", pointers[0], *numbers, ctypes.c_int32(block), *pointers[1:], stream_of(x.device)
+            "probe_quantize",
+            pointers[0],
+            *numbers,
+            ctypes.c_int32(block),
+            ctypes.c_int32(block > 0),
+            *pointers[1:],
+            stream_of(x.device),
         )
 
 

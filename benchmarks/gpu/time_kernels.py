@@ -140,7 +140,7 @@ def quantize(setting: Setting) -> None:
 
         def calls(library: Probe) -> list[Call]:
             library.quantize(inputs[0], q, scale, zero_point, block)
-            rows = reference.rotate(inputs[0], block) if block else inputs[0]
+            rows = reference.rotate(inputs[0], block, signs=True) if block else inputs[0]
             qparams = reference.choose_qparams(*reference.min_max(rows, True))
             found = difference(q[:, :k], reference.quantize(rows, *qparams))
             if found is not None:

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "types.h"
+
 namespace dynquant {
 
 // Every activation: X(its Epilogue, its function in EpilogueMath). The position is the code in files, 1
@@ -24,7 +26,7 @@ enum class OutDtype : int { kInput, kFloat32, kBFloat16, kFloat16, kFloat64 };
 struct Config {
   bool per_tensor;         // activations: one range for all of x instead of one per row
   bool weight_per_tensor;  // weights: one scale instead of one per output channel
-  int rotation_block;      // 0: no rotation, else 1, 2, 4 ... 128
+  Rotation rotation;
   Epilogue epilogue;
   OutDtype out_dtype;
   bool full_range;  // weights may hold -128
@@ -34,12 +36,15 @@ constexpr int kOutDtypeShift = 9;
 
 constexpr int kKShift = 12;
 constexpr int64_t kKModulus = 16;
+constexpr int kSignsShift = 17;
 constexpr int kFullRangeShift = 18;
 
 constexpr bool is_valid_config(int64_t code) {
-  constexpr int64_t kKnown = ((1 << kKShift) - 1) | (31 << kKShift) | (1 << kFullRangeShift);
-  return code >= 0 && (code & ~kKnown) == 0 && ((code >> kKShift) & 31) <= kKModulus &&
-         ((code >> 2) & 15) <= 8 && ((code >> 6) & 7) <= kActivationCount &&
+  constexpr int64_t kSigns = 1 << kSignsShift;
+  constexpr int64_t kKnown = ((1 << kKShift) - 1) | (31 << kKShift) | kSigns | (1 << kFullRangeShift);
+  const int64_t rotation = (code >> 2) & 15;
+  return code >= 0 && (code & ~kKnown) == 0 && ((code >> kKShift) & 31) <= kKModulus && rotation <= 8 &&
+         (rotation > 0 || (code & kSigns) == 0) && ((code >> 6) & 7) <= kActivationCount &&
          ((code >> kOutDtypeShift) & 7) <= 4;
 }
 
@@ -54,9 +59,10 @@ constexpr int64_t plain_fp32(int64_t code) {
 }
 
 constexpr Config decode_config(int64_t code) {
+  const Rotation rotation{static_cast<int>((1 << ((code >> 2) & 15)) >> 1), (code >> kSignsShift & 1) != 0};
   return Config{(code & 1) != 0,
                 (code & 2) != 0,
-                static_cast<int>((1 << ((code >> 2) & 15)) >> 1),
+                rotation,
                 static_cast<Epilogue>((code >> 6) & 7),
                 static_cast<OutDtype>((code >> kOutDtypeShift) & 7),
                 (code >> kFullRangeShift & 1) != 0};

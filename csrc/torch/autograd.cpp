@@ -55,10 +55,11 @@ struct Arguments {
 
 Tensor dequantized_weight(const Arguments& args, const Config& config) {
   static const auto unpack = find_op<Tensor(const Tensor&, int64_t, int64_t)>("dynquant::unpack_weight");
-  static const auto rotate = find_op<Tensor(const Tensor&, int64_t)>("dynquant::rotate");
+  static const auto rotate_back = find_op<Tensor(const Tensor&, int64_t, bool)>("dynquant::rotate_back");
   const Tensor weight = unpack.call(args.packed_weight, args.weight_scale.size(0), args.x.size(-1));
   const Tensor dequantized = weight * args.weight_scale.unsqueeze(1);
-  return config.rotation_block > 0 ? rotate.call(dequantized, config.rotation_block) : dequantized;
+  const auto [block, signs] = config.rotation;
+  return block > 0 ? rotate_back.call(dequantized, block, signs) : dequantized;
 }
 
 // The float activation of an epilogue and its backward, from the table in dynquant/patterns/activations.py.

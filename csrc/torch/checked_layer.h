@@ -52,12 +52,12 @@ struct CheckedLayer {
     const auto shape = packed_shape(n, k);
     check_packed(op, *packed_weight, shape, n, k);
     check_k(op, k, code);
-    if (config.rotation_block > 0) check_rotation(op, k, config.rotation_block);
+    if (config.rotation.block > 0) check_rotation(op, k, config.rotation.block);
     out_type = out_dtype(config, x);
     packed = {
         Weight{packed_weight->const_data_ptr<int8_t>(), n, k, shape[2], weight_sum->const_data_ptr<int32_t>(),
                weight_scale->const_data_ptr<float>(), dynquant::in_fp32(bias, bias_owner), config.full_range},
-        config.epilogue, config.rotation_block, config.per_tensor};
+        config.epilogue, config.rotation, config.per_tensor};
   }
 };
 

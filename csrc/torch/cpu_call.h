@@ -19,7 +19,7 @@ const Parallel& torch_threads();
 at::Tensor cast(const at::Tensor& x, at::ScalarType type);
 
 // x as rows; `owner` keeps a copy alive if one is needed (fp64, rows with strided elements).
-inline Rows rows_of(const at::Tensor& x, int rotation_block, at::Tensor& owner) {
+inline Rows rows_of(const at::Tensor& x, Rotation rotation, at::Tensor& owner) {
   owner = x.scalar_type() == at::kDouble ? cast(x, at::kFloat) : x;
   const int64_t k = owner.size(-1);
   const bool strided_rows = owner.dim() == 2 && owner.stride(1) == 1;
@@ -29,7 +29,7 @@ inline Rows rows_of(const at::Tensor& x, int rotation_block, at::Tensor& owner) 
               leading_size(x),
               k,
               strided_rows ? owner.stride(0) : k,
-              rotation_block};
+              rotation};
 }
 
 // Memory for the length of a call, on the stack for small calls: an allocation would cost as much as their

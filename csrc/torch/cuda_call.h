@@ -77,10 +77,10 @@ auto run_reference(const char* name, const Args&... args) {
 }
 
 // x as contiguous rows; `owner` keeps x, or its copy (of fp64 or strided x), alive.
-inline Rows rows_of(const at::Tensor& x, int rotation_block, at::Tensor& owner) {
+inline Rows rows_of(const at::Tensor& x, Rotation rotation, at::Tensor& owner) {
   owner = (x.scalar_type() == at::kDouble ? x.to(at::kFloat) : x).contiguous();
   const int64_t k = x.size(-1);
-  return Rows{owner.const_data_ptr(), dtype_of(owner.scalar_type()), leading_size(x), k, k, rotation_block};
+  return Rows{owner.const_data_ptr(), dtype_of(owner.scalar_type()), leading_size(x), k, k, rotation};
 }
 
 // Scratch memory for the call; later work on the stream may reuse it. An undefined tensor for 0 bytes.

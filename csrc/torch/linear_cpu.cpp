@@ -54,7 +54,7 @@ Tensor linear_op(const char* op, const Tensor& x, const Tensor& packed_weight, c
   const auto shape = packed_shape(n, k);
   check_packed(op, packed_weight, shape, n, k);
   check_k(op, k, code);
-  if (config.rotation_block > 0) check_rotation(op, k, config.rotation_block);
+  if (config.rotation.block > 0) check_rotation(op, k, config.rotation.block);
 
   // fp64 is computed through fp32.
   const at::ScalarType wanted = out_dtype(config, x);
@@ -66,7 +66,7 @@ Tensor linear_op(const char* op, const Tensor& x, const Tensor& packed_weight, c
 
   Tensor owner, bias_owner;
   const Linear args{
-      rows_of(x, config.rotation_block, owner),
+      rows_of(x, config.rotation, owner),
       Weight{packed_weight.const_data_ptr<int8_t>(), n, k, shape[2], weight_sum.const_data_ptr<int32_t>(),
              weight_scale.const_data_ptr<float>(), bias_of(bias, bias_owner), config.full_range},
       config.per_tensor, given, Destination{out.mutable_data_ptr(), n, dtype_of(computed), config.epilogue}};

@@ -55,11 +55,11 @@ Tensor linear_op(const char* op, const Tensor& x, const Tensor& packed_weight, c
   const int64_t n = weight_scale.size(0), k = x.size(-1);
   check_packed_rows(op, packed_weight, n, k);
   check_k(op, k, code);
-  if (config.rotation_block > 0) check_rotation(op, k, config.rotation_block);
+  if (config.rotation.block > 0) check_rotation(op, k, config.rotation.block);
 
   const OnDevice on(op, x);
   Tensor owner, weight_owner, bias_owner;
-  const Rows rows = rows_of(x, config.rotation_block, owner);
+  const Rows rows = rows_of(x, config.rotation, owner);
   // fp64 outputs are computed in fp32.
   const at::ScalarType wanted = out_dtype(config, x);
   const at::ScalarType computed = wanted == at::kDouble ? at::kFloat : wanted;

@@ -65,7 +65,7 @@ struct CheckedResidual {
     TORCH_CHECK(residual->sizes() == at::IntArrayRef(expected), op, ": expected residual of shape ",
                 at::IntArrayRef(expected), ", got ", residual->sizes());
     check_device(op, x, "residual", *residual);
-    rows = rows_of(*residual, 0, owner);
+    rows = rows_of(*residual, kNoRotation, owner);
   }
 
   const Rows* get() const { return owner.defined() ? &rows : nullptr; }
@@ -74,7 +74,7 @@ struct CheckedResidual {
 // Allocates the output and calls. The last layer's config gives its dtype.
 Tensor run(Mlp args, const Tensor& x, const CheckedLayer& last) {
   Tensor x_owner;
-  args.x = rows_of(x, 0, x_owner);
+  args.x = rows_of(x, kNoRotation, x_owner);
   const int64_t n = last.packed.weight.n;
   c10::SmallVector<int64_t, 5> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = n;
@@ -134,9 +134,10 @@ struct CheckedMlp {
     std::optional<CheckedLayer> gate(std::in_place, op, "gate", tensors, x, k, config);
     TORCH_CHECK(gate->packed.weight.n == up.weight.n, op, ": expected gate to have ", up.weight.n,
                 " channels, as up has, got ", gate->packed.weight.n);
-    TORCH_CHECK(gate->packed.rotation_block == up.rotation_block, op,
-                ": expected gate and up with one rotation block, got ", gate->packed.rotation_block, " and ",
-                up.rotation_block);
+    const Rotation one = gate->packed.rotation, other = up.rotation;
+    TORCH_CHECK(one == other, op, ": expected gate and up with one rotation, got block ", one.block,
+                one.signs ? " with" : " without", " signs and block ", other.block,
+                other.signs ? " with" : " without", " signs");
     return gate;
   }
 };

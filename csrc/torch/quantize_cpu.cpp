@@ -22,7 +22,7 @@ using at::Tensor;
 std::tuple<Tensor, Tensor> min_max_op(const Tensor& x, bool per_token) {
   check_float("min_max", "x", x);
   Tensor owner;
-  const Rows rows = rows_of(x, 0, owner);
+  const Rows rows = rows_of(x, kNoRotation, owner);
   const auto options = x.options().dtype(at::kFloat);
   Tensor lo = at::empty({per_token ? rows.m : 1}, options), hi = at::empty({per_token ? rows.m : 1}, options);
   float* lo_data = lo.mutable_data_ptr<float>();
@@ -55,7 +55,7 @@ Tensor quantize_op(const Tensor& x, const Tensor& scale, const Tensor& zero_poin
   check_device("quantize", x, "scale", scale);
   check_device("quantize", x, "zero_point", zero_point);
   Tensor owner;
-  const Rows rows = rows_of(x, 0, owner);
+  const Rows rows = rows_of(x, kNoRotation, owner);
   Tensor q = at::empty(x.sizes(), x.options().dtype(at::kChar));
   const Tensor scales = scale.contiguous(), zero_points = zero_point.contiguous();
   quantize(rows, scales.const_data_ptr<float>(), zero_points.const_data_ptr<int32_t>(), scale.size(0) != 1,
@@ -63,11 +63,11 @@ Tensor quantize_op(const Tensor& x, const Tensor& scale, const Tensor& zero_poin
   return q;
 }
 
-Tensor rotate_op(const Tensor& x, int64_t block) {
+Tensor rotate_op(const Tensor& x, int64_t block, bool signs) {
   check_float("rotate", "x", x);
   check_rotation("rotate", x.size(-1), block);
   Tensor owner;
-  const Rows rows = rows_of(x, static_cast<int>(block), owner);
+  const Rows rows = rows_of(x, {static_cast<int>(block), signs}, owner);
   Tensor out = at::empty(x.sizes(), x.options().dtype(at::kFloat));
   rotate(rows, out.mutable_data_ptr<float>(), torch_threads());
   return out;
@@ -92,9 +92,9 @@ std::tuple<Tensor, Tensor> quantize_weight_op(const Tensor& weight, int64_t code
               weight.dim());
   check_float("quantize_weight", "weight", weight);
   const int64_t n = weight.size(0), k = weight.size(1);
-  if (config.rotation_block > 0) check_rotation("quantize_weight", k, config.rotation_block);
+  if (config.rotation.block > 0) check_rotation("quantize_weight", k, config.rotation.block);
   Tensor owner;
-  const Rows rows = rows_of(weight, config.rotation_block, owner);
+  const Rows rows = rows_of(weight, config.rotation, owner);
   Tensor q = at::empty({n, k}, weight.options().dtype(at::kChar));
   Tensor scale = at::empty({config.weight_per_tensor ? 1 : n}, weight.options().dtype(at::kFloat));
   const QuantizeWeight args{rows, config.weight_per_tensor, scale.mutable_data_ptr<float>(),

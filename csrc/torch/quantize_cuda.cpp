@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor> min_max_op(const Tensor& x, bool per_token) {
   check_float("min_max", "x", x);
   const OnDevice on("min_max", x);
   Tensor owner;
-  const Rows rows = rows_of(x, 0, owner);
+  const Rows rows = rows_of(x, kNoRotation, owner);
   const auto options = x.options().dtype(at::kFloat);
   Tensor lo = at::empty({per_token ? rows.m : 1}, options), hi = at::empty({per_token ? rows.m : 1}, options);
   if (per_token) {
@@ -54,7 +54,7 @@ Tensor quantize_op(const Tensor& x, const Tensor& scale, const Tensor& zero_poin
   check_device("quantize", x, "zero_point", zero_point);
   const OnDevice on("quantize", x);
   Tensor owner;
-  const Rows rows = rows_of(x, 0, owner);
+  const Rows rows = rows_of(x, kNoRotation, owner);
   const Tensor scales = scale.contiguous(), zero_points = zero_point.contiguous();
   Tensor q = at::empty(x.sizes(), x.options().dtype(at::kChar));
   on.check(quantize(rows, scales.const_data_ptr<float>(), zero_points.const_data_ptr<int32_t>(),
@@ -62,13 +62,13 @@ Tensor quantize_op(const Tensor& x, const Tensor& scale, const Tensor& zero_poin
   return q;
 }
 
-Tensor rotate_op(const Tensor& x, int64_t block) {
-  if (is_too_old(x)) return run_reference<decltype(rotate_op)>("dynquant::rotate", x, block);
+Tensor rotate_op(const Tensor& x, int64_t block, bool signs) {
+  if (is_too_old(x)) return run_reference<decltype(rotate_op)>("dynquant::rotate", x, block, signs);
   check_float("rotate", "x", x);
   check_rotation("rotate", x.size(-1), block);
   const OnDevice on("rotate", x);
   Tensor owner;
-  const Rows rows = rows_of(x, static_cast<int>(block), owner);
+  const Rows rows = rows_of(x, {static_cast<int>(block), signs}, owner);
   Tensor out = at::empty(x.sizes(), x.options().dtype(at::kFloat));
   on.check(rotate(rows, out.mutable_data_ptr<float>(), on.stream()));
   return out;

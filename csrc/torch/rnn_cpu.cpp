@@ -140,7 +140,7 @@ std::vector<Tensor> rnn_op(const Tensor& x, at::TensorList state, const Tensors&
   std::vector<Tensor> results = {at::empty(shape, x.options().dtype(computed))};
   for (const Tensor& values : state) results.push_back(state_in_fp32(values));
   Tensor owner;
-  const Rows rows = rows_of(x, 0, owner);
+  const Rows rows = rows_of(x, kNoRotation, owner);
   if (rows.m > 0 && batch > 0) {
     const Rnn args{
         kind.kind,

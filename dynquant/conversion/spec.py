@@ -76,6 +76,11 @@ def read_qconfig(of: str, qconfig: Any, default: Scheme) -> Request | None:
             raise ValueError(
                 f"quantize_dynamic: the Config of {of} has an out_dtype, which layers do not take"
             )
+        if qconfig.rotation_block and not qconfig.rotation_signs:
+            raise ValueError(
+                f"quantize_dynamic: the Config of {of} has rotation_signs=False, which only layers from "
+                "earlier files have"
+            )
         return Request(
             {
                 "activations": qconfig.activations,

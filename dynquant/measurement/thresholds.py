@@ -14,9 +14,12 @@ from .sample import SAMPLE_WORDS, Sample
 
 
 def check_arguments(
-    sample: Any, report: bool, fuse: bool, min_speedup: float | None, min_sqnr: float | None
+    sample: Any, report: bool, other_uses: bool, min_speedup: float | None, min_sqnr: float | None
 ) -> None:
     """Check the arguments of quantize_dynamic that need a sample.
+
+    Args:
+        other_uses: whether an argument that can do without a sample makes use of one.
 
     Raises:
         ValueError: for one of them without a sample, a sample without any of them, a NaN.
@@ -29,10 +32,10 @@ def check_arguments(
             f"quantize_dynamic: {given} takes measuring, and there is no sample to measure on; pass as "
             f"sample= what the model is called with: {SAMPLE_WORDS}"
         )
-    if sample is not None and not given and not fuse:
+    if sample is not None and not given and not other_uses:
         raise ValueError(
-            "quantize_dynamic: a sample serves fuse=True, report=True, min_speedup= and min_sqnr=, and none "
-            "of these was given"
+            "quantize_dynamic: a sample serves fuse=True, rotation='auto', report=True, min_speedup= and "
+            "min_sqnr=, and none of these was given"
         )
     for name, value in (("min_speedup", min_speedup), ("min_sqnr", min_sqnr)):
         if value is None:

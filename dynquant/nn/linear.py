@@ -230,9 +230,8 @@ class QLinear(WithActivation, LinearNames):
         elif name != "weight":
             super().__setattr__(name, value)
         elif isinstance(value, QTensor):
-            config = value.config
-            config = replace(self.config, weights=config.weights, rotation_block=config.rotation_block)
-            self._set_weight(value, config)
+            weight, own = value.config, self.config
+            self._set_weight(value, replace(weight, activations=own.activations, epilogue=own.epilogue))
         elif isinstance(value, Tensor):
             self._set_weight(quantized(value, self.config), self.config)
         else:
@@ -390,8 +389,7 @@ class QLinear(WithActivation, LinearNames):
                 scale, zero_point = self.activation_scale.item(), self.activation_zero_point.item()
                 activations += f"(scale={scale:.4g}, zero_point={zero_point})"
         scheme = f"activations={activations}, weights={config.weights}"
-        if config.rotation_block:
-            scheme += f", rotation=hadamard({config.rotation_block})"
+        scheme += config.rotation_text
         if config.epilogue != "none":
             scheme += f", epilogue={config.epilogue}"
         has_bias = self.bias is not None

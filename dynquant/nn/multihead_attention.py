@@ -230,8 +230,7 @@ class QMultiheadAttention(NamedWeights):
         sizes = f"{self.embed_dim}, num_heads={self.num_heads}, batch_first={self.batch_first}"
         if not self._qkv_same_embed_dim:
             sizes += f", kdim={self.kdim}, vdim={self.vdim}"
-        rotation = f", rotation=hadamard({config.rotation_block})" if config.rotation_block else ""
-        return f"{sizes}, activations={config.activations}, weights={config.weights}{rotation}"
+        return f"{sizes}, activations={config.activations}, weights={config.weights}{config.rotation_text}"
 
     def forward(
         self,

@@ -29,8 +29,7 @@ def module_config(activations: str, weights: str, rotation: str | int | None) ->
 
 
 def scheme_text(config: Config) -> str:
-    text = f"activations={config.activations}, weights={config.weights}"
-    return text + (f", rotation=hadamard({config.rotation_block})" if config.rotation_block else "")
+    return f"activations={config.activations}, weights={config.weights}{config.rotation_text}"
 
 
 def call_of_leaf(module: nn.Module, input: torch.fx.Proxy, hx: Any) -> torch.fx.Proxy:

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from ..config import EPILOGUES, Config, recode
 from ..patterns.activations import ACTIVATIONS, apply_float
-from ..reference import FLOAT_DTYPES, rotate, unpack_weight
+from ..reference import FLOAT_DTYPES, rotate_back, unpack_weight
 
 NO_DERIVATIVE = (
     "{}: expected inputs that require no gradient, since this op has no derivative; call it under "
@@ -76,7 +76,7 @@ def with_derivatives(name: str) -> Callable[..., Any]:
         out = op(*fixed, code)
         weight = unpack_weight(packed_weight, weight_scale.shape[0], x.shape[-1]) * weight_scale[:, None]
         if config.rotation_block:
-            weight = rotate(weight, config.rotation_block)
+            weight = rotate_back(weight, config.rotation_block, config.rotation_signs)
         # Terms that are 0 and have the derivatives.
         change = (x - fixed_x).to(torch.float32) @ weight.t()
         if bias is not None:

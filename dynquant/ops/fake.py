@@ -45,7 +45,7 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.int8)
 
 
-def rotate(x: Tensor, block: int) -> Tensor:
+def rotate(x: Tensor, block: int, signs: bool = False) -> Tensor:
     check_float("rotate", "x", x)
     check_rotation("rotate", x.shape[-1], block)
     return x.new_empty(x.shape, dtype=torch.float32)

@@ -54,7 +54,7 @@ OPS: tuple[Op, ...] = (
     Op("min_max(Tensor x, bool per_token) -> (Tensor, Tensor)", fake.min_max),
     Op("choose_qparams(Tensor lo, Tensor hi) -> (Tensor, Tensor)", fake.choose_qparams),
     Op("quantize(Tensor x, Tensor scale, Tensor zero_point) -> Tensor", fake.quantize),
-    Op("rotate(Tensor x, int block) -> Tensor", fake.rotate),
+    Op("rotate(Tensor x, int block, bool signs=False) -> Tensor", fake.rotate),
     Op("quantize_weight(Tensor weight, int config) -> (Tensor, Tensor)", fake.quantize_weight),
     Op("pack_weight(Tensor weight, bool full_range=False) -> (Tensor, Tensor)", fake.pack_weight),
     Op("unpack_weight(Tensor packed_weight, int n, int k) -> Tensor", fake.unpack_weight),
@@ -158,8 +158,10 @@ def _register(op: Op) -> None:
 for _op in OPS:
     _register(_op)
 
-# For the derivatives in csrc/torch/autograd.cpp: torch's own ops, which have derivatives of every order.
+# For the derivatives in csrc/torch/autograd.cpp: other ops, whose derivatives have every order.
 library.define("activation(Tensor y, int epilogue) -> Tensor")
 library.impl("activation", autograd.activation, "CompositeImplicitAutograd")
 library.define("activation_backward(Tensor grad, Tensor y, int epilogue) -> Tensor")
 library.impl("activation_backward", autograd.activation_backward, "CompositeImplicitAutograd")
+library.define("rotate_back(Tensor x, int block, bool signs) -> Tensor")
+library.impl("rotate_back", reference.rotate_back, "CompositeImplicitAutograd")

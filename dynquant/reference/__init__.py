@@ -15,7 +15,7 @@ from .layout import pack_weight, packed_shape, unpack_weight
 from .linear import dequantize, int8_mm, linear_dynamic, linear_static
 from .mlp import linear_mlp, linear_norm, mlp
 from .norm import layer_norm, rms_norm
-from .quantization import choose_qparams, min_max, quantize, quantize_weight, rotate
+from .quantization import choose_qparams, min_max, quantize, quantize_weight, rotate, rotate_back
 from .rnn import rnn
 
 __all__ = [
@@ -42,5 +42,6 @@ __all__ = [
     "rms_norm",
     "rnn",
     "rotate",
+    "rotate_back",
     "unpack_weight",
 ]

@@ -170,7 +170,7 @@ def _rotated_rows(op: str, x: Tensor, cfg: Config) -> Tensor:
     if not cfg.rotation_block:
         return rows
     check_rotation(op, rows.shape[1], cfg.rotation_block)
-    return rotate(rows, cfg.rotation_block)
+    return rotate(rows, cfg.rotation_block, cfg.rotation_signs)
 
 
 def _linear(

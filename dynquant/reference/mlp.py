@@ -167,12 +167,17 @@ def _check_mlp_layers(
             channels(gate) == inner,
             f"{op}: expected gate to have {inner} channels, as up has, got {channels(gate)}",
         )
-        rotations = [Config.decode(code).rotation_block for code in configs[:2]]
+        rotations = [_rotation_of(code) for code in configs[:2]]
         check(
             rotations[0] == rotations[1],
-            f"{op}: expected gate and up with one rotation block, got {rotations[0]} and {rotations[1]}",
+            f"{op}: expected gate and up with one rotation, got {rotations[0]} and {rotations[1]}",
         )
     check_layer(op, "down", down, x, inner, configs[2])
+
+
+def _rotation_of(code: int) -> str:
+    config = Config.decode(code)
+    return f"block {config.rotation_block} {'with' if config.rotation_signs else 'without'} signs"
 
 
 def _check_norm(op: str, name: str, parameters: Tensors, x: Tensor, size: int, norm: int) -> None:

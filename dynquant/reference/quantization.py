@@ -89,14 +89,28 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return q.to(torch.int8).reshape(x.shape)
 
 
-def rotate(x: Tensor, block: int) -> Tensor:
+def rotation_signs(block: int, device: torch.device | None = None) -> Tensor:
+    """The factors 1 and -1 of the elements of a block: the Rudin-Shapiro sequence.
+
+    s[k] = (-1)^(number of pairs of adjacent ones among the binary digits of k). The Walsh-Hadamard transform
+    of this sequence is flat: 128 equal elements become coefficients of 0 or 16 times their value, where
+    without signs one coefficient holds all of it, 128 times, and sets the scale of the row.
+
+    Returns:
+        fp32 [block].
+    """
+    return torch.tensor([1.0 - 2.0 * ((k & k >> 1).bit_count() % 2) for k in range(block)], device=device)
+
+
+def rotate(x: Tensor, block: int, signs: bool = False) -> Tensor:
     """Unnormalized Walsh-Hadamard transform of each block of ``block`` elements along the last dimension.
 
-    Stages of strides 1, 2, 4 ... block/2, each (a, b) -> (a + b, a - b): additions only. Applied twice it
-    multiplies by ``block``.
+    Stages of strides 1, 2, 4 ... block/2, each (a, b) -> (a + b, a - b): additions only. See
+    :func:`rotate_back` for the inverse.
 
     Args:
         x: [..., K], fp32, bf16, fp16 or fp64; ``block`` is a power of two up to 128 that divides K.
+        signs: multiply the elements of each block by :func:`rotation_signs` before.
 
     Returns:
         fp32 of x's shape.
@@ -104,12 +118,20 @@ def rotate(x: Tensor, block: int) -> Tensor:
     rows = rows_of("rotate", x)
     k = rows.shape[1]
     check_rotation("rotate", k, block)
+    if signs:
+        rows = rows * rotation_signs(block, x.device).repeat(k // block)
     stride = 1
     while stride < block:
         a, b = rows.reshape(rows.shape[0], k // (2 * stride), 2, stride).unbind(2)
         rows = torch.stack((a + b, a - b), 2).reshape(rows.shape[0], k)
         stride *= 2
     return rows.reshape(x.shape).clone()
+
+
+def rotate_back(x: Tensor, block: int, signs: bool = False) -> Tensor:
+    """``block`` times the inverse of :func:`rotate`: the same transform, and the signs after it."""
+    rows = rotate(x, block)
+    return rows * rotation_signs(block, x.device).repeat(x.shape[-1] // block) if signs else rows
 
 
 def quantize_weight(weight: Tensor, config: int) -> tuple[Tensor, Tensor]:
@@ -130,7 +152,7 @@ def quantize_weight(weight: Tensor, config: int) -> tuple[Tensor, Tensor]:
     w = rows_of("quantize_weight", weight, "weight")
     check_finite("quantize_weight", "weight", w)
     if cfg.rotation_block:
-        w = rotate(w, cfg.rotation_block) * (1.0 / cfg.rotation_block)
+        w = rotate(w, cfg.rotation_block, cfg.rotation_signs) * (1.0 / cfg.rotation_block)
         check_finite("quantize_weight", "rotated weight", w)
     groups = w if cfg.weights == "per_channel" else w.reshape(1, -1)
     largest = groups.abs().amax(1) if groups.shape[1] else groups.new_zeros(groups.shape[0])

@@ -107,7 +107,8 @@ def test_quantize_with_qparams_that_do_not_fit(host: CudaOnHost, dtype: torch.dt
 def test_rotate(host: CudaOnHost, block: int, dtype: torch.dtype) -> None:
     for (m, blocks), host.alignment in itertools.product(((1, 1), (3, 5), (7, 33)), (1, 16)):
         x = torch.randn(m, block * blocks).to(dtype)
-        assert_same_bits(host.rotate(x, block), reference.rotate(x, block))
+        for signs in (False, True):
+            assert_same_bits(host.rotate(x, block, signs), reference.rotate(x, block, signs))
 
 
 # ---- products ----

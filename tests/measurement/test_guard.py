@@ -162,7 +162,7 @@ def test_real_times_decide_where_the_bound_is_out_of_reach() -> None:
         (
             {"sample": X},
             ValueError,
-            "a sample serves fuse=True, report=True, min_speedup= and min_sqnr=, and",
+            "a sample serves fuse=True, rotation='auto', report=True, min_speedup= and min_sqnr=, and",
         ),
         ({"sample": X, "min_speedup": "1"}, TypeError, "expected min_speedup to be a number, got '1'"),
         ({"sample": X, "min_sqnr": True}, TypeError, "expected min_sqnr to be a number, got True"),

@@ -11,6 +11,7 @@ import warnings
 import pytest
 import safetensors.torch as safetensors
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dynquant
@@ -178,6 +179,38 @@ def test_repr_shows_the_scheme():
 def test_rotation_block(rotation, block):
     layer = QLinear(96, 6, rotation=rotation)
     assert layer.config == Config(rotation_block=block)
+
+
+@pytest.mark.parametrize("kind", ["normal", "relu", "gelu", "sigmoid", "outlier"])
+def test_a_rotation_keeps_the_error_of_normal_inputs(kind):
+    torch.manual_seed(0)
+    x = torch.randn(64, 1024)
+    if kind == "outlier":
+        x[:, 7] *= 50
+    elif kind != "normal":
+        x = {"relu": F.relu, "gelu": F.gelu, "sigmoid": torch.sigmoid}[kind](x)
+    linear = nn.Linear(1024, 256)
+    expected = F.linear(x.double(), linear.weight.detach().double(), linear.bias.detach().double())
+    layer = QLinear.from_float(linear, rotation="hadamard")
+    error = (layer(x).detach().double() - expected).norm() / expected.norm()
+    assert error < 0.0115
+
+
+def test_a_layer_without_signs_says_so():
+    config = Config(rotation_block=32, rotation_signs=False)
+    layer = QLinear(96, 6, rotation="hadamard")
+    assert "rotation_signs" not in repr(layer)
+    assert "rotation_signs" not in repr(layer.weight)
+    layer.weight = QTensor.quantize(torch.randn(6, 96), config)
+    assert layer.config == config
+    assert "rotation=hadamard(32), rotation_signs=False" in repr(layer)
+    assert "rotation_block=32, rotation_signs=False" in repr(layer.weight)
+
+
+def test_signs_need_a_rotation():
+    assert Config(rotation_signs=True) == Config(rotation_signs=False) == Config.decode(0)
+    with pytest.raises(ValueError, match="has bits that this version does not know"):
+        Config.decode(1 << 17)
 
 
 def test_rotation_of_an_odd_layer_is_none_in_effect():

@@ -148,15 +148,19 @@ def test_every_input_tail(isa: str, k: int) -> None:
         layer.check(random_x(rows, k))
 
 
+@pytest.mark.parametrize("signs", [False, True], ids=["", "signs"])
 @pytest.mark.parametrize("block", [1, 2, 4, 8, 16, 32, 64, 128])
-def test_rotation_blocks(isa: str, block: int) -> None:
+def test_rotation_blocks(isa: str, block: int, signs: bool) -> None:
     for k in (block, block * 3, block * 5):
-        config = Config(rotation_block=block)
+        config = Config(rotation_block=block, rotation_signs=signs)
         layer = Layer(k, 33, config)
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             layer.check(random_x(4, k).to(dtype))
         x = random_x(3, k)
-        assert_same_bits(ops.rotate(x, block), reference.rotate(x, block), "rotate")
+        rows = reference.rotate(x, block, signs)
+        assert_same_bits(ops.rotate(x, block, signs), rows, "rotate")
+        assert_same_bits(ops.rotate_back(rows, block, signs), reference.rotate_back(rows, block, signs))
+        torch.testing.assert_close(reference.rotate_back(rows, block, signs) / block, x)
         expected = reference.quantize_weight(layer.weight, config.encode())
         for actual, wanted in zip(ops.quantize_weight(layer.weight, config.encode()), expected, strict=True):
             assert_same_bits(actual, wanted, "quantize_weight")
@@ -522,7 +526,9 @@ def test_gradients(epilogue: str, static: bool) -> None:
     grad_out = random_x(2, 5, 7, seed=3)
     op(x, packed, weight_sum, weight_scale, bias, *qparams, config.encode()).backward(grad_out)
 
-    dequantized = reference.rotate(reference.unpack_weight(packed, 7, 12) * weight_scale[:, None], 4)
+    dequantized = reference.rotate_back(
+        reference.unpack_weight(packed, 7, 12) * weight_scale[:, None], 4, signs=True
+    )
     plain = Config(rotation_block=4).encode()
     y = op(x.detach(), packed, weight_sum, weight_scale, bias.detach(), *qparams, plain).requires_grad_()
     functions = {

@@ -217,10 +217,15 @@ class CudaOnHost:
         memory.free()
         return result
 
-    def rotate(self, x: Tensor, block: int) -> Tensor:
+    def rotate(self, x: Tensor, block: int, signs: bool) -> Tensor:
         memory = self._memory()
         out = memory.place(x.shape, torch.float32, 16)
-        self._call("rotate", *self._rows(memory.copy(x, self.alignment)), ctypes.c_int(block), _pointer(out))
+        self._call(
+            "rotate",
+            *self._rows(memory.copy(x, self.alignment)),
+            *(ctypes.c_int(block), ctypes.c_bool(signs)),
+            _pointer(out),
+        )
         result = out.clone()
         memory.free()
         return result

@@ -53,7 +53,7 @@ struct Linear {
 struct PackedLayer {
   Weight weight;
   Epilogue epilogue;
-  int rotation_block;
+  Rotation rotation;
   bool per_tensor;  // one range for all rows
 };
 

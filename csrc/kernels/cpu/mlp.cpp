@@ -118,7 +118,7 @@ MlpPlan plan_mlp(const Mlp& args, const Parallel& parallel) {
   if (plan.threads < threads) {
     plan.threads = 0;
     for_layers(args, [&](const PackedLayer& layer) {
-      const Rows x{nullptr, Dtype::kFloat32, m, layer.weight.k, layer.weight.k, layer.rotation_block};
+      const Rows x{nullptr, Dtype::kFloat32, m, layer.weight.k, layer.weight.k, layer.rotation};
       const Linear product{x, layer.weight, false, nullptr, fp32_destination(nullptr, layer.weight.n)};
       plan.products_bytes = std::max(plan.products_bytes, plan_linear(product, parallel).workspace_bytes);
     });

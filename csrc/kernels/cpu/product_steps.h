@@ -22,7 +22,7 @@ inline Destination fp32_destination(float* data, int64_t n, Epilogue epilogue = 
 // `most`, or more where the product of up to `rows` rows by a layer needs more.
 inline WorkspaceLayout widened(const WorkspaceLayout& most, const KernelTable& kernels,
                                const PackedLayer& layer, int64_t rows) {
-  const int64_t k = layer.weight.k, row = layer.rotation_block > 0 ? row_floats(k) : 0;
+  const int64_t k = layer.weight.k, row = layer.rotation.block > 0 ? row_floats(k) : 0;
   // Some pieces have one row less.
   const int64_t gemm = std::max(kernels.gemm_scratch(rows, k, rows), kernels.gemm_scratch(rows - 1, k, rows));
   const WorkspaceLayout own = layout_of(kernels, row_tiles(kernels, rows, 1), k, row, gemm);
@@ -46,7 +46,7 @@ struct PieceSteps {
   void multiply(Rows x, const std::array<Product, kCount>& products) const {
     const Workspace work = workspace_at(kernels, layout, memory, x.m, x.k);
     const RowTiles tiles = row_tiles(kernels, x.m, 1);
-    x.rotation_block = products[0].layer->rotation_block;
+    x.rotation = products[0].layer->rotation;
     if (products[0].layer->per_tensor) {
       const QParams shared = choose_qparams(kernels.min_max(x, 0, x.m, work.row));
       kernels.quantize_per_tensor(x, tiles, shared, false, work.a, work.qparams, work.row);
@@ -81,7 +81,7 @@ struct CallSteps {
 
   static Linear linear_of(Rows x, const Product& product) {
     const PackedLayer& layer = *product.layer;
-    x.rotation_block = layer.rotation_block;
+    x.rotation = layer.rotation;
     return {x, layer.weight, layer.per_tensor, nullptr,
             fp32_destination(product.out, layer.weight.n, layer.epilogue)};
   }

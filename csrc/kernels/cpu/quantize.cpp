@@ -91,7 +91,7 @@ void rotate(const Rows& x, float* out, const Parallel& parallel) {
 
 void read_row(const Rows& x, int64_t m, float* out) {
   Rows plain = x;
-  plain.rotation_block = 1;  // the identity: converts any dtype to fp32
+  plain.rotation = {1, false};  // the identity: converts any dtype to fp32
   const KernelTable& table = kernels();
   const InThreadScope scope(*table.scope);
   table.rotate(plain, m, out);

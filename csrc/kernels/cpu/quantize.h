@@ -9,7 +9,7 @@
 namespace dynquant::cpu {
 
 // Floats of scratch per thread, for the row that it rotates.
-inline int64_t row_scratch(const Rows& x) { return x.rotation_block > 0 ? row_floats(x.k) : 0; }
+inline int64_t row_scratch(const Rows& x) { return x.rotation.block > 0 ? row_floats(x.k) : 0; }
 
 // The number of threads and the bytes of their workspace, which is 64-byte aligned.
 struct RowsPlan {

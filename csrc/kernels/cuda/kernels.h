@@ -40,7 +40,7 @@ cudaError_t choose_qparams(const float* lo, const float* hi, int64_t count, floa
 cudaError_t quantize(const Rows& x, const float* scale, const int32_t* zero_point, bool per_row, int8_t* q,
                      cudaStream_t stream);
 
-// Walsh-Hadamard transform of each x.rotation_block elements (1, 2, 4 ... 128, a divisor of k), [m, k].
+// x after x.rotation, whose block divides k, [m, k].
 cudaError_t rotate(const Rows& x, float* out, cudaStream_t stream);
 
 // ---- products ----
@@ -76,7 +76,7 @@ struct Linear {
   const void* bias;           // [n] of bias_dtype, or null
   const float* scale;         // [1] for static qparams, null to choose them from x
   const int32_t* zero_point;  // [1], with scale
-  Config config;              // its rotation_block (x has it) and out_dtype are not read
+  Config config;              // its rotation (x has it) and out_dtype are not read
   void* out;                  // [x.m, n]
   Dtype out_dtype;
   Dtype bias_dtype;

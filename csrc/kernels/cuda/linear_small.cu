@@ -55,7 +55,7 @@ __device__ __forceinline__ void quantize_x(const Args& a, Shared<kRows>& shared)
 
   Part part;
   Range range = {0.0f, 0.0f};
-  part.load(x, k, true, a.x.rotation_block);
+  part.load(x, k, true, a.x.rotation);
   part.widen_range(range);
   range = widen_across_lanes<kWarp>(range);
   if (lane == 0) shared.ranges[warp] = range;
@@ -104,7 +104,7 @@ cudaError_t launch_linear_small(const Args& args, bool overlap, cudaStream_t str
   spec.overlap = overlap;
   return with_element_type(args.x.dtype, [&](auto element) {
     using T = decltype(element);
-    if (args.x.rotation_block > 1) return launch<linear_small_kernel<T, kRows, true>>(spec, stream, args);
+    if (args.x.rotation.block > 1) return launch<linear_small_kernel<T, kRows, true>>(spec, stream, args);
     return launch<linear_small_kernel<T, kRows, false>>(spec, stream, args);
   });
 }

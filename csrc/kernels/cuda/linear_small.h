@@ -17,7 +17,7 @@ inline bool linear_small_supports(const Linear& args, const GemmPlan& plan, cons
   const bool x_aligned =
       reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.k * element_size(x.dtype) % 16 == 0;
   return plan.kernel == GemmKernel::kSmall && x.m <= 4 && plan.parts == 1 && x_aligned &&
-         x.k <= linear_small_k(x.m, x.rotation_block > 1) &&
+         x.k <= linear_small_k(x.m, x.rotation.block > 1) &&
          plan.tiles({x.m, args.n, x.k}) <= 2 * device.multiprocessors;
 }
 

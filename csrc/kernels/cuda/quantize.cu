@@ -19,14 +19,14 @@ constexpr int kElementsPerFlatThread = 16;
 // Treats x as one long row; rotation blocks do not cross rows, since they divide k.
 template <class T, bool kAny>
 __global__ void __launch_bounds__(kFlatThreads, kAny ? 4 : 6)
-    range_kernel(const T* x, int64_t count, bool aligned, int block, Range* ranges) {
+    range_kernel(const T* x, int64_t count, bool aligned, Rotation rotation, Range* ranges) {
   ptx::let_next_kernel_start();
   using Part = Chunk<T, kFlatThreads, kElementsPerFlatThread, kAny>;
   Range range = {0.0f, 0.0f};
   for (int64_t start = int64_t{blockIdx.x} * Part::kElements; start < count;
        start += int64_t{gridDim.x} * Part::kElements) {
     Part part;
-    part.load(x + start, within<Part>(count, start), aligned, block);
+    part.load(x + start, within<Part>(count, start), aligned, rotation);
     part.widen_range(range);
   }
   range = widen_across_group<kFlatThreads>(range);
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kBlockSize<kThreads>, (sizeof(T) == 2 ? 1280 :
   const bool inside = row < a.x.m;  // a group without a row still takes part in the block's barriers
   const int k = inside ? static_cast<int>(a.x.k) : 0;
   Part part;
-  part.load(static_cast<const T*>(a.x.data) + (inside ? row : 0) * a.x.k, k, true, 0);
+  part.load(static_cast<const T*>(a.x.data) + (inside ? row : 0) * a.x.k, k, true, kNoRotation);
   Range range = {0.0f, 0.0f};
   if (a.from == QParamsFrom::kRanges) {
     range = widen_all<kThreads>(a.ranges, a.range_count);
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kBlockSize<kThreads>, kThreads == kWarp ? 5 : 
     Range range = tensor_range;
     if (scan) {
       for (int64_t start = 0; start < k; start += Part::kElements) {
-        part.load(x + start, within<Part>(k, start), x_aligned, a.x.rotation_block);
+        part.load(x + start, within<Part>(k, start), x_aligned, a.x.rotation);
         part.widen_range(range);
       }
       range = widen_across_group<kThreads>(range);
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kBlockSize<kThreads>, kThreads == kWarp ? 5 : 
     int8_t* const q = a.q + row * a.row_bytes;
     for (int64_t start = 0; start < a.row_bytes; start += Part::kElements) {
       const int count = within<Part>(k, start);
-      if (!in_registers) part.load(x + start, count, x_aligned, a.x.rotation_block);
+      if (!in_registers) part.load(x + start, count, x_aligned, a.x.rotation);
       store_chunk(part, quantizer, q + start, count, within<Part>(a.row_bytes, start), q_aligned);
     }
   }
@@ -175,12 +175,12 @@ __global__ void __launch_bounds__(kBlockSize<kThreads>, kThreads == kWarp ? 5 : 
 
 template <class T>
 __global__ void __launch_bounds__(kFlatThreads, 4)
-    rotate_kernel(const T* x, int64_t count, bool aligned, int block, float* out) {
+    rotate_kernel(const T* x, int64_t count, bool aligned, Rotation rotation, float* out) {
   using Part = Chunk<T, kFlatThreads, kElementsPerFlatThread, true>;
   for (int64_t start = int64_t{blockIdx.x} * Part::kElements; start < count;
        start += int64_t{gridDim.x} * Part::kElements) {
     Part part;
-    part.load(x + start, within<Part>(count, start), aligned, block);
+    part.load(x + start, within<Part>(count, start), aligned, rotation);
 #pragma unroll
     for (int i = 0; i < Part::kVectors; ++i) {
       const int64_t first = start + Part::first_of(i);
@@ -239,7 +239,7 @@ template <class T>
 cudaError_t launch_quantize(const QuantizeRows& args, const Device& device, bool overlap,
                             cudaStream_t stream) {
   const int64_t k = args.x.k;
-  const bool held = has_vectors(static_cast<const T*>(args.x.data), k) && args.x.rotation_block <= 1 &&
+  const bool held = has_vectors(static_cast<const T*>(args.x.data), k) && args.x.rotation.block <= 1 &&
                     args.lo == nullptr && args.from != QParamsFrom::kGiven && is_aligned(args.q) &&
                     args.row_bytes % 16 == 0 && args.x.m < int64_t{1} << 31;
   if (held) {
@@ -294,10 +294,10 @@ cudaError_t find_ranges(const Rows& x, const Device& device, Range* ranges, int*
     const Launch spec{dim3(*count), kFlatThreads, kReductionBytes};
     const T* const first = static_cast<const T*>(x.data);
     const bool aligned = has_vectors(first, elements);
-    if (x.rotation_block > 1 || !aligned) {
-      return launch<range_kernel<T, true>>(spec, stream, first, elements, aligned, x.rotation_block, ranges);
+    if (x.rotation.block > 1 || !aligned) {
+      return launch<range_kernel<T, true>>(spec, stream, first, elements, aligned, x.rotation, ranges);
     }
-    return launch<range_kernel<T, false>>(spec, stream, first, elements, true, 0, ranges);
+    return launch<range_kernel<T, false>>(spec, stream, first, elements, true, kNoRotation, ranges);
   });
 }
 
@@ -366,8 +366,7 @@ cudaError_t rotate(const Rows& x, float* out, cudaStream_t stream) {
     using T = decltype(element);
     const Launch spec{dim3(static_cast<unsigned>(flat_blocks(count, device))), kFlatThreads};
     const T* const first = static_cast<const T*>(x.data);
-    return launch<rotate_kernel<T>>(spec, stream, first, count, has_vectors(first, count), x.rotation_block,
-                                    out);
+    return launch<rotate_kernel<T>>(spec, stream, first, count, has_vectors(first, count), x.rotation, out);
   });
 }
 

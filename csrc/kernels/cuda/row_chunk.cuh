@@ -59,6 +59,29 @@ __device__ __forceinline__ uint32_t max_of_words(uint32_t a, uint32_t b) {
   return __float_as_uint(ptx::max_nan(__uint_as_float(a), __uint_as_float(b)));
 }
 
+// The sign bits of the factors of 32 elements of a block from `first` on, lowest bit first.
+constexpr uint32_t rotation_signs(uint32_t first) {
+  uint32_t bits = 0;
+  for (uint32_t i = 0; i < 32; ++i) bits |= rotation_sign(first + i) >> 31 << i;
+  return bits;
+}
+
+// Multiplies elements first ... first + kCount-1 of rows by their factors; `first` is a multiple of kCount.
+template <int kCount>
+__device__ __forceinline__ void flip_signs(float (&v)[kCount], int first, int block) {
+  constexpr uint32_t kSigns[4] = {rotation_signs(0), rotation_signs(32), rotation_signs(64),
+                                  rotation_signs(96)};
+  constexpr uint32_t kSignsOfBlocksOf4 = 0x88888888u;  // the last of each 4; smaller blocks have none
+  const int at = first & (block - 1);
+  const uint32_t low = at & 32 ? kSigns[1] : kSigns[0], high = at & 32 ? kSigns[3] : kSigns[2];
+  uint32_t signs = (at & 64 ? high : low) >> (at & 31);
+  if (block < 8) signs = block == 4 ? kSignsOfBlocksOf4 : 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    v[i] = __uint_as_float(__float_as_uint(v[i]) ^ (signs >> i << 31));
+  }
+}
+
 // Walsh-Hadamard transform of each `block` elements of neighbouring lanes: strides 1, 2, 4 ... block/2, each
 // (a, b) -> (a + b, a - b). Lane l holds elements l*kCount ... l*kCount + kCount-1.
 template <int kCount>
@@ -136,13 +159,14 @@ struct Chunk {
     return (vector * kThreads + static_cast<int>(threadIdx.x) % kThreads) * kVector<T>;
   }
 
-  // Loads `count` elements at `from`, 0 beyond, and rotates them by blocks. `aligned`: `from` and `count`
+  // Loads `count` elements at `from`, 0 beyond, and rotates them by blocks, the first of which starts there.
+  // `aligned`: `from` and `count`
   // elements are multiples of 16 bytes; always true without kAny.
-  __device__ __forceinline__ void load(const T* from, int count, bool aligned, int block) {
+  __device__ __forceinline__ void load(const T* from, int count, bool aligned, Rotation rotation) {
     if (!kAny || aligned) {
-      load_vectors(from, count, block, [](const T* first) { return ptx::load_once(first); });
+      load_vectors(from, count, rotation, [](const T* first) { return ptx::load_once(first); });
     } else {
-      load_vectors(from, count, block,
+      load_vectors(from, count, rotation,
                    [&](const T* first) { return load_unaligned(first, from, from + count); });
     }
   }
@@ -184,7 +208,7 @@ struct Chunk {
 
  private:
   template <class Load>
-  __device__ __forceinline__ void load_vectors(const T* from, int count, int block,
+  __device__ __forceinline__ void load_vectors(const T* from, int count, Rotation rotation,
                                                const Load& load_16_bytes) {
     const T* const thread_x = from + first_of(0);
     uint4 raw[kVectors];
@@ -197,7 +221,8 @@ struct Chunk {
     for (int i = 0; i < kVectors; ++i) {
       if constexpr (kAny) {
         unpack<T>(raw[i], vectors[i]);
-        transform(vectors[i], block);
+        if (rotation.signs) flip_signs(vectors[i], first_of(i), rotation.block);
+        transform(vectors[i], rotation.block);
       } else {
         vectors[i] = raw[i];
       }

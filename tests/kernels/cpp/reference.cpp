@@ -60,7 +60,14 @@ float decode(const uint8_t* data, int64_t i, Dtype dtype) {
   return dtype == Dtype::kBFloat16 ? float_of_bfloat16(bits) : float_of_float16(bits);
 }
 
-void rotate_row(float* x, int64_t k, int block) {
+void rotate_row(float* x, int64_t k, Rotation rotation) {
+  const auto [block, signs] = rotation;
+  for (int64_t i = 0; signs && i < k; ++i) {
+    // Pairs of adjacent ones among the binary digits, counted one by one.
+    int pairs = 0;
+    for (int64_t at = i % block; at > 1; at /= 2) pairs += at % 4 == 3 ? 1 : 0;
+    if (pairs % 2 == 1) x[i] = -x[i];
+  }
   for (int stride = 1; stride < block; stride *= 2) {
     for (int64_t i = 0; i < k; ++i) {
       if ((i & stride) != 0) continue;
@@ -150,7 +157,7 @@ float epilogue_of(Epilogue epilogue, float x) {
 Floats forward(const Forward& args) {
   const int64_t m = args.m, k = args.k, n = args.n;
   Floats x = args.x;
-  for (int64_t i = 0; i < m; ++i) rotate_row(x.data() + i * k, k, args.rotation_block);
+  for (int64_t i = 0; i < m; ++i) rotate_row(x.data() + i * k, k, args.rotation);
   const QParams of_all = args.given != nullptr ? *args.given : qparams_of(range_of(x.data(), m * k));
   std::vector<QParams> qparams(index(m));
   Bytes q(index(m * k));

@@ -16,6 +16,7 @@ using dynquant::Dtype;
 using dynquant::Epilogue;
 using dynquant::QParams;
 using dynquant::Range;
+using dynquant::Rotation;
 
 using Floats = std::vector<float>;
 using Bytes = std::vector<int8_t>;
@@ -31,7 +32,7 @@ float decode(const uint8_t* data, int64_t i, Dtype dtype);
 // ---- rows ----
 
 // Walsh-Hadamard transform of blocks, stage by stage, without a factor.
-void rotate_row(float* x, int64_t k, int block);
+void rotate_row(float* x, int64_t k, Rotation rotation);
 
 Range range_of(const float* x, int64_t count);
 QParams qparams_of(Range range);
@@ -55,7 +56,7 @@ std::vector<int64_t> multiply(const Bytes& q, const Bytes& weight, int64_t m, in
 struct Forward {
   Floats x;  // [m][k], values of the dtype
   int64_t m, k, n;
-  int rotation_block;
+  Rotation rotation;
   bool per_tensor;
   const QParams* given;
   Bytes weight;               // [n][k]

@@ -50,7 +50,7 @@ enum class Activations { kPerToken, kPerTensor, kStatic };
 struct Case {
   Shape shape;
   Dtype in, out;
-  int rotation_block;
+  Rotation rotation;
   Activations activations;
   Epilogue epilogue;
   bool bias;
@@ -107,8 +107,8 @@ Prepared prepare(const Case& c, std::mt19937& generator) {
   Floats scale = random_floats(n, generator, 0.01f, 0.002f);
   Floats bias = random_floats(c.bias ? n : 0, generator, 0.0f, 1.0f);
   const int64_t panel = panel_width(n), size = dynquant::element_size(c.in);
-  Prepared p{Forward{x, m, k, n, c.rotation_block, c.activations == Activations::kPerTensor, nullptr, weight,
-                     scale, bias, c.epilogue},
+  Prepared p{Forward{x, m, k, n, c.rotation, c.activations == Activations::kPerTensor, nullptr, weight, scale,
+                     bias, c.epilogue},
              {},
              {0.03f, -7},
              panel,
@@ -128,7 +128,7 @@ void check_linear(const Case& c, const Prepared& p, const Threads& threads) {
   const int64_t stride = n + c.gap, size = dynquant::element_size(c.out);
   Guarded<uint8_t> out((m * n + (m - 1) * c.gap) * size);
   const dynquant::cpu::Linear args{
-      dynquant::Rows{p.x.data(), c.in, m, k, k + c.gap, c.rotation_block},
+      dynquant::Rows{p.x.data(), c.in, m, k, k + c.gap, c.rotation},
       dynquant::cpu::Weight{p.packed.data(), n, k, p.panel, p.sums.data(), p.scale.data(),
                             c.bias ? p.bias.data() : nullptr, c.full_range},
       c.activations == Activations::kPerTensor, c.activations == Activations::kStatic ? &p.given : nullptr,
@@ -226,7 +226,7 @@ TEST_SUITE("linear") {
         const Case c{shape,
                      dtypes[turn % 3],
                      dtypes[(turn / 2) % 3],
-                     0,
+                     {},
                      activations,
                      static_cast<Epilogue>(turn % 5),
                      turn % 4 != 3,
@@ -251,7 +251,7 @@ TEST_SUITE("linear") {
           const Shape shape{m, 40, 75, "epilogue"};
           INFO(epilogue);
           check_on_every_isa(
-              {shape, Dtype::kFloat32, out, 0, Activations::kPerToken, Epilogue(epilogue), true, 1},
+              {shape, Dtype::kFloat32, out, {}, Activations::kPerToken, Epilogue(epilogue), true, 1},
               {&serial}, generator);
         }
       }
@@ -265,9 +265,10 @@ TEST_SUITE("linear") {
       for (const Activations activations :
            {Activations::kPerToken, Activations::kPerTensor, Activations::kStatic}) {
         for (const Dtype in : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16}) {
+          const Rotation rotation{block, in != Dtype::kFloat16};
           INFO(block);
           const Shape shape{block == 4 ? 9 : 2, block * 3, 20, "rotated"};
-          check_on_every_isa({shape, in, Dtype::kFloat32, block, activations, Epilogue::kNone, true, 0},
+          check_on_every_isa({shape, in, Dtype::kFloat32, rotation, activations, Epilogue::kNone, true, 0},
                              {&serial}, generator);
         }
       }
@@ -279,9 +280,10 @@ TEST_SUITE("linear") {
     for (const Shape& shape : kThreadedShapes) {
       for (const Activations activations : {Activations::kPerToken, Activations::kPerTensor}) {
         INFO(shape.purpose);
-        check_on_every_isa({shape, Dtype::kFloat32, Dtype::kBFloat16, shape.k % 4 == 0 ? 4 : 0, activations,
-                            Epilogue::kRelu, true, 0},
-                           every_caller(), generator);
+        check_on_every_isa(
+            {shape, Dtype::kFloat32, Dtype::kBFloat16, Rotation{shape.k % 4 == 0 ? 4 : 0, shape.k % 4 == 0},
+             activations, Epilogue::kRelu, true, 0},
+            every_caller(), generator);
       }
     }
   }

@@ -113,7 +113,7 @@ TEST_SUITE("parallel") {
     constexpr unsigned kFlushes = 0x8040, kUpward = 0x4000, kFlags = 0x3f;
     const unsigned before = _mm_getcsr();
     const float tiny[] = {0x1p-130f, -0x1p-131f, 0x1p-149f};
-    const dynquant::Rows rows{tiny, Dtype::kFloat32, 1, 3, 3, 0};
+    const dynquant::Rows rows{tiny, Dtype::kFloat32, 1, 3, 3, {}};
     for (const std::string& isa : runnable_kernels()) {
       INFO(isa);
       dynquant::cpu::set_isa(isa);

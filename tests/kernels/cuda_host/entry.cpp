@@ -28,8 +28,8 @@ Device device() {
   return {emulated_device::capability, emulated_device::multiprocessors, emulated_device::code};
 }
 
-Rows rows(const void* x, int dtype, int64_t m, int64_t k, int rotation_block = 0) {
-  return {x, static_cast<Dtype>(dtype), m, k, k, rotation_block};
+Rows rows(const void* x, int dtype, int64_t m, int64_t k, Rotation rotation = kNoRotation) {
+  return {x, static_cast<Dtype>(dtype), m, k, k, rotation};
 }
 
 }  // namespace
@@ -82,9 +82,9 @@ const char* host_quantize(uint64_t seed, const void* x, int dtype, int64_t m, in
   return run(seed, [&] { return quantize(rows(x, dtype, m, k), scale, zero_point, per_row, q, nullptr); });
 }
 
-const char* host_rotate(uint64_t seed, const void* x, int dtype, int64_t m, int64_t k, int block,
+const char* host_rotate(uint64_t seed, const void* x, int dtype, int64_t m, int64_t k, int block, bool signs,
                         float* out) {
-  return run(seed, [&] { return rotate(rows(x, dtype, m, k, block), out, nullptr); });
+  return run(seed, [&] { return rotate(rows(x, dtype, m, k, {block, signs}), out, nullptr); });
 }
 
 size_t host_range_workspace() { return kRangeWorkspace; }
@@ -103,7 +103,7 @@ const char* host_linear(uint64_t seed, const void* x, int dtype, int64_t m, int6
                         const int8_t* weight, const int32_t* weight_sum, const float* weight_scale,
                         const void* bias, int bias_dtype, const float* scale, const int32_t* zero_point,
                         int64_t config, void* out, int out_dtype, void* workspace, size_t* workspace_bytes) {
-  const Linear args = {rows(x, dtype, m, k, decode_config(config).rotation_block),
+  const Linear args = {rows(x, dtype, m, k, decode_config(config).rotation),
                        n,
                        weight,
                        weight_sum,

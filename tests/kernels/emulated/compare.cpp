@@ -134,7 +134,7 @@ Result gemm(const KernelTable& kernel, const Rows& x, int64_t m, const Weight& w
   return r;
 }
 
-void check(const KernelTable& kernel, int64_t m, int64_t k, int64_t n, int block) {
+void check(const KernelTable& kernel, int64_t m, int64_t k, int64_t n, Rotation rotation) {
   std::vector<float> x = random_floats(m * k, 2.0f);
   // Not always: with per_tensor, one such element makes the whole output NaN.
   if (m > 2 && generator() % 2 == 0) {
@@ -144,7 +144,7 @@ void check(const KernelTable& kernel, int64_t m, int64_t k, int64_t n, int block
   std::vector<float> row(static_cast<size_t>(row_floats(k)) + 64), row2 = row;
 
   // Weights.
-  const Rows weight_rows{weights.data(), Dtype::kFloat32, n, k, k, block};
+  const Rows weight_rows{weights.data(), Dtype::kFloat32, n, k, k, rotation};
   std::vector<int8_t> q(size_t(n * k) + 64), q2 = q;
   std::vector<float> scales(size_t(n) + 64), scales2 = scales;
   for (int64_t i = 0; i < n; ++i) {
@@ -165,7 +165,7 @@ void check(const KernelTable& kernel, int64_t m, int64_t k, int64_t n, int block
 
   for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16}) {
     const std::vector<uint8_t> data = rows_bytes(x, dtype);
-    const Rows rows{data.data(), dtype, m, k, k, block};
+    const Rows rows{data.data(), dtype, m, k, k, rotation};
     for (int64_t i = 0; i < m; ++i) {
       const Range a = kScalar.min_max(rows, i, i + 1, row.data()),
                   b = kernel.min_max(rows, i, i + 1, row2.data());
@@ -175,7 +175,7 @@ void check(const KernelTable& kernel, int64_t m, int64_t k, int64_t n, int block
       kScalar.quantize(rows, i, given, s.data(), row.data());
       kernel.quantize(rows, i, given, t.data(), row2.data());
       if (!same(s, t)) fail("quantize", m, k, n);
-      if (block > 0) {
+      if (rotation.block > 0) {
         std::vector<float> u(static_cast<size_t>(k) + 64), v = u;
         kScalar.rotate(rows, i, u.data());
         kernel.rotate(rows, i, v.data());
@@ -201,13 +201,15 @@ int main() {
   for (const KernelTable* kernel : {&kAvx2, kAvx2.few_rows, &kAvxVnni, &kAvx512VlVnni, &kAvx512Vnni}) {
     isa = kernel->name;
     for (const int64_t m : {1, 2, 3, 4, 5, 6, 7, 13, 26}) {
-      for (const int64_t n : {1, 15, 16, 17, 64, 65, 100, 131}) check(*kernel, m, 37, n, 0);
+      for (const int64_t n : {1, 15, 16, 17, 64, 65, 100, 131}) check(*kernel, m, 37, n, kNoRotation);
     }
-    for (int64_t k = 1; k < 140; k += 3) check(*kernel, 4, k, 33, 0);
-    for (const int64_t k : {1, 31, 64, 767, 773, 1541}) check(*kernel, 14, k, 70, 0);
-    for (const int64_t m : {2, 5, 7, 11, 24}) check(*kernel, m, 1157, 161, 0);
-    for (int block = 1; block <= 128; block *= 2) check(*kernel, 3, block * 3, 20, block);
-    check(*kernel, 2, 70001, 17, 0);
+    for (int64_t k = 1; k < 140; k += 3) check(*kernel, 4, k, 33, kNoRotation);
+    for (const int64_t k : {1, 31, 64, 767, 773, 1541}) check(*kernel, 14, k, 70, kNoRotation);
+    for (const int64_t m : {2, 5, 7, 11, 24}) check(*kernel, m, 1157, 161, kNoRotation);
+    for (int block = 1; block <= 128; block *= 2) {
+      for (const bool signs : {false, true}) check(*kernel, 3, block * 3, 20, {block, signs});
+    }
+    check(*kernel, 2, 70001, 17, kNoRotation);
   }
   std::printf("%ld comparisons, all the same bits\n", long(checks));
   return 0;

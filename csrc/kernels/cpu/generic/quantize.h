@@ -2,16 +2,28 @@
 
 // ---- rows of x ----
 
+// The sign bits of the factors of kCount elements from the start of a block on.
+template <int kBlockSize, int kCount>
+struct RotationSigns {
+  alignas(64) int32_t bits[kCount];
+
+  constexpr explicit RotationSigns(bool signs) : bits{} {
+    for (uint32_t i = 0; i < kCount; ++i) {
+      bits[i] = signs ? static_cast<int32_t>(rotation_sign(i % kBlockSize)) : 0;
+    }
+  }
+};
+
 // Rotates blocks of kVectors * W elements, all stages in registers: strides below W inside each, then across
-// them.
+// them. signs: the sign bits of kVectors * W elements.
 template <int kVectors, int kStages, typename T>
-void rotate_blocks(const T* x, int64_t k, float* out) {
+void rotate_blocks(const T* x, int64_t k, const int32_t* signs, float* out) {
   int64_t i = 0;
   for (; i + kVectors * W <= k; i += kVectors * W) {
     F v[kVectors];
     DYNQUANT_UNROLL
     for (int j = 0; j < kVectors; ++j) {
-      v[j] = V::load(x + i + j * W);
+      v[j] = V::as_float(V::bit_xor(V::as_int(V::load(x + i + j * W)), V::load(signs + j * W)));
       if constexpr (kStages >= 1) v[j] = V::butterfly<1>(v[j]);
       if constexpr (kStages >= 2) v[j] = V::butterfly<2>(v[j]);
       if constexpr (kStages >= 3 && W >= 8) v[j] = V::template butterfly<4>(v[j]);
@@ -34,28 +46,29 @@ void rotate_blocks(const T* x, int64_t k, float* out) {
     T rest[kVectors * W] = {};
     __builtin_memcpy(rest, x + i, (k - i) * sizeof(T));
     float rotated[kVectors * W];
-    rotate_blocks<kVectors, kStages>(rest, kVectors * W, rotated);
+    rotate_blocks<kVectors, kStages>(rest, kVectors * W, signs, rotated);
     __builtin_memcpy(out + i, rotated, (k - i) * sizeof(float));
   }
 }
 
 template <int kBlockSize, typename T>
-void rotate_span_by(const T* x, int64_t k, float* out) {
-  constexpr int kStages = __builtin_ctz(kBlockSize);
-  rotate_blocks<(kBlockSize > W ? kBlockSize / W : 1), kStages>(x, k, out);
+void rotate_span_by(const T* x, int64_t k, bool signs, float* out) {
+  constexpr int kStages = __builtin_ctz(kBlockSize), kVectors = kBlockSize > W ? kBlockSize / W : 1;
+  static constexpr RotationSigns<kBlockSize, kVectors * W> kNone(false), kSigns(true);
+  rotate_blocks<kVectors, kStages>(x, k, (signs ? kSigns : kNone).bits, out);
 }
 
 template <typename T>
-void rotate_span(const T* x, int64_t k, int block, float* out) {
-  switch (block) {
-    case 2: return rotate_span_by<2>(x, k, out);
-    case 4: return rotate_span_by<4>(x, k, out);
-    case 8: return rotate_span_by<8>(x, k, out);
-    case 16: return rotate_span_by<16>(x, k, out);
-    case 32: return rotate_span_by<32>(x, k, out);
-    case 64: return rotate_span_by<64>(x, k, out);
-    case 128: return rotate_span_by<128>(x, k, out);
-    default: return rotate_span_by<1>(x, k, out);
+void rotate_span(const T* x, int64_t k, Rotation rotation, float* out) {
+  switch (rotation.block) {
+    case 2: return rotate_span_by<2>(x, k, rotation.signs, out);
+    case 4: return rotate_span_by<4>(x, k, rotation.signs, out);
+    case 8: return rotate_span_by<8>(x, k, rotation.signs, out);
+    case 16: return rotate_span_by<16>(x, k, rotation.signs, out);
+    case 32: return rotate_span_by<32>(x, k, rotation.signs, out);
+    case 64: return rotate_span_by<64>(x, k, rotation.signs, out);
+    case 128: return rotate_span_by<128>(x, k, rotation.signs, out);
+    default: return rotate_span_by<1>(x, k, rotation.signs, out);
   }
 }
 
@@ -64,8 +77,8 @@ template <typename Body>
 void with_row(const Rows& x, int64_t m, float* row, Body body) {
   const int64_t at = m * x.stride;
   const auto typed = [&](const auto* data) {
-    if (x.rotation_block > 0) {
-      rotate_span(data + at, x.k, x.rotation_block, row);
+    if (x.rotation.block > 0) {
+      rotate_span(data + at, x.k, x.rotation, row);
       body(static_cast<const float*>(row));
     } else {
       body(data + at);
@@ -273,7 +286,7 @@ void fill_activations(PackedActivations a, int64_t k, RowTiles tiles, const Put&
 }
 
 void quantize_per_token(const Rows& x, RowTiles tiles, PackedActivations a, QParams* qparams, float* row) {
-  if (x.rotation_block > 0) {
+  if (x.rotation.block > 0) {
     return fill_activations(a, x.k, tiles, [&](int64_t m) {
       with_row(x, m, row, [&](const auto* data) {
         qparams[m] = choose_qparams(span_range(data, x.k));
@@ -331,7 +344,7 @@ void pack_int8(const int8_t* q, int64_t k, RowTiles tiles, PackedActivations a) 
 
 // Activations take the bare sums of the transform, weights these times 1/block, a power of two.
 void scale_rotated(float* row, const Rows& w) {
-  const F share = V::broadcast(1.0f / static_cast<float>(w.rotation_block));
+  const F share = V::broadcast(1.0f / static_cast<float>(w.rotation.block));
   for (int64_t i = 0; i < w.k; i += W) {
     if (i + W <= w.k) {
       V::store(row + i, V::mul(V::load(row + i), share));
@@ -344,7 +357,7 @@ void scale_rotated(float* row, const Rows& w) {
 float weight_range(const Rows& w, int64_t m, float* row) {
   I magnitude = V::broadcast(0);
   with_row(w, m, row, [&](const auto* data) {
-    if (w.rotation_block > 0) scale_rotated(row, w);
+    if (w.rotation.block > 0) scale_rotated(row, w);
     for (int64_t i = 0; i < w.k; i += W) {
       const F x = i + W <= w.k ? V::load(data + i) : load_part(data + i, w.k - i);
       magnitude = V::max(magnitude, V::bit_and(V::as_int(x), V::broadcast(0x7fffffff)));
@@ -362,7 +375,7 @@ void quantize_weight(const Rows& w, int64_t m, float scale, int8_t* q, float* ro
   const F divisor = V::broadcast(scale), low = V::broadcast(-127.0f), high = V::broadcast(127.0f);
   const auto steps = [&](F x) { return V::round(V::min(V::max(V::div(x, divisor), low), high)); };
   with_row(w, m, row, [&](const auto* data) {
-    if (w.rotation_block > 0) scale_rotated(row, w);
+    if (w.rotation.block > 0) scale_rotated(row, w);
     const PutInt8 put{q, w.k};
     for (int64_t i = 0; i < w.k; i += kChunk) {
       const auto part = [&](int64_t at) {

@@ -59,21 +59,23 @@ __device__ __forceinline__ uint32_t max_of_words(uint32_t a, uint32_t b) {
   return __float_as_uint(ptx::max_nan(__uint_as_float(a), __uint_as_float(b)));
 }
 
-// The sign bits of the factors of 32 elements of a block from `first` on, lowest bit first.
 constexpr uint32_t rotation_signs(uint32_t first) {
   uint32_t bits = 0;
   for (uint32_t i = 0; i < 32; ++i) bits |= rotation_sign(first + i) >> 31 << i;
   return bits;
 }
 
-// Multiplies elements first ... first + kCount-1 of rows by their factors; `first` is a multiple of kCount.
+// The sign bits of the factors of elements kFirst ... kFirst + 31 of a block, lowest bit first.
+template <uint32_t kFirst>
+constexpr uint32_t kRotationSigns = rotation_signs(kFirst);
+
+// Multiplies elements first ... first + kCount-1 of a row by their factors; `first` is a multiple of kCount.
 template <int kCount>
 __device__ __forceinline__ void flip_signs(float (&v)[kCount], int first, int block) {
-  constexpr uint32_t kSigns[4] = {rotation_signs(0), rotation_signs(32), rotation_signs(64),
-                                  rotation_signs(96)};
   constexpr uint32_t kSignsOfBlocksOf4 = 0x88888888u;  // the last of each 4; smaller blocks have none
   const int at = first & (block - 1);
-  const uint32_t low = at & 32 ? kSigns[1] : kSigns[0], high = at & 32 ? kSigns[3] : kSigns[2];
+  const uint32_t low = at & 32 ? kRotationSigns<32> : kRotationSigns<0>;
+  const uint32_t high = at & 32 ? kRotationSigns<96> : kRotationSigns<64>;
   uint32_t signs = (at & 64 ? high : low) >> (at & 31);
   if (block < 8) signs = block == 4 ? kSignsOfBlocksOf4 : 0;
 #pragma unroll

@@ -73,6 +73,15 @@ class LastStep(nn.Module):
         return self.lstm(x)[0]
 
 
+class SelfAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(32, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
 def encoder() -> nn.Module:
     layer = nn.TransformerEncoderLayer(32, 2, 64, activation="gelu", batch_first=True)
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
@@ -83,6 +92,7 @@ SUBJECTS = {
         lambda: nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)), (seeded(5, 16),)
     ),
     "QLSTM": Subject(LastStep, (seeded(3, 7, 16),), lambda model: quantize_dynamic(model, {nn.LSTM})),
+    "QMultiheadAttention": Subject(SelfAttention, (seeded(2, 6, 32),), quantize_dynamic, 0.02),
     "EncoderLayer": Subject(
         encoder, (seeded(2, 6, 32),), lambda model: quantize_dynamic(model, fuse=True), 0.05
     ),

@@ -18,7 +18,7 @@ Rows rows_of_head(const HeadRows& x, int64_t b, int64_t h, int64_t rows, int64_t
           rows,
           head_size,
           x.row_stride,
-          0};
+          kNoRotation};
 }
 
 // Head h of batch b.

@@ -44,12 +44,12 @@ TEST_SUITE("pack") {
 
   TEST_CASE("the first -128 is found") {
     Bytes weight(1000, 5);
-    CHECK(dynquant::cpu::find_minus_128(weight.data(), 10, 100) == -1);
-    CHECK(dynquant::cpu::find_minus_128(weight.data(), 0, 100) == -1);
+    CHECK(dynquant::cpu::find_minus_128(weight.data(), 1000) == -1);
+    CHECK(dynquant::cpu::find_minus_128(weight.data(), 0) == -1);
     weight[999] = -128;
-    CHECK(dynquant::cpu::find_minus_128(weight.data(), 10, 100) == 999);
+    CHECK(dynquant::cpu::find_minus_128(weight.data(), 1000) == 999);
     weight[37] = -128;
-    CHECK(dynquant::cpu::find_minus_128(weight.data(), 10, 100) == 37);
+    CHECK(dynquant::cpu::find_minus_128(weight.data(), 1000) == 37);
   }
 }
 

@@ -70,7 +70,7 @@ TEST_SUITE("quantize") {
     for (const auto [m, k, threaded] : kSizes) {
       for (const Dtype dtype : kDtypes) {
         for (const bool special : {false, true}) {
-          const Input x = make_input(m, k, dtype, 0, 21, special);
+          const Input x = make_input(m, k, dtype, {}, 21, special);
           everywhere(threaded, [&, m = m, k = k](const Threads& threads) {
             Guarded<float> lo(m), hi(m);
             min_max_rows(x.rows, lo.data(), hi.data(), threads);
@@ -120,7 +120,7 @@ TEST_SUITE("quantize") {
   TEST_CASE("quantized rows, saturated, with qparams per row and for all") {
     for (const auto [m, k, threaded] : kSizes) {
       for (const Dtype dtype : kDtypes) {
-        const Input x = make_input(m, k, dtype, 0, 22, true);
+        const Input x = make_input(m, k, dtype, {}, 22, true);
         Guarded<float> scale(m);
         Guarded<int32_t> zero_point(m);
         for (int64_t i = 0; i < m; ++i) {
@@ -219,7 +219,7 @@ TEST_SUITE("quantize") {
   }
 
   TEST_CASE("the first row with a non-finite weight is named") {
-    Input w = make_input(6, 33, Dtype::kFloat32, 0, 25, false);
+    Input w = make_input(6, 33, Dtype::kFloat32, {}, 25, false);
     const float nan = NAN;
     std::memcpy(w.memory.data() + (4 * w.rows.stride + 32) * 4, &nan, 4);
     std::memcpy(w.memory.data() + (3 * w.rows.stride + 7) * 4, &nan, 4);

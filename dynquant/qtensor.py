@@ -92,7 +92,7 @@ class QTensor(torch.Tensor):
         """
         if weight.dtype not in FLOAT_DTYPES:
             raise RuntimeError(f"expected weight of dtype {FLOAT_WORDS}, got {weight.dtype}")
-        config = replace(config, epilogue="none", out_dtype=None)
+        config = replace(config, epilogue="none", out_dtype=None, full_range=False)
 
         def quantize_and_pack() -> QTensor:
             with torch.no_grad(), torch.inference_mode(False), keeping_subnormals():

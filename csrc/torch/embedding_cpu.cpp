@@ -4,13 +4,12 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <optional>
 #include <vector>
 
+#include "checked_table.h"
 #include "checks.h"
 #include "cpu/embedding.h"
-#include "cpu/pack.h"
 #include "cpu_call.h"
 
 namespace dynquant::cpu {
@@ -18,64 +17,26 @@ namespace {
 
 using at::Tensor;
 
-bool is_index(const Tensor& x) { return x.scalar_type() == at::kLong || x.scalar_type() == at::kInt; }
-
-// A contiguous int64 tensor with the values of x; `owner` keeps a copy alive.
-const int64_t* as_int64(const Tensor& x, Tensor& owner) {
-  owner = x.to(at::kLong).contiguous();
-  return owner.const_data_ptr<int64_t>();
-}
-
 // The checks of both ops, and what the kernel reads of the table.
 EmbeddingBags table_of(const char* op, const Tensor& indices, const Tensor& weight,
                        const Tensor& weight_scale, int64_t k, at::ScalarType dtype) {
-  TORCH_CHECK(is_index(indices), op, ": expected indices of dtype int64 or int32, got ",
-              dtype_name(indices.scalar_type()));
-  check_memory(op, "indices", indices);
-  TORCH_CHECK(weight_scale.dim() == 1, op, ": expected weight_scale with 1 dimension, got ",
-              weight_scale.dim());
-  const int64_t n = weight_scale.size(0);
-  check_channels(op, "weight_scale", weight_scale, at::kFloat, n);
-  TORCH_CHECK(k >= 0, op, ": expected k of at least 0, got ", k);
+  check_index_dtype(op, indices);
   EmbeddingBags args{};
-  if (weight.dim() == 2 && weight.size(0) == n && weight.size(1) == k) {
-    TORCH_CHECK(weight.scalar_type() == at::kChar && weight.is_contiguous(), op,
-                ": expected weight to be contiguous int8, got ", dtype_name(weight.scalar_type()),
-                ", contiguous: ", weight.is_contiguous() ? "True" : "False");
-    check_memory(op, "weight", weight);
-    args.panel = 1;
-    args.row_bytes = k;
-  } else {
-    TORCH_CHECK(weight.dim() == 4, op, ": expected weight to be rows of shape [", n, ", ", k,
-                "] or a packed weight, got one of shape ", weight.sizes());
-    const auto shape = packed_shape(n, k);
-    check_packed(op, weight, shape, n, k);
-    args.panel = shape[2];
-    args.row_bytes = shape[1] * 4;
-  }
-  check_device(op, indices, "weight", weight, "indices");
-  check_device(op, indices, "weight_scale", weight_scale, "indices");
-  TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble, op,
-              ": expected dtype to be float32, bfloat16, float16 or float64, got ", dtype_name(dtype));
-  args.table = weight.const_data_ptr<int8_t>();
-  args.k = k;
-  args.scale = weight_scale.const_data_ptr<float>();
+  args.table = checked_table(op, indices, weight, weight_scale, k);
+  check_out_dtype(op, dtype);
   args.padding_index = -1;
   return args;
 }
 
 void set_indices(const char* op, const Tensor& indices, int64_t n, EmbeddingBags& args, Tensor& owner) {
-  args.indices = as_int64(indices, owner);
+  args.indices = checked_indices(op, indices, n, owner);
   args.count = indices.numel();
-  const int64_t at = find_out_of_range(args.indices, args.count, n);
-  TORCH_CHECK(at < 0, op, ": expected indices in [0, ", n, "), got ", args.indices[std::max<int64_t>(at, 0)],
-              " at position ", at);
 }
 
 Tensor reduced(EmbeddingBags& args, at::IntArrayRef shape, const Tensor& weight, at::ScalarType dtype) {
   const at::ScalarType computed = dtype == at::kDouble ? at::kFloat : dtype;
   Tensor out = at::empty(shape, weight.options().dtype(computed));
-  args.out = {out.mutable_data_ptr(), args.k, dtype_of(computed), Epilogue::kNone};
+  args.out = {out.mutable_data_ptr(), args.table.k, dtype_of(computed), Epilogue::kNone};
   if (out.numel() > 0) embedding_bags(args, torch_threads());
   return dtype == computed ? out : cast(out, at::kDouble);
 }

@@ -20,6 +20,7 @@ from ..reference.checks import (
     check_weight,
 )
 from ..reference.embedding import check_embedding, check_embedding_bag
+from ..reference.embedding_norm import check_embedding_norm
 from ..reference.layout import check_packed_k
 from ..reference.linear import check_int8_mm, check_operands
 from ..reference.mlp import Tensors, channels, check_linear_mlp, check_linear_norm, check_mlp
@@ -239,3 +240,17 @@ def embedding_bag(
         indices, offsets, weight, weight_scale, per_sample_weights, k, mode, include_last_offset, dtype
     )
     return weight.new_empty(offsets.shape[0] - int(include_last_offset), k, dtype=dtype)
+
+
+def embedding_norm(
+    indices: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    scales: Sequence[Tensor | None],
+    k: int,
+    norm_out: Sequence[Tensor | None],
+    eps: float,
+    norm: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    check_embedding_norm(indices, tables, scales, k, norm_out, norm, dtype)
+    return tables[0].new_empty(*indices[0].shape, k, dtype=dtype)

@@ -117,6 +117,12 @@ OPS: tuple[Op, ...] = (
         fake.embedding_bag,
         Derivative.REFUSED,
     ),
+    Op(
+        "embedding_norm(Tensor[] indices, Tensor[] tables, Tensor?[] scales, int k, Tensor?[] norm_out, "
+        "float eps, int norm, ScalarType dtype) -> Tensor",
+        fake.embedding_norm,
+        Derivative.REFUSED,
+    ),
 )
 
 library = torch.library.Library("dynquant", "DEF")

@@ -10,6 +10,7 @@ from .arithmetic import fma
 from .attention import attention
 from .checks import FLOAT_DTYPES
 from .embedding import embedding, embedding_bag
+from .embedding_norm import embedding_norm
 from .epilogue import apply_epilogue
 from .layout import pack_weight, packed_shape, unpack_weight
 from .linear import dequantize, int8_mm, linear_dynamic, linear_static
@@ -26,6 +27,7 @@ __all__ = [
     "dequantize",
     "embedding",
     "embedding_bag",
+    "embedding_norm",
     "fma",
     "int8_mm",
     "layer_norm",

@@ -38,7 +38,7 @@ def embedding(indices: Tensor, weight: Tensor, weight_scale: Tensor, k: int, dty
     check_embedding("embedding", indices, weight, weight_scale, k, dtype)
     check_indices("embedding", indices, weight_scale.shape[0])
     flat = indices.flatten()
-    values = _rows(weight, flat, k).to(torch.float32) * weight_scale.index_select(0, flat)[:, None]
+    values = rows_of_table(weight, flat, k).to(torch.float32) * weight_scale.index_select(0, flat)[:, None]
     return values.to(dtype).reshape(*indices.shape, k)
 
 
@@ -93,7 +93,7 @@ def embedding_bag(
         bags = (position < ends).nonzero().flatten()
         bags = bags[indices[position[bags]] != padding_idx]
         taken = position[bags]
-        values = _rows(weight, indices[taken], k).to(torch.float32) * scale[taken][:, None]
+        values = rows_of_table(weight, indices[taken], k).to(torch.float32) * scale[taken][:, None]
         total[bags] = torch.maximum(total[bags], values) if is_max else total[bags] + values
         rows[bags] += 1
     if MODES[mode] == "mean":
@@ -101,7 +101,7 @@ def embedding_bag(
     return torch.where(rows[:, None] == 0, 0.0, total).to(dtype)
 
 
-def _rows(weight: Tensor, indices: Tensor, k: int) -> Tensor:
+def rows_of_table(weight: Tensor, indices: Tensor, k: int) -> Tensor:
     """int8 [L, K]: rows of a table in any layout, without unpacking the whole of it."""
     if weight.dim() == 2:
         return weight.index_select(0, indices)[:, :k]
@@ -113,11 +113,7 @@ def check_embedding(
     op: str, indices: Tensor, weight: Tensor, weight_scale: Tensor, k: int, dtype: torch.dtype
 ) -> None:
     """All requirements except those on values."""
-    check(
-        indices.dtype in (torch.int64, torch.int32),
-        f"{op}: expected indices of dtype int64 or int32, got {indices.dtype}",
-    )
-    check_memory(op, "indices", indices)
+    check_index_dtype(op, indices)
     check(weight_scale.dim() == 1, f"{op}: expected weight_scale with 1 dimension, got {weight_scale.dim()}")
     n = weight_scale.shape[0]
     check_channels(op, "weight_scale", weight_scale, torch.float32, n)
@@ -142,6 +138,14 @@ def check_embedding(
         dtype in FLOAT_DTYPES,
         f"{op}: expected dtype to be float32, bfloat16, float16 or float64, got {dtype}",
     )
+
+
+def check_index_dtype(op: str, indices: Tensor) -> None:
+    check(
+        indices.dtype in (torch.int64, torch.int32),
+        f"{op}: expected indices of dtype int64 or int32, got {indices.dtype}",
+    )
+    check_memory(op, "indices", indices)
 
 
 def check_embedding_bag(

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..config import NORMS, Config, recode
+from ..config import Config, recode
 from .checks import check, check_device, check_float, check_k, check_memory
 from .layout import check_packed_k
 from .linear import check_operands, linear_dynamic
-from .norm import layer_norm, rms_norm
+from .norm import check_norm, normed
 
 Tensors = Sequence[Tensor | None]
 Linear = Callable[..., Tensor]
@@ -51,8 +51,8 @@ def linear_norm(
         RuntimeError: for shapes, dtypes and devices that do not fit.
     """
     check_linear_norm(x, layer, config, residual, norm_in, norm_out, norm)
-    y = apply_layer(_normed(_rows(x), norm_in, eps, norm), layer, config, linear)
-    return _output(_normed(_add(y, residual), norm_out, eps, norm), x, config)
+    y = apply_layer(normed(_rows(x), norm_in, eps, norm), layer, config, linear)
+    return _output(normed(_add(y, residual), norm_out, eps, norm), x, config)
 
 
 def mlp(
@@ -80,8 +80,8 @@ def mlp(
     Other arguments, results and errors as in :func:`linear_norm`.
     """
     check_mlp(x, gate, up, down, configs, residual, norm_in, norm_out, norm)
-    y = _mlp(_normed(_rows(x), norm_in, eps, norm), gate, up, down, configs, linear)
-    return _output(_normed(_add(y, residual), norm_out, eps, norm), x, configs[2])
+    y = _mlp(normed(_rows(x), norm_in, eps, norm), gate, up, down, configs, linear)
+    return _output(normed(_add(y, residual), norm_out, eps, norm), x, configs[2])
 
 
 def linear_mlp(
@@ -115,9 +115,9 @@ def linear_mlp(
     """
     check_linear_mlp(x, layer, gate, up, down, configs, residual, first_norm, second_norm, norm, pre_norm)
     h = _add(apply_layer(_rows(x), layer, configs[0], linear), residual)
-    normed = _normed(h, first_norm, eps, norm)
-    y = _mlp(normed, gate, up, down, configs[1:], linear)
-    out = y + h if pre_norm else _normed(y + normed, second_norm, eps, norm)
+    inner = normed(h, first_norm, eps, norm)
+    y = _mlp(inner, gate, up, down, configs[1:], linear)
+    out = y + h if pre_norm else normed(y + inner, second_norm, eps, norm)
     return _output(out, x, configs[3])
 
 
@@ -180,25 +180,6 @@ def _rotation_of(code: int) -> str:
     return f"block {config.rotation_block} {'with' if config.rotation_signs else 'without'} signs"
 
 
-def _check_norm(op: str, name: str, parameters: Tensors, x: Tensor, size: int, norm: int) -> None:
-    """Weight and bias of a norm over ``size`` elements."""
-    check(0 <= norm < len(NORMS), f"{op}: expected norm in [0, {len(NORMS) - 1}], got {norm}")
-    if not parameters:
-        return
-    check(len(parameters) == 2, f"{op}: expected {name} to be weight and bias, got {len(parameters)} tensors")
-    check(size > 0, f"{op}: expected {name} over at least 1 element, got {size}")
-    biased = NORMS[norm] == "rms_norm" and parameters[1] is not None
-    check(not biased, f"{op}: expected no bias in {name}, since rms_norm has none")
-    for role, tensor in zip(("weight", "bias"), parameters, strict=True):
-        if tensor is not None:
-            check_float(op, f"{name}'s {role}", tensor)
-            check(
-                list(tensor.shape) == [size],
-                f"{op}: expected {name}'s {role} of shape [{size}], got {list(tensor.shape)}",
-            )
-            check_device(op, "x", x, f"{name}'s {role}", tensor)
-
-
 def _check_residual(op: str, residual: Tensor | None, x: Tensor, n: int) -> None:
     """A residual has the shape of the output."""
     if residual is None:
@@ -224,8 +205,8 @@ def check_linear_norm(
 ) -> None:
     """All requirements of :func:`linear_norm`."""
     check_layer("linear_norm", "layer", layer, x, x.shape[-1], config)
-    _check_norm("linear_norm", "norm_in", norm_in, x, x.shape[-1], norm)
-    _check_norm("linear_norm", "norm_out", norm_out, x, channels(layer), norm)
+    check_norm("linear_norm", "norm_in", norm_in, x, x.shape[-1], norm)
+    check_norm("linear_norm", "norm_out", norm_out, x, channels(layer), norm)
     _check_residual("linear_norm", residual, x, channels(layer))
 
 
@@ -243,8 +224,8 @@ def check_mlp(
     """All requirements of :func:`mlp`."""
     check_float("mlp", "x", x)
     _check_mlp_layers("mlp", x, x.shape[-1], gate, up, down, configs)
-    _check_norm("mlp", "norm_in", norm_in, x, x.shape[-1], norm)
-    _check_norm("mlp", "norm_out", norm_out, x, channels(down), norm)
+    check_norm("mlp", "norm_in", norm_in, x, x.shape[-1], norm)
+    check_norm("mlp", "norm_out", norm_out, x, channels(down), norm)
     _check_residual("mlp", residual, x, channels(down))
 
 
@@ -271,8 +252,8 @@ def check_linear_mlp(
     check(
         channels(down) == n, f"{op}: expected down to have {n} channels, as layer has, got {channels(down)}"
     )
-    _check_norm(op, "first_norm", first_norm, x, n, norm)
-    _check_norm(op, "second_norm", second_norm, x, n, norm)
+    check_norm(op, "first_norm", first_norm, x, n, norm)
+    check_norm(op, "second_norm", second_norm, x, n, norm)
     check(not (pre_norm and second_norm), f"{op}: expected no second_norm with pre_norm")
     _check_residual(op, residual, x, n)
 
@@ -304,13 +285,6 @@ def _mlp(
 
 def _add(y: Tensor, residual: Tensor | None) -> Tensor:
     return y if residual is None else y + _rows(residual)
-
-
-def _normed(y: Tensor, parameters: Tensors, eps: float, norm: int) -> Tensor:
-    if not parameters:
-        return y
-    weight, bias = (None if tensor is None else tensor.to(torch.float32) for tensor in parameters)
-    return layer_norm(y, weight, bias, eps) if NORMS[norm] == "layer_norm" else rms_norm(y, weight, eps)
 
 
 def _output(y: Tensor, x: Tensor, config: int) -> Tensor:

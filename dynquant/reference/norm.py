@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from ..config import NORMS
+from .checks import check, check_device, check_float
 from .quantization import constant
 
 LANES = 16
@@ -60,3 +64,41 @@ def _inverse_root(variance: Tensor, eps: float) -> Tensor:
     # fp32 number: a root of an fp32 number is at least 2^-50 of it away from the middle between two.
     root = (variance + constant(eps, variance)).double().sqrt().float()
     return (constant(1.0, variance) / root)[:, None]
+
+
+# ---- norms as arguments of ops: weight and bias, or an empty list ----
+
+
+def normed(y: Tensor, parameters: Sequence[Tensor | None], eps: float, norm: int) -> Tensor:
+    """The norm of each row of y, fp32 [M, K], with weight and bias in fp32; y itself without parameters."""
+    if not parameters:
+        return y
+    weight, bias = (None if tensor is None else tensor.to(torch.float32) for tensor in parameters)
+    return layer_norm(y, weight, bias, eps) if NORMS[norm] == "layer_norm" else rms_norm(y, weight, eps)
+
+
+def check_norm(
+    op: str,
+    name: str,
+    parameters: Sequence[Tensor | None],
+    x: Tensor,
+    size: int,
+    norm: int,
+    x_name: str = "x",
+) -> None:
+    """Weight and bias of a norm over ``size`` elements."""
+    check(0 <= norm < len(NORMS), f"{op}: expected norm in [0, {len(NORMS) - 1}], got {norm}")
+    if not parameters:
+        return
+    check(len(parameters) == 2, f"{op}: expected {name} to be weight and bias, got {len(parameters)} tensors")
+    check(size > 0, f"{op}: expected {name} over at least 1 element, got {size}")
+    biased = NORMS[norm] == "rms_norm" and parameters[1] is not None
+    check(not biased, f"{op}: expected no bias in {name}, since rms_norm has none")
+    for role, tensor in zip(("weight", "bias"), parameters, strict=True):
+        if tensor is not None:
+            check_float(op, f"{name}'s {role}", tensor)
+            check(
+                list(tensor.shape) == [size],
+                f"{op}: expected {name}'s {role} of shape [{size}], got {list(tensor.shape)}",
+            )
+            check_device(op, x_name, x, f"{name}'s {role}", tensor)

@@ -102,12 +102,18 @@ struct RnnStep {
 
 enum class BagMode : int { kSum, kMean, kMax };
 
+// Rows of k int8 with a scale each: row r at data + r * row_bytes; for panels > 1 a packed weight of such
+// panels.
+struct Int8Table {
+  const int8_t* data;
+  int64_t panel, row_bytes, k;
+  const float* scale;
+};
+
 // Rows of an int8 table, reduced in bags: bag b has the rows indices[i] for i from offsets[b] to
 // offsets[b + 1], the last one to `end`; without offsets it is the one row indices[b].
 struct EmbeddingBags {
-  const int8_t* table;  // row r at table + r * row_bytes; for panels > 1 a packed weight of such panels
-  int64_t panel, row_bytes, k;
-  const float* scale;      // of each row
+  Int8Table table;
   const int64_t* indices;  // [count], in range
   int64_t count;
   const int64_t* offsets;  // [bags] or null
@@ -116,6 +122,23 @@ struct EmbeddingBags {
   int64_t padding_index;  // of rows that no bag counts; -1 for none
   BagMode mode;
   Destination out;  // [bags][k]; its epilogue is not applied
+};
+
+// A table of which output row m takes row indices[m % count]. The indices are in range.
+struct IndexedTable {
+  Rows rows;  // of floats, if int8.data is null
+  Int8Table int8;
+  const int64_t* indices;
+  int64_t count;
+};
+
+// The sum of a row of each table, then a norm.
+struct EmbeddingNorm {
+  const IndexedTable* tables;
+  int64_t table_count;  // > 0
+  Norm norm;
+  int64_t m, k;
+  Destination out;  // [m][k]; its epilogue is not applied
 };
 
 // Calls with 2 to kFewRows rows may use a separate kernel table.
@@ -207,6 +230,10 @@ struct KernelTable {
 
   // Bags [first, last).
   void (*embedding_bags)(const EmbeddingBags& args, int64_t first, int64_t last);
+
+  // Rows [first, last). sums: scratch of embedding_rows_at_once rows of k floats.
+  void (*embedding_norm)(const EmbeddingNorm& args, int64_t first, int64_t last, float* sums);
+  int64_t embedding_rows_at_once;
 };
 
 // Threads share out the channels of a GEMM in blocks of this many.

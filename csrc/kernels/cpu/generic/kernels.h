@@ -64,5 +64,7 @@ constexpr KernelTable make_kernels(const char* name, double gops, const KernelTa
       attention_scratch,
       attend,
       embedding_bags,
+      embedding_norm,
+      kNormRows,
   };
 }

@@ -40,7 +40,15 @@ struct VectorOps {
                  const float* no, float* out);
   float (*lowest_lane)(const float* x);
   float (*highest_lane)(const float* x);
-  void (*butterfly[4])(const float* x, float* out);  // of stride 1, 2, 4, 8; null from `lanes` on
+  int32_t (*sum_lanes)(const int32_t* x);
+  void (*transpose)(const float* rows, float* columns);  // lanes * lanes
+  void (*butterfly[4])(const float* x, float* out);      // of stride 1, 2, 4, 8; null from `lanes` on
+
+  // Of generic/prelude.h, over V::load and V::store.
+  void (*load_up_to)(const float* from, int64_t count, float* out);
+  void (*store_up_to)(float* to, const float* x, int64_t count);
+  void (*load_half_up_to)(const uint16_t* from, int64_t count, float* out);
+  void (*store_half_up_to)(uint16_t* to, const float* x, int64_t count);
 
   void (*store_bytes)(int8_t* to, const int32_t* q);  // 4 * lanes
   void (*load_bytes)(const int8_t* from, int32_t* out);

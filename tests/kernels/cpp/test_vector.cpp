@@ -2,9 +2,11 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <cstring>
 #include <functional>
 
 #include "bits.h"
+#include "buffers.h"
 #include "cpu/simd/concept.h"
 #include "isas.h"
 
@@ -289,6 +291,77 @@ TEST_SUITE("vector") {
           CHECK(v.highest_lane(x) == extreme);
           CHECK(v.lowest_lane(low) == -extreme);
         }
+      }
+    });
+  }
+
+  TEST_CASE("the sum of all lanes wraps, and every lane has one share in it") {
+    for_each_vector([](const VectorOps& v) {
+      for_windows(edge_ints(), v.lanes, [&](const int32_t* x) {
+        uint32_t sum = 0;
+        for (int i = 0; i < v.lanes; ++i) sum += static_cast<uint32_t>(x[i]);
+        CHECK(v.sum_lanes(x) == wrap(sum));
+      });
+      for (int lane = 0; lane < v.lanes; ++lane) {
+        int32_t x[kMostLanes] = {};
+        x[lane] = INT32_MIN + lane;
+        CHECK(v.sum_lanes(x) == INT32_MIN + lane);
+      }
+    });
+  }
+
+  TEST_CASE("transpose moves the bits of each element of a square to its mirror image") {
+    constexpr size_t kMostElements = size_t(kMostLanes) * kMostLanes;
+    // Each element another one; then NaN with their payloads, subnormals and signed zeros.
+    std::vector<uint32_t> bits(kMostElements);
+    for (size_t i = 0; i < kMostElements; ++i) bits[i] = bit_cast<uint32_t>(static_cast<float>(i));
+    for (const float x : test_floats(2000, 6)) bits.push_back(bit_cast<uint32_t>(x));
+    bits.push_back(0x7f812345u);  // signaling
+    for_each_vector([&](const VectorOps& v) {
+      const int n = v.lanes;
+      for_windows(bits, n * n, [&](const uint32_t* window) {
+        float rows[kMostElements], columns[kMostElements];
+        std::memcpy(rows, window, sizeof(float) * static_cast<size_t>(n * n));
+        v.transpose(rows, columns);
+        for (int i = 0; i < n; ++i) {
+          for (int j = 0; j < n; ++j) {
+            if (bit_cast<uint32_t>(columns[j * n + i]) != window[i * n + j])
+              FAIL_CHECK("row " << i << ", lane " << j << ": " << columns[j * n + i]);
+          }
+        }
+      });
+    });
+  }
+
+  TEST_CASE("up to a count of elements are read and written, none behind them") {
+    for_each_vector([](const VectorOps& v) {
+      for (int64_t count = -3; count <= v.lanes + 3; ++count) {
+        INFO("count " << count);
+        // The first vector of a longer row, the last of one, or none of it.
+        const int64_t elements = std::max(int64_t{0}, count);
+        Guarded<float> row(elements), written(elements);
+        Guarded<uint16_t> half_row(elements), half_written(elements);
+        for (int64_t i = 0; i < elements; ++i) {
+          row[i] = static_cast<float>(i + 1);
+          half_row[i] = float16_of(row[i]);
+        }
+        float out[kMostLanes], half_out[kMostLanes], lanes[kMostLanes];
+        v.load_up_to(row.data(), count, out);
+        v.load_half_up_to(half_row.data(), count, half_out);
+        for (int i = 0; i < v.lanes; ++i) {
+          const float wanted = i < count ? static_cast<float>(i + 1) : 0.0f;
+          CHECK(same_bits(out[i], wanted));
+          CHECK(same_bits(half_out[i], wanted));
+          lanes[i] = static_cast<float>(i + 1);
+        }
+        v.store_up_to(written.data(), lanes, count);
+        v.store_half_up_to(half_written.data(), lanes, count);
+        for (int64_t i = 0; i < std::min<int64_t>(elements, v.lanes); ++i) {
+          CHECK(same_bits(written[i], row[i]));
+          CHECK(half_written[i] == half_row[i]);
+        }
+        CHECK(written.intact());
+        CHECK(half_written.intact());
       }
     });
   }

@@ -19,7 +19,7 @@ template <typename T>
 void bias_of_floats(const T* mask, int64_t visible, float* bias) {
   const F masked = V::broadcast(-0x1p126f), none = V::broadcast(-kInfinity);
   for (int64_t j = 0; j < kKeyBlock; j += W) {
-    const F added = load_present(mask + j, visible - j);
+    const F added = load_up_to(mask + j, visible - j);
     const F scaled = V::mul(added, V::broadcast(1.44269502f));
     const auto counts = V::either(V::less(masked, added), V::unordered(added, added));
     V::store(bias + j, V::select(counts, scaled, none));
@@ -274,7 +274,7 @@ struct AttentionTile {
       DYNQUANT_UNROLL
       for (int j = 0; j < kVectors; ++j) {
         const int64_t at = d + j * W;
-        store_present(out + at, V::div(numerators[j], denominator), tile.head.q.k - at);
+        store_up_to(out + at, V::div(numerators[j], denominator), tile.head.q.k - at);
       }
     }
   };
@@ -297,11 +297,6 @@ struct AttentionTile {
   template <typename T>
   static T* writable(const T* p) {
     return const_cast<T*>(p);
-  }
-
-  template <typename T>
-  DYNQUANT_INLINE static void store_present(T* p, F x, int64_t count) {
-    count >= W ? V::store(p, x) : store_part(p, x, count);
   }
 
   static constexpr int tile_vectors() {

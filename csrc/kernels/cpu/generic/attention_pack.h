@@ -49,17 +49,12 @@ DYNQUANT_INLINE I symmetric_steps(F x, F inverse) {
   return V::round(V::min(steps, V::broadcast(127.0f)));
 }
 
-template <typename T>
-DYNQUANT_INLINE F load_present(const T* p, int64_t count) {
-  return count >= W ? V::load(p) : count > 0 ? load_part(p, count) : V::broadcast(0.0f);
-}
-
 // Largest magnitude of a row, +inf or NaN bits above it if an element is not finite.
 template <typename T>
 float row_magnitude(const T* x, int64_t k) {
   I largest = V::broadcast(0);
   for (int64_t i = 0; i < k; i += W) {
-    largest = V::max(largest, V::bit_and(V::as_int(load_present(x + i, k - i)), V::broadcast(0x7fffffff)));
+    largest = V::max(largest, V::bit_and(V::as_int(load_up_to(x + i, k - i)), V::broadcast(0x7fffffff)));
   }
   return V::highest_lane(V::min(V::as_float(largest), V::broadcast(kInfinity)));
 }
@@ -79,7 +74,7 @@ DYNQUANT_INLINE void quantize_symmetric(const T* x, int64_t k, F inverse, const 
     DYNQUANT_UNROLL
     for (int j = 0; j < 4; ++j) {
       const int64_t at = i + j * W;
-      q[j] = at < k ? symmetric_steps(load_present(x + at, k - at), inverse) : V::broadcast(0);
+      q[j] = at < k ? symmetric_steps(load_up_to(x + at, k - at), inverse) : V::broadcast(0);
     }
     put(i, q[0], q[1], q[2], q[3]);
   }
@@ -140,7 +135,7 @@ DYNQUANT_INLINE void load_transposed(const T* rows, int64_t stride, int64_t keys
     for (int j = 0; j < W; ++j) columns[j] = V::load(rows + j * stride + d);
   } else {
     for (int j = 0; j < W; ++j) {
-      columns[j] = j < keys ? load_present(rows + j * stride + d, present) : V::broadcast(0.0f);
+      columns[j] = j < keys ? load_up_to(rows + j * stride + d, present) : V::broadcast(0.0f);
     }
   }
   V::transpose(columns);
@@ -190,7 +185,7 @@ DYNQUANT_INLINE void pack_v_vector(const T* rows, int64_t stride, int64_t count,
                                    const KeyBlock& block, int64_t d) {
   const auto load = [&](int64_t j) DYNQUANT_INLINE_LAMBDA {
     if constexpr (kWhole) return V::load(rows + j * stride + d);
-    return j < count ? load_present(rows + j * stride + d, channels) : V::broadcast(0.0f);
+    return j < count ? load_up_to(rows + j * stride + d, channels) : V::broadcast(0.0f);
   };
   I largest[4];
   for (I& of_part : largest) of_part = V::broadcast(0);

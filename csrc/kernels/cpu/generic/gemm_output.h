@@ -171,7 +171,7 @@ struct LinearOutput {
       for (int64_t j = 0; j < n; j += W) {
         const F row = V::load(y + i * stride + j);
         T* at = to + i * out.stride + j;
-        n - j >= W ? V::store(at, row) : store_part(at, row, n - j);
+        store_up_to(at, row, n - j);
       }
     }
   }

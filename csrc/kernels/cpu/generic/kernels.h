@@ -7,20 +7,6 @@ static_assert(VectorType<V>);
 static_assert(DotProduct<Dot, V>);
 #endif
 
-template <typename T>
-F load_part(const T* p, int64_t count) {  // zeros beyond count
-  T lanes[W] = {};
-  __builtin_memcpy(lanes, p, count * sizeof(T));
-  return V::load(lanes);
-}
-
-template <typename T>
-void store_part(T* p, F x, int64_t count) {
-  T lanes[W];
-  V::store(lanes, x);
-  __builtin_memcpy(p, lanes, count * sizeof(T));
-}
-
 #include "cpu/generic/quantize.h"
 #include "cpu/generic/gemm.h"
 #include "cpu/generic/norm.h"

@@ -47,22 +47,12 @@ DYNQUANT_INLINE void for_row_vectors(int64_t n, const Body& body) {
   }
 }
 
-template <typename T>
-DYNQUANT_INLINE F load_up_to(const T* p, int64_t count) {
-  return count == W ? V::load(p) : load_part(p, count);
-}
-
-template <typename T>
-DYNQUANT_INLINE void store_up_to(T* p, F x, int64_t count) {
-  count == W ? V::store(p, x) : store_part(p, x, count);
-}
-
 // The first `count` lanes of x, and zeros.
 DYNQUANT_INLINE F first_lanes(F x, int64_t count) {
-  if (count == W) return x;
+  if (count >= W) return x;
   float lanes[W];
   V::store(lanes, x);
-  return load_part(lanes, count);
+  return load_up_to(lanes, count);
 }
 
 struct NormRows {
@@ -168,7 +158,7 @@ void add_norm(const float* y, int64_t stride, const Rows* residual, float* sum, 
 
 void multiply(float* y, const float* by, int64_t count) {
   for (int64_t i = 0; i < count; i += W) {
-    const int64_t part = least(W, count - i);
-    store_up_to(y + i, V::mul(load_up_to(by + i, part), load_up_to(y + i, part)), part);
+    const int64_t left = count - i;
+    store_up_to(y + i, V::mul(load_up_to(by + i, left), load_up_to(y + i, left)), left);
   }
 }

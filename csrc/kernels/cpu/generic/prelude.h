@@ -13,6 +13,37 @@ constexpr int kChunk = 4 * W;  // elements per step of the quantizers
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t round_up(int64_t a, int64_t unit) { return (a + unit - 1) / unit * unit; }
 
+template <typename T>
+F load_part(const T* p, int64_t count) {
+  T lanes[W] = {};
+  __builtin_memcpy(lanes, p, count * sizeof(T));
+  return V::load(lanes);
+}
+
+template <typename T>
+void store_part(T* p, F x, int64_t count) {
+  T lanes[W];
+  V::store(lanes, x);
+  __builtin_memcpy(p, lanes, count * sizeof(T));
+}
+
+// The elements at p of which `count` exist, up to W, and zeros beyond them. Any count: the end of a row may
+// lie behind a vector or before it.
+template <typename T>
+DYNQUANT_INLINE F load_up_to(const T* p, int64_t count) {
+  return count >= W ? V::load(p) : count > 0 ? load_part(p, count) : V::broadcast(0.0f);
+}
+
+// Writes the lanes of x for which an element at p exists, of `count` in all.
+template <typename T>
+DYNQUANT_INLINE void store_up_to(T* p, F x, int64_t count) {
+  if (count >= W) {
+    V::store(p, x);
+  } else if (count > 0) {
+    store_part(p, x, count);
+  }
+}
+
 // How offset * sum is subtracted from an accumulator (Dot::ZeroPointCompensation). This one suits every ISA
 // while int32 is exact.
 struct CompensationByProduct {

@@ -128,7 +128,7 @@ Range span_range(const T* x, int64_t k) {
     }
   }
   for (; i < k; i += W) {
-    const F v = i + W <= k ? V::load(x + i) : load_part(x + i, k - i);
+    const F v = load_up_to(x + i, k - i);
     lo[0] = V::min(lo[0], v);
     hi[0] = V::max(hi[0], v);
     nan = V::either(nan, V::unordered(v, v));
@@ -346,11 +346,7 @@ void pack_int8(const int8_t* q, int64_t k, RowTiles tiles, PackedActivations a) 
 void scale_rotated(float* row, const Rows& w) {
   const F share = V::broadcast(1.0f / static_cast<float>(w.rotation.block));
   for (int64_t i = 0; i < w.k; i += W) {
-    if (i + W <= w.k) {
-      V::store(row + i, V::mul(V::load(row + i), share));
-    } else {
-      store_part(row + i, V::mul(load_part(row + i, w.k - i), share), w.k - i);
-    }
+    store_up_to(row + i, V::mul(load_up_to(row + i, w.k - i), share), w.k - i);
   }
 }
 
@@ -359,7 +355,7 @@ float weight_range(const Rows& w, int64_t m, float* row) {
   with_row(w, m, row, [&](const auto* data) {
     if (w.rotation.block > 0) scale_rotated(row, w);
     for (int64_t i = 0; i < w.k; i += W) {
-      const F x = i + W <= w.k ? V::load(data + i) : load_part(data + i, w.k - i);
+      const F x = load_up_to(data + i, w.k - i);
       magnitude = V::max(magnitude, V::bit_and(V::as_int(x), V::broadcast(0x7fffffff)));
     }
   });
@@ -378,10 +374,7 @@ void quantize_weight(const Rows& w, int64_t m, float scale, int8_t* q, float* ro
     if (w.rotation.block > 0) scale_rotated(row, w);
     const PutInt8 put{q, w.k};
     for (int64_t i = 0; i < w.k; i += kChunk) {
-      const auto part = [&](int64_t at) {
-        if (at + W <= w.k) return steps(V::load(data + at));
-        return steps(at < w.k ? load_part(data + at, w.k - at) : V::broadcast(0.0f));
-      };
+      const auto part = [&](int64_t at) { return steps(load_up_to(data + at, w.k - at)); };
       put(i, part(i), part(i + W), part(i + 2 * W), part(i + 3 * W));
     }
   });

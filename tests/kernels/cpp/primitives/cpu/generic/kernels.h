@@ -39,6 +39,13 @@ void butterfly(const float* x, float* out) {
   V::store(out, V::template butterfly<stride>(V::load(x)));
 }
 
+void transpose(const float* rows, float* columns) {
+  F x[W];
+  for (int i = 0; i < W; ++i) x[i] = V::load(rows + i * W);
+  V::transpose(x);
+  for (int i = 0; i < W; ++i) V::store(columns + i * W, x[i]);
+}
+
 template <int count = 0>
 constexpr void fill_shifts(kernel_tests::VectorOps& ops) {
   if constexpr (count < 32) {
@@ -110,6 +117,18 @@ constexpr kernel_tests::VectorOps vector_ops() {
   };
   ops.lowest_lane = [](const float* x) { return V::lowest_lane(V::load(x)); };
   ops.highest_lane = [](const float* x) { return V::highest_lane(V::load(x)); };
+  ops.sum_lanes = [](const int32_t* x) { return V::sum_lanes(V::load(x)); };
+  ops.transpose = transpose;
+  ops.load_up_to = [](const float* from, int64_t count, float* out) {
+    V::store(out, load_up_to(from, count));
+  };
+  ops.store_up_to = [](float* to, const float* x, int64_t count) { store_up_to(to, V::load(x), count); };
+  ops.load_half_up_to = [](const uint16_t* from, int64_t count, float* out) {
+    V::store(out, load_up_to(reinterpret_cast<const Float16*>(from), count));
+  };
+  ops.store_half_up_to = [](uint16_t* to, const float* x, int64_t count) {
+    store_up_to(reinterpret_cast<Float16*>(to), V::load(x), count);
+  };
   ops.store_bytes = [](int8_t* to, const int32_t* q) {
     V::store_bytes(to, V::load(q), V::load(q + W), V::load(q + 2 * W), V::load(q + 3 * W));
   };

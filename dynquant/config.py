@@ -11,6 +11,7 @@ Bits of the int, lowest first (``csrc/kernels/config.h`` is the same table in C+
 12-16 the layer's K: 0 unknown, else 1 + K mod 16
 17    rotation: 1 with signs
 18    weights: 1 if they may hold -128
+19    recurrent modules: 1 if the weight of the first layer's input is float; no op reads it
 ====  ====================================================================
 
 K is for the ops alone: it is neither a part of the scheme nor in files. A packed weight gives K
@@ -38,8 +39,9 @@ MAX_ROTATION_BLOCK = 128
 AUTO_ROTATION = "auto"
 K_MODULUS = 16
 _K_SHIFT, _K_BITS = 12, 31
-_SIGNS_SHIFT, _FULL_RANGE_SHIFT = 17, 18
-_KNOWN_BITS = (1 << _K_SHIFT) - 1 | _K_BITS << _K_SHIFT | 1 << _SIGNS_SHIFT | 1 << _FULL_RANGE_SHIFT
+_SIGNS_SHIFT, _FULL_RANGE_SHIFT, _FLOAT_INPUT_SHIFT = 17, 18, 19
+_FLAGS = 1 << _SIGNS_SHIFT | 1 << _FULL_RANGE_SHIFT | 1 << _FLOAT_INPUT_SHIFT
+_KNOWN_BITS = (1 << _K_SHIFT) - 1 | _K_BITS << _K_SHIFT | _FLAGS
 
 
 def one_of(name: str, value: object, allowed: tuple[object, ...]) -> int:
@@ -85,6 +87,8 @@ class Config:
             here lie in [-127, 127].
         rotation_signs: whether the rotation multiplies elements by a fixed sequence of signs first, as all
             new layers do; False without a rotation, and in layers of files from before the signs.
+        float_input: of a recurrent module, whether the weight of the first layer's input stays float, as the
+            conversion decides by its width (:data:`dynquant.nn.rnn.MAX_FLOAT_INPUT`).
 
     Raises:
         ValueError: for any other word, or a block that is not a power of two up to 128.
@@ -97,6 +101,7 @@ class Config:
     out_dtype: torch.dtype | None = None
     full_range: bool = False
     rotation_signs: bool = True
+    float_input: bool = False
 
     def __post_init__(self) -> None:
         one_of("activations", self.activations, ACTIVATIONS)
@@ -106,12 +111,13 @@ class Config:
         one_of("full_range", self.full_range, (False, True))
         one_of("rotation_block", self.rotation_block, (0, 1, 2, 4, 8, 16, 32, 64, 128))
         one_of("rotation_signs", self.rotation_signs, (False, True))
+        one_of("float_input", self.float_input, (False, True))
         if not self.rotation_block:
             object.__setattr__(self, "rotation_signs", False)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of a pickle; those from before the signs have no word of them."""
-        vars(self).update({"rotation_signs": False, **state})
+        """Of a pickle, which lacks the fields that are younger than it."""
+        vars(self).update({"rotation_signs": False, "float_input": False, **state})
 
     @property
     def rotation_text(self) -> str:
@@ -137,6 +143,7 @@ class Config:
             | (0 if in_features is None else 1 + in_features % K_MODULUS) << _K_SHIFT
             | self.full_range << _FULL_RANGE_SHIFT
             | self.rotation_signs << _SIGNS_SHIFT
+            | self.float_input << _FLOAT_INPUT_SHIFT
         )
 
     @staticmethod
@@ -161,6 +168,7 @@ class Config:
             epilogue=EPILOGUES[epilogue],
             out_dtype=OUT_DTYPES[out_dtype],
             full_range=bool(code >> _FULL_RANGE_SHIFT & 1),
+            float_input=bool(code >> _FLOAT_INPUT_SHIFT & 1),
         )
 
 

@@ -32,16 +32,20 @@ struct Config {
   bool full_range;  // weights may hold -128
 };
 
+// Bit 19 of a code, float_input, is for modules: no op reads it.
+
 constexpr int kOutDtypeShift = 9;
 
 constexpr int kKShift = 12;
 constexpr int64_t kKModulus = 16;
 constexpr int kSignsShift = 17;
 constexpr int kFullRangeShift = 18;
+constexpr int kFloatInputShift = 19;
 
 constexpr bool is_valid_config(int64_t code) {
   constexpr int64_t kSigns = 1 << kSignsShift;
-  constexpr int64_t kKnown = ((1 << kKShift) - 1) | (31 << kKShift) | kSigns | (1 << kFullRangeShift);
+  constexpr int64_t kKnown =
+      ((1 << kKShift) - 1) | (31 << kKShift) | kSigns | (1 << kFullRangeShift) | (1 << kFloatInputShift);
   const int64_t rotation = (code >> 2) & 15;
   return code >= 0 && (code & ~kKnown) == 0 && ((code >> kKShift) & 31) <= kKModulus && rotation <= 8 &&
          (rotation > 0 || (code & kSigns) == 0) && ((code >> 6) & 7) <= kActivationCount &&

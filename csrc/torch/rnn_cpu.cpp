@@ -59,21 +59,57 @@ void check_batch_sizes(const Tensor& x, const int64_t* sizes, int64_t steps, int
               sum);
 }
 
+// The layer of the input if its weight is float: a list of the weight [N, K] and the bias (or None).
+struct CheckedFloatLayer {
+  FloatLayer layer;
+  at::ScalarType out_type;
+  std::optional<Tensor> weight, bias;
+  Tensor weight_owner, bias_owner;
+
+  static bool is_one(const Tensors& tensors) { return tensors.size() == 2; }
+
+  CheckedFloatLayer(const Tensors& tensors, const Tensor& x, int64_t code)
+      : weight(tensors.get(0)), bias(tensors.get(1)) {
+    constexpr const char* op = "rnn, input_layer";
+    const Config config = check_config(code);
+    TORCH_CHECK(weight.has_value(), op, ": expected a float weight, got None");
+    check_float(op, "weight", *weight);
+    TORCH_CHECK(weight->dim() == 2 && weight->size(1) == x.size(-1), op, ": expected weight of shape [N, ",
+                x.size(-1), "], got ", weight->sizes());
+    check_device(op, x, "weight", *weight);
+    const int64_t n = weight->size(0);
+    if (bias.has_value()) {
+      check_bias(op, *bias, n);
+      check_device(op, x, "bias", *bias);
+    }
+    TORCH_CHECK(config.rotation.block == 0, op, ": expected no rotation in config with a float weight, got ",
+                "block ", config.rotation.block);
+    check_k(op, x.size(-1), code);
+    out_type = out_dtype(config, x);
+    layer = {rows_of(*weight, kNoRotation, weight_owner), dynquant::in_fp32(bias, bias_owner)};
+  }
+};
+
 // The layers of a call, which fit each other.
 struct CheckedLayers {
   int64_t gated, gates, hidden, out;
-  CheckedLayer input_layer, hidden_layer;
-  std::optional<CheckedLayer> projection;
+  std::optional<CheckedLayer> input_layer;
+  std::optional<CheckedFloatLayer> float_input;
+  std::optional<CheckedLayer> hidden_layer, projection;
 
   CheckedLayers(const Tensor& x, RnnCell cell, const Tensors& input_tensors, const Tensors& hidden_tensors,
                 const Tensors& projection_tensors, at::IntArrayRef configs)
       : gated(channels_of(hidden_tensors)),
         gates(gates_of(cell)),
         hidden(gated / gates),
-        out(projection_tensors.empty() ? hidden : channels_of(projection_tensors)),
-        input_layer("rnn", "input_layer", input_tensors, x, x.size(-1), configs[0], true),
-        hidden_layer("rnn", "hidden_layer", hidden_tensors, x, out, configs[1], true) {
-    const int64_t channels = input_layer.packed.weight.n;
+        out(projection_tensors.empty() ? hidden : channels_of(projection_tensors)) {
+    if (CheckedFloatLayer::is_one(input_tensors)) {
+      float_input.emplace(input_tensors, x, configs[0]);
+    } else {
+      input_layer.emplace("rnn", "input_layer", input_tensors, x, x.size(-1), configs[0], true);
+    }
+    hidden_layer.emplace("rnn", "hidden_layer", hidden_tensors, x, out, configs[1], true);
+    const int64_t channels = float_input ? float_input->layer.weight.m : input_layer->packed.weight.n;
     TORCH_CHECK(gated % gates == 0 && channels == gated, "rnn: expected input_layer and hidden_layer with ",
                 gates, " gates of one size, got ", channels, " and ", gated, " channels");
     if (!projection_tensors.empty()) {
@@ -84,6 +120,8 @@ struct CheckedLayers {
     });
     TORCH_CHECK(plain, "rnn: expected no epilogue in the configs, got ", configs);
   }
+
+  at::ScalarType out_type() const { return float_input ? float_input->out_type : input_layer->out_type; }
 };
 
 // fp32, contiguous, for the kernels to write to.
@@ -133,7 +171,7 @@ std::vector<Tensor> rnn_op(const Tensor& x, at::TensorList state, const Tensors&
     check_batch_sizes(x, sizes.const_data_ptr<int64_t>(), sizes.numel(), batch);
   }
 
-  const at::ScalarType wanted = layers.input_layer.out_type;
+  const at::ScalarType wanted = layers.out_type();
   const at::ScalarType computed = wanted == at::kDouble ? at::kFloat : wanted;
   c10::SmallVector<int64_t, 3> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = layers.out;
@@ -145,8 +183,9 @@ std::vector<Tensor> rnn_op(const Tensor& x, at::TensorList state, const Tensors&
     const Rnn args{
         kind.kind,
         rows,
-        layers.input_layer.packed,
-        layers.hidden_layer.packed,
+        layers.input_layer ? &layers.input_layer->packed : nullptr,
+        layers.float_input ? &layers.float_input->layer : nullptr,
+        layers.hidden_layer->packed,
         layers.projection.has_value() ? &layers.projection->packed : nullptr,
         sizes.defined() ? sizes.numel() : x.size(0),
         batch,

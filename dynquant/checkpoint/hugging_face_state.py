@@ -108,6 +108,7 @@ def put_states(model: nn.Module, schemes: Mapping[str, Mapping[str, Any]]) -> No
                 f"dynquant: config.json says that layer {name!r} is quantized, but in this model it is a "
                 f"{type(floats[name]).__name__}"
             )
+        module.set_float_input(configs[name].float_input)
         if module not in states:
             states[module] = _state_of(name, module, schemes, floats)
         replace_module(model, name, states[module])

@@ -155,6 +155,9 @@ def _converted(model: nn.Module, saved: Mapping[str, Any]) -> nn.Module:
                 kind = type(modules.get(name)).__name__
                 raise ValueError(f"{_label(name)} is quantized in the file, but in this model it is a {kind}")
             _give_back(modules[name], originals)
+    for name, config in configs.items():
+        layer: Any = model.get_submodule(name)
+        layer.set_float_input(config.float_input)
     _fuse(model, configs, saved)
     return model
 

@@ -212,5 +212,8 @@ class QModule(nn.Module):
 
     # ---- conversion
 
+    def set_float_input(self, float_input: bool) -> None:
+        """Have the weight of the input in float or int8, as a file has it; its values are loaded later."""
+
     def take_members_of(self, float_type: type) -> None:
         """Answer for the members that ``float_type``, a user's subclass, has beyond its float base."""

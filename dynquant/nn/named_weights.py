@@ -17,6 +17,7 @@ from . import tied
 from .module import QModule
 from .state import (
     check_bias,
+    check_float_weight,
     check_named_entries,
     check_named_origin,
     format_entry,
@@ -34,20 +35,20 @@ order of the op's arguments."""
 
 
 def config_of_weight(config: Config, k: int) -> Config:
-    """The scheme of a weight with k inputs in a module whose weights have several widths: the block of its
-    rotation is the largest that divides k, up to the module's own."""
-    if not config.rotation_block:
-        return config
-    return replace(config, rotation_block=min(config.rotation_block, rotation_block(k)))
+    """The scheme of an int8 weight with k inputs in a module whose weights have several widths: the block of
+    its rotation is the largest that divides k, up to the module's own."""
+    block = min(config.rotation_block, rotation_block(k)) if config.rotation_block else 0
+    return replace(config, rotation_block=block, float_input=False)
 
 
 class NamedWeights(QModule):
-    """Quantized weights by the names of the float module's parameters, and float biases beside them.
+    """Quantized weights by the names of the float module's parameters, and float parameters beside them: the
+    biases, and with ``config.float_input`` the weights that :meth:`_input_weight_names` lists.
 
     A subclass calls :meth:`_init_tensors` from its constructor and overrides :meth:`_prepare`, which runs
-    whenever a weight has changed. The state_dict holds, for each weight, ``NAME`` int8 [N, K, 1] and
-    ``NAME_scale`` fp32 [N] or [1], the biases, and one ``format`` as :mod:`dynquant.nn.state` describes it,
-    whose rotation block is the largest of all weights.
+    whenever a weight has changed. The state_dict holds, for each int8 weight, ``NAME`` int8 [N, K, 1] and
+    ``NAME_scale`` fp32 [N] or [1], the float parameters, and one ``format`` as :mod:`dynquant.nn.state`
+    describes it, whose rotation block is the largest of all weights.
     """
 
     if TYPE_CHECKING:
@@ -61,25 +62,74 @@ class NamedWeights(QModule):
     def _init_tensors(
         self, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor | None], config: Config
     ) -> None:
-        """Quantize the float weights, copy the biases, which require no gradient until a user asks for it.
+        """Quantize the float weights, copy those that stay float and the biases, which require no gradient
+        until a user asks for it.
 
         Raises:
             ValueError: for a weight that cannot be quantized or a bias with a NaN, with its name.
         """
-        self.__dict__["_config"], self.__dict__["_weight_names"] = config, tuple(weights)
+        self.__dict__["_config"] = config
+        float_names = self._float_weight_names(config)
+        self.__dict__["_weight_names"] = tuple(name for name in weights if name not in float_names)
+        for name in float_names:
+            _named(name, check_float_weight, weights[name])
+            self.register_parameter(name, _parameter(weights[name]))
         for name, bias in biases.items():
-            if bias is None:
-                self.register_parameter(name, None)
-                continue
-            _named(name, check_bias, bias)
-            with torch.inference_mode(False):
-                copy = bias.detach().clone(memory_format=torch.contiguous_format)
-                self.register_parameter(name, nn.Parameter(copy, requires_grad=False))
+            if bias is not None:
+                _named(name, check_bias, bias)
+            self.register_parameter(name, None if bias is None else _parameter(bias))
         made = {
-            name: _named(name, quantized, weight, config_of_weight(config, weight.shape[1]), self.takes_rows)
-            for name, weight in weights.items()
+            name: _named(
+                name,
+                quantized,
+                weights[name],
+                config_of_weight(config, weights[name].shape[1]),
+                self.takes_rows,
+            )
+            for name in self._weight_names
         }
         self._set_weights(made)
+
+    def _input_weight_names(self) -> tuple[str, ...]:
+        """The weights that ``config.float_input`` is about."""
+        return ()
+
+    def _float_weight_names(self, config: Config | None = None) -> tuple[str, ...]:
+        """The weights that stay float in a scheme, or in that of the module."""
+        config = self._config if config is None else config
+        return self._input_weight_names() if config.float_input else ()
+
+    def set_float_input(self, float_input: bool) -> None:
+        if float_input == self._config.float_input:
+            return
+        names = self._input_weight_names()
+        with torch.inference_mode(False), torch.no_grad():
+            if float_input:
+                for name in names:
+                    weight: QTensor = self.__dict__.pop(name)
+                    for end in _TENSORS:
+                        del self._buffers[f"{name}_{end}"]
+                    zeros = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
+                    self.register_parameter(name, nn.Parameter(zeros, requires_grad=False))
+                self.__dict__["_weight_names"] = tuple(n for n in self._weight_names if n not in names)
+                weights = {}
+            else:
+                weights = {name: self._int8_form(name) for name in names}
+                for name in names:
+                    del self._parameters[name]
+                self.__dict__["_weight_names"] = (*names, *self._weight_names)
+        self.__dict__["_config"] = replace(self._config, float_input=float_input)
+        self._set_weights(weights)
+
+    def _int8_form(self, name: str) -> QTensor:
+        """An int8 weight, or zeros in the place of one that is float now."""
+        weight: QTensor | None = self.__dict__.get(name)
+        if weight is not None:
+            return weight
+        parameter = self._parameters[name]
+        assert parameter is not None
+        config = config_of_weight(self._config, parameter.shape[1])
+        return quantized(torch.zeros_like(parameter), config, self.takes_rows)
 
     def _set_weights(self, weights: Mapping[str, QTensor]) -> None:
         """Put weights, all or some, in the place of those of the same names."""
@@ -126,15 +176,24 @@ class NamedWeights(QModule):
             if tensor is not None:
                 self._set_weights({weight: with_tensor(self.__dict__[weight], tensor, value)})
                 return
+        if names and name in self._float_weight_names() and not isinstance(value, nn.Parameter):
+            present = self._parameters[name]
+            self._check_is_tensor(name, value)
+            value = value.dequantize() if isinstance(value, QTensor) else value
+            _named(name, check_float_weight, value, present)
+            value = _parameter(value)
         super().__setattr__(name, value)
 
-    def _as_weight(self, name: str, value: Any) -> QTensor:
-        if isinstance(value, QTensor):
-            return value
+    def _check_is_tensor(self, name: str, value: Any) -> None:
         if not isinstance(value, Tensor):
             raise TypeError(
                 f"{type(self).__name__}: expected a tensor for .{name}, got {type(value).__name__}"
             )
+
+    def _as_weight(self, name: str, value: Any) -> QTensor:
+        if isinstance(value, QTensor):
+            return value
+        self._check_is_tensor(name, value)
         present: QTensor = self.__dict__[name]
         return _named(name, quantized, value, present.config, present.is_rows)
 
@@ -156,8 +215,8 @@ class NamedWeights(QModule):
     def fits(self, float_module: nn.Module) -> bool:
         return all(
             isinstance(weight := getattr(float_module, name, None), Tensor)
-            and weight.shape == self.__dict__[name].shape
-            for name in self._weight_names
+            and weight.shape == getattr(self, name).shape
+            for name in (*self._weight_names, *self._float_weight_names())
         )
 
     # ---- devices, dtypes, copies
@@ -226,8 +285,9 @@ class NamedWeights(QModule):
         error_msgs: list[str],
     ) -> None:
         """Loads all weights or none; quantizes float weights, of an unquantized model."""
-        names = [*self._weight_names, *(f"{name}_scale" for name in self._weight_names), "format"]
-        biases = [name for name, bias in self._parameters.items() if bias is not None]
+        weights = [*self._float_weight_names(), *self._weight_names]
+        names = [*weights, *(f"{name}_scale" for name in weights), "format"]
+        biases = [name for name, bias in self._parameters.items() if bias is not None and name not in weights]
         entries = {name: state_dict.get(prefix + name) for name in names}
         assign = local_metadata.get("assign_to_params_buffers", False)
         on_meta = self.__dict__[self._weight_names[0]].device.type == "meta"
@@ -252,6 +312,8 @@ class NamedWeights(QModule):
             warn_of_float_weights(error_msgs)
         if loaded and on_meta and not assign and tensors[0].device.type != "meta":
             warn_of_meta(prefix + self._weight_names[0])
+        if loaded:
+            self.set_float_input(config.float_input)
         self.__dict__["_config"] = config
         self._set_weights(
             {
@@ -259,7 +321,7 @@ class NamedWeights(QModule):
                 for name, weight in loaded.items()
             }
         )
-        for name in biases:
+        for name in (*self._float_weight_names(), *biases):
             bias, own = state_dict.get(prefix + name), self._parameters[name]
             if bias is not None and own is not None and not of_float:
                 own.data = own.data.to(bias.dtype)
@@ -274,7 +336,8 @@ class NamedWeights(QModule):
     ) -> tuple[dict[str, QTensor], Config]:
         """The weights that a state_dict holds, none of them if it lacks any, and the scheme of the module."""
         format = entries["format"]
-        scales = [name for name in self._weight_names if entries[f"{name}_scale"] is not None]
+        weights = [*self._float_weight_names(), *self._weight_names]
+        scales = [name for name in weights if entries[f"{name}_scale"] is not None]
         if format is None and scales:
             raise ValueError(f"the state_dict has {scales[0]}_scale, but no format")
         config, dtype = self._config, None
@@ -282,22 +345,28 @@ class NamedWeights(QModule):
             _, config, dtype = read_format(format)
             if config.epilogue != "none":
                 raise ValueError(f"expected epilogue 'none', got {config.epilogue!r}")
-        missing = [
+        floats = self._float_weight_names(config)
+        keys = [
             key
-            for name in self._weight_names
-            for key in ((name,) if format is None else (name, f"{name}_scale"))
-            if entries[key] is None
+            for name in weights
+            for key in ((name,) if format is None or name in floats else (name, f"{name}_scale"))
         ]
+        missing = [key for key in keys if entries[key] is None]
         if missing:
-            if format is None or len(missing) == 2 * len(self._weight_names):
-                missing_keys.extend(prefix + key for key in missing)
+            if format is None or len(missing) == len(keys):
+                # nn.Module itself reports its parameters.
+                missing_keys.extend(prefix + key for key in missing if key not in self._parameters)
             else:
                 raise ValueError(f"the state_dict has format, but no {' and no '.join(missing)}")
             return {}, self._config
-        weights = {}
-        for name in self._weight_names:
-            like: QTensor = self.__dict__[name]
-            weights[name] = _named(
+        for name in floats:
+            _named(name, check_float_weight, entries[name], getattr(self, name))
+        loaded = {}
+        for name in weights:
+            if name in floats:
+                continue
+            like = self._int8_form(name)
+            loaded[name] = _named(
                 name,
                 read_named_weight,
                 entries[name],
@@ -307,7 +376,13 @@ class NamedWeights(QModule):
                 like.dtype if dtype is None else dtype,
                 None if assign else like.device,
             )
-        return weights, config
+        return loaded, config
+
+
+def _parameter(value: Tensor) -> nn.Parameter:
+    with torch.inference_mode(False):
+        copy = value.detach().clone(memory_format=torch.contiguous_format)
+        return nn.Parameter(copy, requires_grad=False)
 
 
 def _check_loaded_bias(bias: Tensor, own: Tensor) -> None:

@@ -20,33 +20,39 @@ _tracing_state = torch._C._get_tracing_state
 
 
 class Direction(NamedTuple):
-    """A layer in one direction, without its biases.
+    """A layer in one direction, without its float parameters.
 
     Attributes:
         cell: index into ``dynquant.config.CELLS``.
-        weights: of the input, the hidden state and, if there is one, the projection.
-        tensors: each weight as the op takes it; an empty list for no projection.
+        weights: of the input (None: float), the hidden state and, if there is one, the projection.
+        tensors: each weight as the op takes it; an empty list for a float one and for no projection.
         configs: of the three, 0 for no projection.
-        biases: names of the parameters; empty: none.
+        parameters: names of the float weight of the input, if it is one, and of the biases, if there are.
         reverse: from the last time step to the first.
     """
 
     cell: int
-    weights: tuple[QTensor, ...]
+    weights: tuple[QTensor | None, ...]
     tensors: tuple[list[Tensor], list[Tensor], list[Tensor | None]]
     configs: list[int]
-    biases: tuple[str, ...]
+    parameters: tuple[str, ...]
     reverse: bool
+
+    @property
+    def device(self) -> torch.device:
+        weight = self.weights[1]
+        assert weight is not None
+        return weight.device
 
 
 def run_direction(
     direction: Direction,
     x: Tensor,
     state: Sequence[Tensor],
-    biases: Sequence[Tensor],
+    parameters: Sequence[Tensor],
     batch_sizes: Tensor | None,
 ) -> list[Tensor]:
-    """All time steps: what the op ``rnn`` returns, with derivatives in x, the state and the biases.
+    """All time steps: what the op ``rnn`` returns, with derivatives in x, the state and the parameters.
 
     They are those of torch's own layer with the dequantized weights: straight through the quantization.
     """
@@ -55,14 +61,15 @@ def run_direction(
             f"{_name(direction)}: expected torch.export or torch.compile, since torch.jit.trace and "
             "torch.jit.script cannot record its op"
         )
-    if forward_ad._current_level >= 0 and any(map(_has_tangent, (x, *state, *biases))):
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, (x, *state, *parameters))):
         raise NotImplementedError(
             f"{_name(direction)}: expected inputs without tangents, since it has no forward-mode derivative"
         )
     configs = _with_autocast_dtype(direction.configs, x)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *state, *biases)):
-        return list(_StraightThrough.apply(direction, configs, batch_sizes, len(state), x, *state, *biases))
-    return _call(direction, configs, x, state, biases, batch_sizes)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *state, *parameters)):
+        given = x, *state, *parameters
+        return list(_StraightThrough.apply(direction, configs, batch_sizes, len(state), *given))
+    return _call(direction, configs, x, state, parameters, batch_sizes)
 
 
 def _name(direction: Direction) -> str:
@@ -86,15 +93,16 @@ def _call(
     configs: list[int],
     x: Tensor,
     state: Sequence[Tensor],
-    biases: Sequence[Tensor],
+    parameters: Sequence[Tensor],
     batch_sizes: Tensor | None,
 ) -> list[Tensor]:
     of_input, of_hidden, projection = direction.tensors
+    weight, biases = _split(direction, parameters)
     bias_ih, bias_hh = biases if biases else (None, None)
     results: list[Tensor] = _rnn(
         x,
         list(state),
-        [*of_input, bias_ih],
+        [*(of_input if weight is None else [weight]), bias_ih],
         [*of_hidden, bias_hh],
         projection,
         configs,
@@ -103,6 +111,11 @@ def _call(
         direction.reverse,
     )
     return results
+
+
+def _split(direction: Direction, parameters: Sequence[Tensor]) -> tuple[Tensor | None, Sequence[Tensor]]:
+    """The float weight of the input, if it is one, and the biases."""
+    return (parameters[0], parameters[1:]) if direction.weights[0] is None else (None, parameters)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -146,14 +159,16 @@ def _float_direction(
     direction: Direction,
     x: Tensor,
     state: Sequence[Tensor],
-    biases: Sequence[Tensor],
+    parameters: Sequence[Tensor],
     batch_sizes: Tensor | None,
 ) -> list[Tensor]:
     """The layer with dequantized weights by torch's own function, which runs forwards in time."""
     order = _reversed_order(x.shape[0], batch_sizes, x.device) if direction.reverse else None
     if order is not None:
         x = x[order]
-    of_input, of_hidden, *projection = (dequantize(weight) for weight in direction.weights)
+    float_weight, biases = _split(direction, parameters)
+    dequantized = [dequantize(weight) for weight in direction.weights if weight is not None]
+    of_input, of_hidden, *projection = dequantized if float_weight is None else [float_weight, *dequantized]
     weights = [of_input, of_hidden, *biases, *projection]
     hx = [tensor.unsqueeze(0) for tensor in state]
     function = getattr(torch._VF, CELLS[direction.cell])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -12,13 +13,14 @@ from ..config import Config
 from ..own_thread import on_own_thread
 from .named_weights import NamedWeights
 from .rnn import (
+    MAX_FLOAT_INPUT,
     Device,
-    biases_of,
     call_of_leaf,
     check_input_tensor,
     check_state_tensor,
     make_direction,
     module_config,
+    parameters_of,
     scheme_text,
     to_float_module,
 )
@@ -68,9 +70,13 @@ class QRecurrentCell(NamedWeights):
 
     def _init_from(self, module: nn.RNNCellBase, config: Config) -> None:
         self.input_size, self.hidden_size, self.bias = module.input_size, module.hidden_size, module.bias
+        config = replace(config, float_input=self.input_size <= MAX_FLOAT_INPUT)
         weights = {name: getattr(module, name) for name in ("weight_ih", "weight_hh")}
         biases = {name: getattr(module, name) for name in ("bias_ih", "bias_hh")}
         self._init_tensors(weights, biases, config)
+
+    def _input_weight_names(self) -> tuple[str, ...]:
+        return ("weight_ih",)
 
     def _prepare(self) -> Direction:
         return make_direction(self, self._cell(), "", self.bias, has_projection=False, reverse=False)
@@ -85,7 +91,7 @@ class QRecurrentCell(NamedWeights):
         dim = input.dim() if isinstance(input, Tensor) else 2
         if dim not in (1, 2):
             raise ValueError(f"{kind}: expected input with 1 or 2 dimensions, got {dim}")
-        check_input_tensor(self, input, self.input_size, direction.weights[0].device)
+        check_input_tensor(self, input, self.input_size, direction.device)
         x = input if dim == 2 else input.unsqueeze(0)
         if hx is None:
             zeros = x.new_zeros(x.shape[0], self.hidden_size)
@@ -95,7 +101,7 @@ class QRecurrentCell(NamedWeights):
             for name, value in zip(self.state_names, self._tensors_of(hx), strict=True):
                 check_state_tensor(self, name, value, (*input.shape[:-1], self.hidden_size), input)
                 state.append(value if dim == 2 else value.unsqueeze(0))
-        _, *last = run_direction(direction, x.unsqueeze(0), state, biases_of(self, direction), None)
+        _, *last = run_direction(direction, x.unsqueeze(0), state, parameters_of(self, direction), None)
         return self._as_hx(last if dim == 2 else [tensor.squeeze(0) for tensor in last])
 
     def _tensors_of(self, hx: Any) -> Sequence[Any]:
@@ -106,7 +112,7 @@ class QRecurrentCell(NamedWeights):
 
     def to_float(self) -> Any:
         """The float module that computes the same without quantized activations."""
-        names = [*self._weight_names, *self._prepared.biases]
+        names = [*self._weight_names, *self._prepared.parameters]
         return to_float_module(self, self.float_type, self._options(), names)
 
     def _options(self) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 Format 2: ``weight`` int8 [N, K, 1], ``weight_scale`` fp32 [N] or [1], ``bias`` [N] of any float dtype if the
 layer has one, and ``format`` int64 [4]: (version, config, 1 + index in FLOAT_DTYPES of the dtype of
 ``.weight``, 0). A static layer has ``activation_scale`` fp32 [1] and ``activation_zero_point`` int32 [1] too.
-A module with several weights has ``NAME`` and ``NAME_scale`` for each (:mod:`dynquant.nn.named_weights`).
+A module with several weights has ``NAME`` and ``NAME_scale`` for each (:mod:`dynquant.nn.named_weights`); a
+weight that stays float has ``NAME`` alone, [N, K].
 
 The last dimension of ``weight`` keeps it out of float layers. Loaders that only log keys they do not know
 (transformers' from_pretrained, accelerate, ``strict=False``) would copy the integers into the float weights;
@@ -25,6 +26,7 @@ from torch import Tensor
 from ..config import Config
 from ..qtensor import FLOAT_WORDS, QTensor, weight_scale, with_dtype
 from ..reference import FLOAT_DTYPES
+from ..reference.checks import check_finite
 
 FORMAT_VERSION = 2
 
@@ -338,6 +340,20 @@ def quantized(weight: Tensor, config: Config, rows: bool = False) -> QTensor:
         return QTensor.quantize(weight, config, rows)
     except RuntimeError as error:
         raise ValueError(str(error).removeprefix("quantize_weight: ")) from None
+
+
+def check_float_weight(weight: Tensor, like: Tensor | None = None) -> None:
+    """A finite weight of a float dtype that stays float, and of the shape of ``like``."""
+    if weight.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"expected weight of dtype {FLOAT_WORDS}, got {weight.dtype}")
+    if like is not None:
+        _check_shape(weight, list(like.shape))
+    if weight.device.type == "meta":
+        return
+    try:
+        check_finite("", "weight", weight)
+    except RuntimeError as error:
+        raise ValueError(str(error).removeprefix(": ")) from None
 
 
 def check_bias(bias: Tensor) -> None:

@@ -112,6 +112,24 @@ def linear_dynamic(
     return _linear(x, rows, packed_weight, weight_sum, weight_scale, bias, scale, zero_point, cfg)
 
 
+def linear_fp32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias with a float weight: for each output one chain of fma, from the bias on, in the
+    order of k, so that the bits do not depend on the device.
+
+    Args:
+        x: fp32 [M, K]. weight: any float dtype [N, K]. bias: any float dtype [N], or None.
+
+    Returns:
+        fp32 [M, N]. A row of x with a NaN or an infinity gives NaN.
+    """
+    columns = weight.to(torch.float32).t()
+    start = x.new_zeros(columns.shape[1]) if bias is None else bias.to(torch.float32)
+    out = torch.where(x.isfinite().all(1, keepdim=True), start, constant(float("nan"), x))
+    for k in range(x.shape[1]):
+        out = fma(x[:, k : k + 1], columns[k], out)
+    return out
+
+
 def linear_static(
     x: Tensor,
     packed_weight: Tensor,

@@ -1,8 +1,9 @@
 """A layer of a recurrent network in one direction: LSTM, GRU and the plain RNN over int8 weights.
 
-The input of all time steps is quantized and multiplied as by linear_dynamic, and so is the hidden state of
-each step; between the products values stay fp32, whatever the dtype of x. With ``a`` the product of the input
-and ``b`` that of the hidden state, both with their biases and split into gates as torch.nn orders these::
+The input of all time steps is quantized and multiplied as by linear_dynamic, or multiplied by a float weight
+as by linear_fp32; the hidden state of each step is always quantized. Between the products values stay fp32,
+whatever the dtype of x. With ``a`` the product of the input and ``b`` that of the hidden state, both with
+their biases and split into gates as torch.nn orders these::
 
     LSTM  i, f, o = sigmoid(a + b), g = tanh(a + b),  c = fma(f, c, i g),  h = o tanh(c)
     GRU   r, z = sigmoid(a + b),  n = tanh(fma(r, b, a)),  h = fma(z, h - n, n)
@@ -22,9 +23,9 @@ from torch import Tensor
 
 from ..config import CELLS, Config
 from .arithmetic import fma
-from .checks import check, check_device, check_float, check_memory
+from .checks import check, check_bias, check_device, check_float, check_k, check_memory
 from .epilogue import relu, sigmoid, tanh
-from .linear import linear_dynamic
+from .linear import linear_dynamic, linear_fp32
 from .mlp import Linear, Tensors, apply_layer, channels, check_layer
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
@@ -50,7 +51,8 @@ def rnn(
         x: [T, B, K], or with ``batch_sizes`` the [sum of them, K] data of a PackedSequence; any float dtype.
         state: h [B, P], of an LSTM c [B, H] too, of any float dtype. P is H without a projection.
         input_layer, hidden_layer: packed_weight, weight_sum, weight_scale and bias (or None) as
-            linear_dynamic takes them, of shapes [gates H, K] and [gates H, P].
+            linear_dynamic takes them, of shapes [gates H, K] and [gates H, P]. input_layer may be a float
+            weight [gates H, K] and a bias (or None) instead.
         projection: likewise, [P, H]; None or empty: none.
         configs: of the two layers and the projection (0 without one), without epilogue; the first one's
             out_dtype is the op's.
@@ -72,7 +74,12 @@ def rnn(
     step = _STEPS[kind]
     rows = x.to(torch.float32).reshape(x.shape[:-1].numel(), x.shape[-1])
     # Not a composition of steps: per_tensor activations have one range for the input of all steps.
-    from_input = apply_layer(rows, input_layer, configs[0], linear)
+    if is_float(input_layer):
+        weight, bias = input_layer
+        assert weight is not None
+        from_input = linear_fp32(rows, weight, bias)
+    else:
+        from_input = apply_layer(rows, input_layer, configs[0], linear)
     values = tuple(tensor.to(torch.float32, copy=True) for tensor in state)
     out = from_input.new_empty(rows.shape[0], state[0].shape[1])
     ends = torch.tensor(sizes).cumsum(0).tolist()
@@ -118,6 +125,11 @@ _STEPS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
 
 
 # ---- checks, which the fake kernel shares ----
+
+
+def is_float(layer: Tensors) -> bool:
+    """Whether a layer is a float weight and a bias (or None)."""
+    return len(layer) == 2
 
 
 class RnnShape(NamedTuple):
@@ -188,12 +200,16 @@ def check_rnn_operands(
     gates, gated = GATES[kind], channels(hidden_layer)
     hidden = gated // gates
     out = channels(projection) if projection else hidden
-    check_layer("rnn", "input_layer", input_layer, x, x.shape[-1], configs[0], per_token=False)
+    if is_float(input_layer):
+        input_channels = _check_float_layer("rnn, input_layer", input_layer, x, configs[0])
+    else:
+        check_layer("rnn", "input_layer", input_layer, x, x.shape[-1], configs[0], per_token=False)
+        input_channels = channels(input_layer)
     check_layer("rnn", "hidden_layer", hidden_layer, x, out, configs[1], per_token=False)
     check(
-        gated % gates == 0 and channels(input_layer) == gated,
+        gated % gates == 0 and input_channels == gated,
         f"rnn: expected input_layer and hidden_layer with {gates} gates of one size, got "
-        f"{channels(input_layer)} and {gated} channels",
+        f"{input_channels} and {gated} channels",
     )
     if projection:
         check_layer("rnn", "projection", projection, x, hidden, configs[2], per_token=False)
@@ -208,6 +224,27 @@ def check_rnn_operands(
         )
         check_device("rnn", "x", x, name, tensor)
     return RnnShape(batch, hidden, out)
+
+
+def _check_float_layer(op: str, layer: Tensors, x: Tensor, config: int) -> int:
+    """A float weight and a bias (or None); returns N."""
+    weight, bias = layer
+    if weight is None:
+        raise RuntimeError(f"{op}: expected a float weight, got None")
+    check_float(op, "weight", weight)
+    check(
+        weight.dim() == 2 and weight.shape[1] == x.shape[-1],
+        f"{op}: expected weight of shape [N, {x.shape[-1]}], got {list(weight.shape)}",
+    )
+    check_device(op, "x", x, "weight", weight)
+    n = weight.shape[0]
+    if bias is not None:
+        check_bias(op, bias, n)
+        check_device(op, "x", x, "bias", bias)
+    block = Config.decode(config).rotation_block
+    check(block == 0, f"{op}: expected no rotation in config with a float weight, got block {block}")
+    check_k(op, x.shape[-1], config)
+    return n
 
 
 def _check_dimensions(x: Tensor, batch_sizes: Tensor | None) -> None:

@@ -22,7 +22,8 @@ import dynquant
 from dynquant import QGRU, QLSTM, QGRUCell, QLSTMCell, QModule, QRNNCell, QTensor, quantize_dynamic
 from tests.support.same_bits import assert_same_bits
 
-K, H = 24, 40
+K, H = 88, 40
+"""More inputs than a layer takes in float (test_rnn_float_input.py)."""
 LAYERS: dict[type[nn.Module], type[QModule]] = {nn.LSTM: QLSTM, nn.GRU: QGRU}
 CELLS: dict[type[nn.Module], type[QModule]] = {
     nn.LSTMCell: QLSTMCell,
@@ -373,7 +374,7 @@ def test_to_float(kind: type[nn.Module]) -> None:
     x = torch.randn(3, 2, K) if kind in LAYERS else torch.randn(2, K)
     with torch.no_grad():
         assert_close(layer(x), module(x), 35)
-    assert str(layer).startswith(f"Q{kind.__name__}(24, 40, activations=per_token")
+    assert str(layer).startswith(f"Q{kind.__name__}(88, 40, activations=per_token")
 
 
 class Tagger(nn.Module):
@@ -556,7 +557,7 @@ def errors() -> list[tuple[type[nn.Module], tuple[Any, ...], type[Exception], st
             nn.LSTM,
             (torch.randn(3, 2, 7),),
             RuntimeError,
-            "QLSTM: expected input.shape[-1] == input_size (24), got 7",
+            "QLSTM: expected input.shape[-1] == input_size (88), got 7",
         ),
         (nn.LSTM, (torch.randn(K),), ValueError, "QLSTM: expected input with 2 or 3 dimensions, got 1"),
         (nn.LSTM, ([1.0],), TypeError, "QLSTM: expected input to be a tensor, got list"),
@@ -595,7 +596,7 @@ def errors() -> list[tuple[type[nn.Module], tuple[Any, ...], type[Exception], st
             nn.RNNCell,
             (x[0, :, :5],),
             RuntimeError,
-            "QRNNCell: expected input.shape[-1] == input_size (24), got 5",
+            "QRNNCell: expected input.shape[-1] == input_size (88), got 5",
         ),
     ]
 

@@ -15,6 +15,7 @@ from dynquant import ops as registered
 from dynquant import reference
 from dynquant.config import CELLS, Config, rotation_block
 from dynquant.reference import epilogue as written
+from dynquant.reference.linear import linear_fp32
 from dynquant.reference.rnn import GATES
 from tests.support.isas import ISAS, forced
 from tests.support.same_bits import assert_same_bits
@@ -57,6 +58,7 @@ def arguments(
     activations: str = "per_token",
     rotate: bool = False,
     reverse: bool = False,
+    float_input: bool = False,
 ) -> dict[str, Any]:
     """The arguments of a call; ``sizes``: of a packed batch."""
     cell = "lstm" if kind == "projected" else kind
@@ -65,6 +67,9 @@ def arguments(
     scheme = bias, activations, rotate
     gated = GATES[cell] * hidden
     of_input, of_hidden = layer(k, gated, 1, *scheme), layer(out, gated, 2, *scheme)
+    if float_input:
+        weight = torch.randn(gated, k, generator=generator) / max(k, 1) ** 0.5
+        of_input = [weight.to(dtype), of_input[0][3]], Config().encode(k)
     projection = layer(hidden, out, 3, False, *scheme[1:]) if kind == "projected" else ([], 0)
     shape = (steps, batch, k) if sizes is None else (sum(sizes), k)
     state = [torch.randn(batch, out, generator=generator) / 2]
@@ -164,6 +169,56 @@ def test_schemes(isa: str, kind: str, activations: str, rotate: bool, sizes: lis
 @pytest.mark.parametrize("activations", ["per_token", "per_tensor"])
 def test_schemes_on_threads(threads: int, activations: str) -> None:
     check_call("lstm", 8, 16, 64, 320, activations=activations)
+
+
+# K and H: tails of vectors and panels, one row of a tile and whole tiles.
+@pytest.mark.parametrize("sizes", [None, [9, 9, 4, 1]], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 9, 40, 64), (30, 9, 13, 23), (7, 9, 67, 40)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_float_inputs(isa: str, kind: str, shape: tuple[int, int, int, int], sizes: list[int] | None) -> None:
+    if sizes is None or shape[1] == sizes[0]:
+        check_call(kind, *shape, float_input=True, sizes=sizes, reverse=sizes is None, bias=shape[0] > 1)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 40])
+def test_float_inputs_on_threads(threads: int, batch: int) -> None:
+    check_call("lstm", 12, batch, 48, 256, float_input=True)
+    check_call("gru", 3, batch, 20, 1060, float_input=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_float_inputs_of_every_dtype(dtype: torch.dtype) -> None:
+    """Weight, bias and x have any float dtype, the weight any strides; the sums are those of fp64."""
+    given = arguments("lstm", 6, 5, 24, 24, dtype=dtype, float_input=True)
+    assert all(tensor.dtype == dtype for tensor in check(given))
+    given["configs"][0] = Config(out_dtype=torch.float32).encode(24)
+    out = check(given)[0]
+    weight, bias = given["input_layer"]
+    for view in (weight.t().contiguous().t(), torch.cat([weight, weight], 1)[:, :24], weight.float()):
+        assert_same_bits(ops.rnn(**given | {"input_layer": [view, bias]})[0], out)
+    x = torch.randn(7, 24)
+    exact = x.double() @ weight.double().t() + bias.double()
+    assert (linear_fp32(x, weight, bias) - exact).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_non_finite_row_of_a_float_input(isa: str, kind: str, bad: float) -> None:
+    """NaN for its own sequence from that step on, not the gates that saturate at an infinity."""
+    given = arguments(kind, 5, 9, 16, 16, float_input=True)
+    given["x"][2, 1, 3] = bad
+    nan = check(given)[0].isnan().all(-1)
+    assert nan.any(1).tolist() == [False, False, True, True, True]
+    assert nan[2].tolist() == [i == 1 for i in range(9)]
+
+
+def test_zeros_and_extremes_of_a_float_input(isa: str) -> None:
+    given = arguments("lstm", 4, 2, 16, 16, float_input=True)
+    given["x"][0] = 0
+    given["x"][1] = -0.0
+    given["x"][2] = 1e-42
+    given["x"][3] = 3e38
+    check(given)
 
 
 def test_strides_do_not_matter() -> None:
@@ -317,6 +372,42 @@ def test_errors_have_the_same_words_on_every_path(
     assert sentences[0] == sentences[1]
 
 
+FLOAT_FAULTS: list[tuple[list[Any], int, str]] = [
+    ([None, None], 0, "rnn, input_layer: expected a float weight, got None"),
+    ([torch.zeros(24, 8).int(), None], 0, "rnn, input_layer: expected weight of dtype float32, bfloat16"),
+    ([torch.zeros(24, 7), None], 0, "rnn, input_layer: expected weight of shape [N, 8], got [24, 7]"),
+    ([torch.zeros(24), None], 0, "rnn, input_layer: expected weight of shape [N, 8], got [24]"),
+    (
+        [torch.zeros(20, 8), None],
+        0,
+        "rnn: expected input_layer and hidden_layer with 4 gates of one size, got",
+    ),
+    ([torch.zeros(24, 8), torch.zeros(3)], 0, "rnn, input_layer: expected bias of dtype float32, bfloat16"),
+    (
+        [torch.zeros(24, 8), None],
+        Config(rotation_block=8).encode(),
+        "rnn, input_layer: expected no rotation in config with a float weight, got block 8",
+    ),
+    (
+        [torch.zeros(24, 8), None],
+        Config().encode(7),
+        "rnn, input_layer: expected x.shape[-1] to be 7 modulo 16, as config says, got 8",
+    ),
+]
+
+
+@pytest.mark.parametrize(("layer", "config", "words"), FLOAT_FAULTS, ids=[f[2][17:80] for f in FLOAT_FAULTS])
+def test_errors_of_float_inputs(layer: list[Any], config: int, words: str) -> None:
+    given = arguments("lstm", 3, 2, 8, 6, float_input=True)
+    given |= {"input_layer": layer, "configs": [config, *given["configs"][1:]]}
+    sentences = []
+    for function in (ops.rnn, reference.rnn):
+        with pytest.raises(RuntimeError, match=re.escape(words)) as raised:
+            function(**given)
+        sentences.append(str(raised.value).split("\n")[0])
+    assert sentences[0] == sentences[1]
+
+
 def test_a_projection_belongs_to_an_lstm() -> None:
     given = arguments("gru", 3, 2, 8, 6) | {"projection": layer(6, 4, 1, False, "per_token", False)[0]}
     for function in (ops.rnn, reference.rnn):
@@ -333,8 +424,9 @@ def test_gradients_are_refused() -> None:
         assert not ops.rnn(**given)[0].requires_grad
 
 
+@pytest.mark.parametrize("float_input", [False, True])
 @pytest.mark.parametrize("sizes", [None, [4, 2, 1]])
 @pytest.mark.parametrize("kind", KINDS)
-def test_opcheck(kind: str, sizes: list[int] | None) -> None:
-    given = arguments(kind, 3, 4, 8, 6, sizes=sizes)
+def test_opcheck(kind: str, sizes: list[int] | None, float_input: bool) -> None:
+    given = arguments(kind, 3, 4, 8, 6, sizes=sizes, float_input=float_input)
     torch.library.opcheck(ops.rnn.default, (), given)

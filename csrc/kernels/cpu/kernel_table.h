@@ -43,6 +43,12 @@ struct Weight {
   bool full_range;     // may hold -128
 };
 
+// A layer with a float weight.
+struct FloatLayer {
+  Rows weight;        // [n][k]
+  const float* bias;  // [n] or null
+};
+
 struct Destination {
   void* data;  // row m at data + m * stride elements
   int64_t stride;
@@ -197,6 +203,15 @@ struct KernelTable {
   // out[m, n] = acc, int32 [.][n].
   void (*int8_mm)(PackedActivations a, const Weight& w, int32_t* out, int8_t* scratch, RowTiles tiles,
                   int64_t block0, int64_t block1);
+
+  // Floats of scratch of linear_fp32 for m rows.
+  int64_t (*linear_fp32_scratch)(int64_t m, int64_t k);
+
+  // out[m, n] = sum over k of x[m, k] * weight[n, k] + bias[n] in fp32 [.][n], each one chain of fma in the
+  // order of k from the bias on, for the 64-channel blocks [block0, block1). A row of x with a non-finite
+  // element gives NaN.
+  void (*linear_fp32)(const Rows& x, const FloatLayer& layer, float* out, float* scratch, int64_t block0,
+                      int64_t block1);
 
   // out = norm(y + residual) for m rows of n elements. sum: the rows y + residual, n apart, which may be y;
   // null without a residual. The output's epilogue is not applied.

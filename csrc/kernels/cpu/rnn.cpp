@@ -43,11 +43,46 @@ void for_chunks(const Rnn& args, int64_t rows, const Body& body) {
   }
 }
 
-Linear input_product(const Rnn& args, const Chunk& chunk, float* out) {
-  Rows x = from_row(args.x, chunk.row0);
-  x.m = chunk.rows();
-  return CallSteps::linear_of(x, {&args.input_layer, out});
-}
+// The products of the input of a chunk, [rows][gated], over all threads.
+struct InputProduct {
+  const Rnn& args;
+  const Parallel& parallel;
+  Rows x;
+
+  InputProduct(const Rnn& rnn, const Chunk& chunk, const Parallel& threads)
+      : args(rnn), parallel(threads), x(from_row(rnn.x, chunk.row0)) {
+    x.m = chunk.rows();
+  }
+
+  int64_t workspace_bytes() const {
+    if (args.float_input != nullptr) return threads_of_float() * float_bytes();
+    return plan_linear(CallSteps::linear_of(x, {args.input_layer, nullptr}), parallel).workspace_bytes;
+  }
+
+  void run(float* out, uint8_t* memory) const {
+    if (args.float_input == nullptr) {
+      const Linear product = CallSteps::linear_of(x, {args.input_layer, out});
+      return linear(product, plan_linear(product, parallel), memory, parallel);
+    }
+    const int64_t threads = threads_of_float(), blocks = blocks_of(args.gated());
+    parallel.run(*kernels().scope, threads, [&](int64_t t) {
+      const auto [begin, end] = share(blocks, threads, t);
+      float* scratch = reinterpret_cast<float*>(memory + t * float_bytes());
+      kernels().linear_fp32(x, *args.float_input, out, scratch, begin, end);
+    });
+  }
+
+ private:
+  // Threads share out the channels: each reads all rows, which are narrow.
+  int64_t threads_of_float() const {
+    constexpr double kSlowerThanInt8 = 4.0;
+    const double operations = 2.0 * static_cast<double>(x.m) * static_cast<double>(x.k * args.gated());
+    const double microseconds = kSlowerThanInt8 * operations / (kernels().gops * 1e3);
+    return std::min(threads_for(microseconds, parallel), blocks_of(args.gated()));
+  }
+
+  int64_t float_bytes() const { return piece_bytes<float>(kernels().linear_fp32_scratch(x.m, x.k)); }
+};
 
 // Calls body(layer) for the layers of a time step.
 template <typename Body>
@@ -128,7 +163,7 @@ void run_part(const Rnn& args, const RnnPlan& plan, const Chunk& chunk, int64_t 
     const int64_t rows = std::min(m1, args.size_at(step)) - m0;
     if (rows <= 0) return;
     const PieceSteps steps{kernels_of_rows(rows, args.full_range()), plan.layout, memory};
-    run_step(args, steps, m0, rows, from_input + (row + m0) * args.input_layer.weight.n,
+    run_step(args, steps, m0, rows, from_input + (row + m0) * args.gated(),
              from_row(args.out, chunk.row0 + row + m0), memory + plan.products_bytes);
   });
 }
@@ -165,14 +200,14 @@ RnnPlan plan_rnn(const Rnn& args, const Parallel& parallel) {
   plan.products_bytes = piece_bytes<uint8_t>(plan.parts > 0 ? plan.layout.bytes() : plan.products_bytes);
 
   // Enough rows for a thread to multiply the input at full speed; all of them where they have one range.
-  plan.rows = args.input_layer.per_tensor ? args.x.m : threads * kernels().rows_at_once;
+  const bool input_has_one_range = args.input_layer != nullptr && args.input_layer->per_tensor;
+  plan.rows = input_has_one_range ? args.x.m : threads * kernels().rows_at_once;
   int64_t most_rows = 0, most_bytes = 0;
   for_chunks(args, plan.rows, [&](const Chunk& chunk) {
     most_rows = std::max(most_rows, chunk.rows());
-    const LinearPlan product = plan_linear(input_product(args, chunk, nullptr), parallel);
-    most_bytes = std::max(most_bytes, product.workspace_bytes);
+    most_bytes = std::max(most_bytes, InputProduct(args, chunk, parallel).workspace_bytes());
   });
-  plan.input_bytes = piece_bytes<float>(most_rows * args.input_layer.weight.n);
+  plan.input_bytes = piece_bytes<float>(most_rows * args.gated());
   const int64_t of_part = plan.products_bytes + BufferLayout(args, rows).bytes();
   // The workspace of the input's products is free again when the steps begin.
   plan.workspace_bytes = plan.input_bytes + std::max(piece_bytes<uint8_t>(most_bytes),
@@ -186,8 +221,7 @@ void rnn(const Rnn& args, const RnnPlan& plan, void* workspace, const Parallel& 
   const int64_t parts = std::max<int64_t>(1, plan.parts);
   const int64_t of_part = plan.products_bytes + BufferLayout(args, rows_of_part(args, parts)).bytes();
   for_chunks(args, plan.rows, [&](const Chunk& chunk) {
-    const Linear product = input_product(args, chunk, from_input);
-    linear(product, plan_linear(product, parallel), memory, parallel);
+    InputProduct(args, chunk, parallel).run(from_input, memory);
     if (plan.parts > 0) {
       parallel.run(*kernels().scope, parts, [&](int64_t t) {
         const auto [m0, m1] = share(args.batch, parts, t);
@@ -198,8 +232,8 @@ void rnn(const Rnn& args, const RnnPlan& plan, void* workspace, const Parallel& 
     for_steps(args, chunk, [&](int64_t step, int64_t row) {
       const int64_t rows = args.size_at(step);
       const CallSteps steps{kernels_of_rows(rows, args.full_range()), parallel, memory};
-      run_step(args, steps, 0, rows, from_input + row * args.input_layer.weight.n,
-               from_row(args.out, chunk.row0 + row), memory + plan.products_bytes);
+      run_step(args, steps, 0, rows, from_input + row * args.gated(), from_row(args.out, chunk.row0 + row),
+               memory + plan.products_bytes);
     });
   });
 }

@@ -13,8 +13,10 @@ namespace dynquant::cpu {
 // Rows of x and out are time steps, and within each the sequences that are not over. P is the size of h.
 struct Rnn {
   RnnCell cell;
-  Rows x;  // m: of all steps
-  PackedLayer input_layer, hidden_layer;
+  Rows x;                          // m: of all steps
+  const PackedLayer* input_layer;  // null: float_input
+  const FloatLayer* float_input;   // a narrow input, in fp32
+  PackedLayer hidden_layer;
   const PackedLayer* projection;  // [P][hidden], LSTM alone; null: P = hidden
   int64_t steps, batch;           // batch > 0
   const int64_t* sizes;           // sequences at each step, falling from `batch`; null: `batch` at each
@@ -22,6 +24,7 @@ struct Rnn {
   float *h, *c;                   // [batch][P] and, LSTM alone, [batch][hidden]: from first to last values
   Destination out;                // [m][P]; its epilogue is not read
 
+  int64_t gated() const { return hidden_layer.weight.n; }  // channels of both layers
   int64_t hidden() const { return hidden_layer.weight.n / gates_of(cell); }
   // Whether weights of the steps may hold -128.
   bool full_range() const {

@@ -10,6 +10,7 @@ static_assert(DotProduct<Dot, V>);
 #include "cpu/generic/quantize.h"
 #include "cpu/generic/gemm.h"
 #include "cpu/generic/norm.h"
+#include "cpu/generic/linear_fp32.h"
 #include "cpu/generic/rnn.h"
 #include "cpu/generic/softmax.h"
 #include "cpu/generic/attention.h"
@@ -40,6 +41,8 @@ constexpr KernelTable make_kernels(const char* name, double gops, const KernelTa
       gemm_scratch<>,
       linear,
       int8_mm,
+      linear_fp32_scratch,
+      linear_fp32,
       add_norm,
       multiply,
       rnn_step,

@@ -7,12 +7,16 @@ from typing import Any
 
 from torch import nn
 
+from ..nn.block import Block
+from ..nn.block_call import part_of
 from ..nn.encoder import EncoderLayer
 from ..nn.fused_activation import FusedActivation, WithActivation
 from ..nn.merged import MergedGroup, MergedLinear
+from ..nn.mlp_block import MLPBlock
 from ..nn.module import QModule
 from ..patterns.activations import epilogue_of, remove_activation
 from ..patterns.registry import patterns_of
+from ..patterns.residual_mlps import ResidualMLP
 from ..patterns.transformer_layers import TransformerLayer
 
 
@@ -35,7 +39,7 @@ def contents(model: nn.Module) -> dict[str, Any]:
         "modules": {name: layer.saved_scheme() for name, layer in layers.items()},
         "fused": list(_fused(model)),
         "merged": [group for group in groups.values() if None not in group],
-        "encoder_layers": [name for name, part in model.named_modules() if isinstance(part, EncoderLayer)],
+        "encoder_layers": [name for name, part in model.named_modules() if isinstance(part, Block)],
     }
 
 
@@ -77,11 +81,21 @@ def merge_as_saved(model: nn.Module, names: Sequence[str]) -> None:
             replace_module(model, name, layer)
 
 
-def adopt_encoder_layer(model: nn.Module, name: str) -> None:
-    """Make an EncoderLayer of a transformer layer that a pattern knows."""
-    layer = model.get_submodule(name)
-    for pattern in patterns_of(layer, TransformerLayer)[:1]:
-        EncoderLayer.adopt(layer, pattern, unconditionally=True)
+def block_patterns(module: nn.Module) -> Iterator[tuple[type[Block], TransformerLayer | ResidualMLP]]:
+    """The kinds of blocks that a module may become, with the patterns of which it has all parts."""
+    found: list[tuple[type[Block], TransformerLayer | ResidualMLP]] = []
+    found += [(EncoderLayer, pattern) for pattern in patterns_of(module, TransformerLayer)]
+    found += [(MLPBlock, pattern) for pattern in patterns_of(module, ResidualMLP)]
+    for kind, pattern in found:
+        if all(part_of(module, name) is not None for name in pattern.parts):
+            yield kind, pattern
+
+
+def adopt_block(module: nn.Module) -> None:
+    """Make a block of a module that a pattern knows."""
+    for kind, pattern in block_patterns(module):
+        if kind.adopt(module, pattern, unconditionally=True):
+            return
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

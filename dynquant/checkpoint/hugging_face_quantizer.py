@@ -18,7 +18,7 @@ from ..nn.module import QModule
 from ..nn.state import FORMAT_VERSION
 from ..patterns.hugging_face import CONV1D
 from ..patterns.registry import type_name
-from .contents import adopt_encoder_layer, contents, merge_as_saved, remove_fused, replace_module
+from .contents import adopt_block, contents, merge_as_saved, remove_fused, replace_module
 from .hugging_face import METHOD, describe, quantize_function
 from .hugging_face_state import State, put_states, tie
 
@@ -47,7 +47,8 @@ class DynquantConfig(QuantizationConfigMixin):
             ``"static": True`` besides for one that is. None: nothing is quantized yet.
         fused: names of the activations that layers have taken in.
         merged: groups of layers that read the same tensor.
-        encoder_layers: names of the layers that are a :class:`dynquant.EncoderLayer`.
+        encoder_layers: names of the layers that are a :class:`dynquant.EncoderLayer` or a
+            :class:`dynquant.MLPBlock`.
         format: version of the state_dict's format.
 
     Raises:
@@ -189,7 +190,7 @@ class DynquantHfQuantizer(HfQuantizer):
         for name in config.encoder_layers:
             found = _find(model, name)
             if found is not None:
-                adopt_encoder_layer(model, found)
+                adopt_block(model.get_submodule(found))
 
     def is_serializable(self) -> bool:
         return True

@@ -14,7 +14,7 @@ from ..freed_memory import return_freed_memory
 from ..nn.module import QModule
 from ..own_thread import on_own_thread
 from ..patterns.activations import epilogue_of
-from .contents import adopt_encoder_layer, contents, merge_as_saved, remove_fused
+from .contents import adopt_block, contents, merge_as_saved, remove_fused
 from .hugging_face import describe, quantize_function
 from .safetensors_file import DTYPES, Path, SavedFile, naming, write
 from .undo import Undo
@@ -22,7 +22,7 @@ from .undo import Undo
 
 def save(model: nn.Module, path: Path) -> None:
     """Write a model to one safetensors file, without pickle: its ``state_dict()``, and in the metadata the
-    scheme of each quantized module and which layers are fused, merged or an EncoderLayer.
+    scheme of each quantized module and which layers are fused, merged or an EncoderLayer or MLPBlock.
 
     Equal tensors, such as those of tied layers, are stored once. The file is written beside ``path``, synced
     and renamed: a full disk or a process that ends leave the older file whole.
@@ -95,9 +95,10 @@ def _load(model: nn.Module, saved: SavedFile) -> nn.Module:
         state = saved.tensors(lambda key: _closest(devices, key))
         _load_state(result, state)
         for name in saved.contents["encoder_layers"]:
-            if _get(result, name) is None:
-                raise ValueError(f"{name}: the model has no such layer, which is an EncoderLayer in the file")
-            adopt_encoder_layer(result, name)
+            layer = _get(result, name)
+            if layer is None:
+                raise ValueError(f"{name}: the model has no such layer, which runs as a whole in the file")
+            adopt_block(layer)
         _check_ties(result, before)
         describe(result)
     except BaseException:

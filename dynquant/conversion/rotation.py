@@ -10,6 +10,7 @@ from ..config import AUTO_ROTATION
 from ..patterns.activations import epilogue_of
 from ..patterns.hugging_face import CONV1D
 from ..patterns.registry import ActivationAfter, SharedInput, patterns_of, type_name
+from ..patterns.residual_mlps import ResidualMLP
 from ..patterns.transformer_layers import TransformerLayer
 from .plan import Decision, Plan, Scheme
 
@@ -76,6 +77,7 @@ def layers_of_one_input(model: nn.Module) -> list[set[int]]:
         parts = [pattern.layers for pattern in patterns_of(parent, SharedInput)]
         for layer in patterns_of(parent, TransformerLayer):
             parts += [(layer.query, layer.key, layer.value), (layer.gate, layer.up)]
+        parts += [(mlp.gate, mlp.up) for mlp in patterns_of(parent, ResidualMLP)]
         for names in parts:
             found = [_part(parent, name) for name in names if name]
             groups.append({id(part) for part in found if part is not None})
@@ -89,8 +91,10 @@ def _behind_activations(parent: nn.Module) -> Iterator[nn.Module]:
             if before is not None and (isinstance(before, _ACTIVATIONS) or epilogue_of(before) is not None):
                 yield part
             before = before if isinstance(part, _PASSES) else part
-    for layer in patterns_of(parent, TransformerLayer):
-        if not layer.gate and (down := _part(parent, layer.down)) is not None:
+    blocks: list[TransformerLayer | ResidualMLP] = [*patterns_of(parent, TransformerLayer)]
+    for layer in [*blocks, *patterns_of(parent, ResidualMLP)]:
+        up = _part(parent, layer.up) if layer.up and not layer.gate else None
+        if up is not None and (down := _part(parent, layer.down)) is not None:
             yield down
     for pair in patterns_of(parent, ActivationAfter):
         # An MLP of two layers: the one that does not come before the activation comes after it.

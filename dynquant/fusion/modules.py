@@ -14,7 +14,9 @@ from typing import Any
 
 from torch import nn
 
+from ..checkpoint.contents import block_patterns
 from ..checkpoint.hugging_face import describe
+from ..nn.block import Block
 from ..nn.encoder import EncoderLayer
 from ..nn.fused_activation import FusedActivation
 from ..nn.merged import MergedGroup
@@ -28,7 +30,6 @@ from ..patterns.registry import (
     patterns_of,
     type_name,
 )
-from ..patterns.transformer_layers import TransformerLayer
 from ..patterns.whole_calls import whole_sequentials
 
 
@@ -44,9 +45,10 @@ def fuse(model: nn.Module) -> nn.Module:
     closer to exact than an activation of the rounded output. The weights of layers that read the same tensor
     become contiguous, so that these layers run as one in a compiled model, with the same bits
     (``torch.compile(model, backend="dynquant")``). Bidirectional transformer layers that a pattern knows
-    become :class:`dynquant.EncoderLayer`, with int8 attention. ``state_dict()`` keeps its names. Layers and
-    activations with hooks, those with several places in the model, and those in an nn.Sequential whose parts
-    are called one by one do not change; a warning says so if nothing does.
+    become :class:`dynquant.EncoderLayer`, with int8 attention; norm, MLP and residual of decoder layers
+    become one op (:class:`dynquant.MLPBlock`). ``state_dict()`` keeps its names. Layers and activations with
+    hooks, those with several places in the model, and those in an nn.Sequential whose parts are called one by
+    one do not change; a warning says so if nothing does.
 
     Returns:
         ``model``.
@@ -60,7 +62,7 @@ def fuse(model: nn.Module) -> nn.Module:
     return model
 
 
-def fuse_steps(model: nn.Module) -> Iterator[ActivationFusion | EncoderFusion]:
+def fuse_steps(model: nn.Module) -> Iterator[ActivationFusion | BlockFusion]:
     """Fuse a model in place, one activation and then one transformer layer after the other, which the caller
     may undo."""
     uses = _uses(model)
@@ -74,10 +76,16 @@ def fuse_steps(model: nn.Module) -> Iterator[ActivationFusion | EncoderFusion]:
                 yield replace(fusion, parent_name=names[id(parent)])
         for pattern in patterns_of(parent, SharedInput):
             _merge(parent, pattern.layers, uses)
+    inside: set[int] = set()  # a block's parts stay what they are
     for parent in list(model.modules()):
-        for roles in patterns_of(parent, TransformerLayer):
-            if EncoderLayer.adopt(parent, roles):
-                yield EncoderFusion(parent, names[id(parent)])
+        if id(parent) in inside:
+            continue
+        for kind, roles in block_patterns(parent):
+            if kind.adopt(parent, roles):
+                yield BlockFusion(parent, names[id(parent)])
+                break
+        if isinstance(parent, Block):
+            inside |= {id(part) for part in parent.modules()}
 
 
 def planned_epilogues(model: nn.Module, layers: Mapping[int, nn.Module]) -> dict[int, str]:
@@ -108,7 +116,9 @@ def describe_unfused(model: nn.Module) -> str | None:
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QModule)}
     if not layers:
         return "nothing was fused: the model has no quantized layers"
-    if any(layer.is_fused for layer in layers.values()):
+    if any(layer.is_fused for layer in layers.values()) or any(
+        isinstance(module, Block) for module in model.modules()
+    ):
         return None
     parents = {type(model.get_submodule(name.rpartition(".")[0])).__name__ for name in layers if name}
     types = f" ({', '.join(sorted(parents)[:3])})" if parents else ""
@@ -161,14 +171,15 @@ class ActivationFusion:
 
 
 @dataclass(frozen=True)
-class EncoderFusion:
-    """A transformer layer that became an EncoderLayer."""
+class BlockFusion:
+    """A module that became an EncoderLayer or an MLPBlock."""
 
     layer: Any
     name: str
 
     def __str__(self) -> str:
-        return f"attention and MLP of {self.name or 'the model'}"
+        parts = "attention and MLP" if isinstance(self.layer, EncoderLayer) else "norm, MLP and residual"
+        return f"{parts} of {self.name or 'the model'}"
 
     def undo(self) -> None:
         self.layer.restore()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..fusion.modules import ActivationFusion, EncoderFusion, describe_unfused, fuse_steps
+from ..fusion.modules import ActivationFusion, BlockFusion, describe_unfused, fuse_steps
 from .layers import Agreement, tensors_in
 from .sample import Sample
 
@@ -26,7 +26,7 @@ def fuse_checked(model: nn.Module, sample: Sample) -> str | None:
         return describe_unfused(model)
     for fusion in fusions:
         fusion.undo()
-    apart: list[ActivationFusion | EncoderFusion] = []
+    apart: list[ActivationFusion | BlockFusion] = []
     for fusion in fuse_steps(model):
         if not _agrees(model, sample, expected):
             fusion.undo()

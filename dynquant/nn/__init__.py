@@ -3,6 +3,7 @@
 from .embedding import QEmbedding, QEmbeddingBag
 from .encoder import EncoderLayer
 from .linear import QLinear
+from .mlp_block import MLPBlock
 from .module import QModule
 from .multihead_attention import QMultiheadAttention
 from .rnn import QGRU, QLSTM
@@ -12,6 +13,7 @@ __all__ = [
     "QGRU",
     "QLSTM",
     "EncoderLayer",
+    "MLPBlock",
     "QEmbedding",
     "QEmbeddingBag",
     "QGRUCell",

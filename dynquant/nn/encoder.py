@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from functools import cache, wraps
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch import nn
 
-from ..patterns.transformer_layers import TransformerLayer
+from .block import Block, new_block
 from .encoder_call import EncoderCall, prepare
 
-_is_autocast_enabled = torch._C._is_any_autocast_enabled
-_tracing_state = torch._C._get_tracing_state
-_transforms = torch._C._functorch.peek_interpreter_stack
 
-
-class EncoderLayer(nn.Module):
+class EncoderLayer(Block):
     """A post- or pre-norm transformer layer as three ops: query, key and value in one product; attention;
     output projection and MLP with their residuals and norms.
 
@@ -43,95 +36,14 @@ class EncoderLayer(nn.Module):
     few of its elements through ``.data`` leaves no trace: write them under ``torch.no_grad()`` instead.
     """
 
-    _base: ClassVar[type[nn.Module]] = nn.Module
-    _pattern: ClassVar[TransformerLayer] = TransformerLayer()
-    _call: EncoderCall
-
     @staticmethod
-    def adopt(layer: nn.Module, pattern: TransformerLayer, unconditionally: bool = False) -> bool:
-        """Make an EncoderLayer of a layer, in place, if its parts can run as three ops.
-
-        Args:
-            pattern: of the layer's type.
-            unconditionally: also if they cannot at present.
-
-        Returns:
-            Whether it is one now. If not, the layer did not change.
-        """
-        if isinstance(layer, EncoderLayer):
-            return False
-        call = prepare(layer, pattern, type(layer))
-        if call.reason is not None and not call.is_reason_of_device and not unconditionally:
-            return False
-        base: Any = type(layer)
-        layer.__class__ = _class_of(base, pattern)
-        return True
-
-    def restore(self) -> None:
-        """Make it what it was made of again, in place."""
-        self.__dict__.pop("_call", None)
-        self.__class__ = self._base  # type: ignore[assignment]
-
-    def why_parts(self) -> str | None:
-        """Why every call runs the layer's parts at present, as a clause; None if calls run three ops."""
-        return self._prepared().reason
-
-    def _prepared(self) -> EncoderCall:
-        """What a call needs, made again if any part has changed."""
-        call = self.__dict__.get("_call")
-        if call is None or not call.is_current():
-            call = self.__dict__["_call"] = prepare(self, self._pattern, self._base)
-        return call
-
-    def _get_name(self) -> str:
-        return f"EncoderLayer[{self._base.__name__}]"
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        state = {name: value for name, value in self.__dict__.items() if name != "_call"}
-        return _new, (self._base, self._pattern), state
+    def _prepare(module: nn.Module, pattern: Any, base: type[nn.Module]) -> EncoderCall:
+        return prepare(module, pattern, base)
 
 
-def _new(base: Any, pattern: TransformerLayer) -> EncoderLayer:
-    """An instance without state, for copies and pickles."""
-    kind = _class_of(base, pattern)
-    return kind.__new__(kind)
+EncoderLayer._kind = EncoderLayer
 
 
-@cache
-def _class_of(base: Any, pattern: TransformerLayer) -> type[EncoderLayer]:
-    """The subclass of ``base`` whose forward is three ops.
-
-    It has the name of ``base``, by which accelerate keeps layers whole (``_no_split_modules``).
-    """
-    own_forward: Any = base.forward
-
-    # torch.jit.script and signatures read the source of the forward below.
-    @wraps(own_forward)
-    def forward(self: EncoderLayer, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or self.training:
-            return own_forward(self, *args, **kwargs)
-        call = self._prepared()
-        if call.arguments is not None and not call.is_watched():
-            inputs = call.inputs(args, kwargs)
-            if inputs is not None and _is_plain_eager() and not _needs_gradient(call, inputs):
-                return call.run(*inputs)
-        return own_forward(self, *args, **kwargs)
-
-    names = {"__module__": __name__, "_base": base, "_pattern": pattern, "forward": forward}
-    return type(base.__name__, (EncoderLayer, base), names)
-
-
-def _is_plain_eager() -> bool:
-    """Whether a call is that of a plain function of its tensors: nothing traces or transforms it."""
-    return (
-        not _is_autocast_enabled()
-        and _tracing_state() is None
-        and _transforms() is None
-        and forward_ad._current_level < 0
-    )
-
-
-def _needs_gradient(call: EncoderCall, inputs: tuple[Tensor, Tensor | None]) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    return any(tensor is not None and tensor.requires_grad for tensor in (*inputs, *call.parameters))
+def _new(base: Any, pattern: Any) -> Block:
+    """An instance without state, for pickles of versions in which this was the only kind of block."""
+    return new_block(EncoderLayer, base, pattern)

@@ -15,12 +15,6 @@ CONV1D = "transformers.pytorch_utils.Conv1D"
 LINEAR_FORWARDS = frozenset({"transformers.models.falcon.modeling_falcon.FalconLinear"})
 """Subclasses of nn.Linear whose forward is another spelling of nn.Linear's: x @ weight.T + bias."""
 
-RMS_NORMS = {
-    "transformers.models.llama.modeling_llama.LlamaRMSNorm": "variance_epsilon",
-    "transformers.models.t5.modeling_t5.T5LayerNorm": "variance_epsilon",
-}
-"""By type of a norm that is RMSNorm: the name of its eps."""
-
 
 def is_idle_hook(hook: Any) -> bool:
     """Whether a forward hook on a part of a layer has nothing to do in the present call: transformers leaves
@@ -64,12 +58,16 @@ _BERT_INTERMEDIATE_ONLY = {
 }
 _LLAMA = {
     "cohere": "Cohere",
+    "cwm": "Cwm",
+    "ernie4_5": "Ernie4_5",
+    "eurobert": "EuroBert",
     "gemma": "Gemma",
     "gemma2": "Gemma2",
     "gemma3": "Gemma3",
     "granite": "Granite",
     "gte": "Gte",
     "llama": "Llama",
+    "ministral": "Ministral",
     "mistral": "Mistral",
     "nomic_bert": "NomicBert",
     "olmo": "Olmo",
@@ -79,6 +77,7 @@ _LLAMA = {
     "smollm3": "SmolLM3",
     "stablelm": "StableLm",
 }
+_GEMMA = ("gemma", "gemma2", "gemma3")
 _PROJECTIONS = {
     "clip": "CLIPAttention",
     "deit": "DeiTAttention",
@@ -106,7 +105,7 @@ _BART_LAYERS = {
     "speech_to_text": "Speech2Text",
     "whisper": "Whisper",
 }
-_T5 = {"longt5": "LongT5", "mt5": "MT5", "t5": "T5", "udop": "Udop", "umt5": "UMT5"}
+_T5 = {"longt5": "LongT5", "mt5": "MT5", "pop2piano": "Pop2Piano", "t5": "T5", "udop": "Udop", "umt5": "UMT5"}
 _WAV2VEC2 = {
     "hubert": "Hubert",
     "unispeech": "UniSpeech",
@@ -173,6 +172,19 @@ ACTIVATION_AFTER: dict[str, tuple[str, str]] = {
     _modeling("starcoder2", "Starcoder2MLP"): ("c_fc", "act"),
 }
 """By type: a layer and the activation of its output."""
+
+RMS_NORMS: dict[str, str] = {
+    **{
+        _modeling(folder, f"{prefix}RMSNorm"): "variance_epsilon"
+        for folder, prefix in (_LLAMA | {"phi3": "Phi3"}).items()
+        if folder not in _GEMMA
+    },
+    **{_modeling(folder, f"{prefix}LayerNorm"): "variance_epsilon" for folder, prefix in _T5.items()},
+}
+"""By type of a norm that is RMSNorm: the name of its eps."""
+
+OFFSET_RMS_NORMS: dict[str, str] = {_modeling(folder, f"{_LLAMA[folder]}RMSNorm"): "eps" for folder in _GEMMA}
+"""By type of an RMSNorm that multiplies by 1 + weight: the name of its eps."""
 
 QKV_GROUPS: dict[str, tuple[str, ...]] = {
     **{

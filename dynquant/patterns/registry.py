@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from . import hugging_face, timm, torch_nn
+from .residual_mlps import RESIDUAL_MLPS, ResidualMLP
 from .transformer_layers import TRANSFORMER_LAYERS, TransformerLayer
 
 
@@ -50,7 +51,12 @@ class SharedInput(NamedTuple):
         return self.layers
 
 
-KINDS: tuple[type[Pattern], ...] = (ActivationAfter, SharedInput, TransformerLayer)
+KINDS: tuple[type[Pattern], ...] = (
+    ActivationAfter,
+    SharedInput,
+    TransformerLayer,
+    ResidualMLP,
+)
 """The kinds of patterns that fusions ask for."""
 
 P = TypeVar("P", bound=Pattern)
@@ -137,5 +143,7 @@ for _pairs in (torch_nn.ACTIVATION_AFTER, hugging_face.ACTIVATION_AFTER, timm.AC
         PATTERNS.setdefault(_name, []).append(ActivationAfter(*_pair))
 for _name, _layers in hugging_face.QKV_GROUPS.items():
     PATTERNS.setdefault(_name, []).append(SharedInput(_layers))
-for _name, _layer in TRANSFORMER_LAYERS.items():
-    PATTERNS.setdefault(_name, []).append(_layer)
+for _name, _layers_of_type in TRANSFORMER_LAYERS.items():
+    PATTERNS.setdefault(_name, []).extend(_layers_of_type)
+for _name, _mlps in RESIDUAL_MLPS.items():
+    PATTERNS.setdefault(_name, []).extend(_mlps)

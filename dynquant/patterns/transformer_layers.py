@@ -21,7 +21,8 @@ class TransformerLayer(NamedTuple):
         in_proj: name of an nn.MultiheadAttention, whose own parameter projects query, key and value; the
             three names are then empty.
         activation: name of the activation, a module or a function.
-        first_norm, second_norm: names of LayerNorm or RMSNorm modules, in the order of their calls.
+        first_norm, second_norm: names of LayerNorm or RMSNorm modules, in the order of their calls; the first
+            of a pre-norm layer may be an nn.Identity.
         heads: name of the attribute with the number of heads.
         gate: name of the gate's linear layer, empty if there is none.
         pre_norm: whether norms come before attention and MLP; the name of an attribute that says it.
@@ -36,6 +37,15 @@ class TransformerLayer(NamedTuple):
         config: name of a transformers config, whose attention implementation must be one that computes
             softmax attention over exactly these masks.
         returns_tuple: whether forward returns (output,).
+        qkv: name of one linear layer that projects query, key and value, in this order; the three names are
+            then empty.
+        gate_up: name of one linear layer whose first half of channels is the gate, behind the activation, and
+            whose second half is ``up``; these two names are then empty.
+        position_bias: name of T5's attention, which adds the argument ``position_bias`` to its scores, or
+            what its ``compute_bias`` gives; forward returns (output, bias, None).
+        rotary: the one of the arguments that is cosines and sines, [B, S, head size], by which query and key
+            are turned.
+        clamps_fp16: whether forward clamps fp16 values, which the ops do not.
     """
 
     query: str = ""
@@ -59,12 +69,22 @@ class TransformerLayer(NamedTuple):
     batch_first: str = ""
     config: str = ""
     returns_tuple: bool = False
+    qkv: str = ""
+    gate_up: str = ""
+    position_bias: str = ""
+    rotary: str = ""
+    clamps_fp16: bool = False
 
     @property
     def linear_layers(self) -> tuple[str, ...]:
         """The names of all linear layers that are modules."""
-        names = (self.query, self.key, self.value, self.out, self.gate, self.up, self.down)
-        return tuple(name for name in names if name)
+        projections = (self.query, self.key, self.value, self.qkv, self.out)
+        return tuple(name for name in (*projections, self.gate, self.up, self.gate_up, self.down) if name)
+
+    @property
+    def also(self) -> tuple[str, ...]:
+        """The names of other parts that need not be there."""
+        return (f"{self.position_bias}.relative_attention_bias",) if self.position_bias else ()
 
     @property
     def norms(self) -> tuple[str, str]:
@@ -219,6 +239,53 @@ HUBERT = TransformerLayer(
 )
 
 
+_T5_ATTENTION = "layer.0.SelfAttention"
+T5 = TransformerLayer(
+    query=f"{_T5_ATTENTION}.q",
+    key=f"{_T5_ATTENTION}.k",
+    value=f"{_T5_ATTENTION}.v",
+    out=f"{_T5_ATTENTION}.o",
+    up="layer.1.DenseReluDense.wi",
+    down="layer.1.DenseReluDense.wo",
+    activation="layer.1.DenseReluDense.act",
+    first_norm="layer.0.layer_norm",
+    second_norm="layer.1.layer_norm",
+    heads=f"{_T5_ATTENTION}.n_heads",
+    pre_norm=True,
+    scale=f"{_T5_ATTENTION}.scaling",
+    arguments=(
+        "hidden_states",
+        "attention_mask",
+        "position_bias",
+        "encoder_hidden_states",
+        "encoder_attention_mask",
+        "encoder_decoder_position_bias",
+        "cache",
+    ),
+    unless=("is_decoder", f"{_T5_ATTENTION}.is_causal", f"{_T5_ATTENTION}.is_decoder"),
+    config=f"{_T5_ATTENTION}.config",
+    position_bias=_T5_ATTENTION,
+    clamps_fp16=True,
+)
+T5_GATED = T5._replace(gate="layer.1.DenseReluDense.wi_0", up="layer.1.DenseReluDense.wi_1")
+
+MODERNBERT = TransformerLayer(
+    qkv="attn.Wqkv",
+    out="attn.Wo",
+    gate_up="mlp.Wi",
+    down="mlp.Wo",
+    activation="mlp.act",
+    first_norm="attn_norm",
+    second_norm="mlp_norm",
+    heads="attn.config.num_attention_heads",
+    pre_norm=True,
+    arguments=("hidden_states", "attention_mask", "position_embeddings"),
+    unless=("attn.is_causal",),
+    config="attn.config",
+    rotary="position_embeddings",
+)
+
+
 def _modeling(folder: str, name: str) -> str:
     return f"transformers.models.{folder}.modeling_{folder}.{name}"
 
@@ -233,19 +300,26 @@ _BERT_LAYERS = {
 }
 _CLIP_LAYERS = {"clip": "CLIP", "siglip": "Siglip"}
 _HUBERT_LAYERS = {"hubert": "Hubert", "wav2vec2": "Wav2Vec2"}
+_T5_LAYERS = {"mt5": "MT5", "pop2piano": "Pop2Piano", "t5": "T5", "udop": "Udop"}
 _VIT_LAYERS = {"deit": "DeiT", "vit": "ViT"}
 
-TRANSFORMER_LAYERS: dict[str, TransformerLayer] = {
+_ONE_EACH: dict[str, TransformerLayer] = {
     "torch.nn.modules.transformer.TransformerEncoderLayer": TORCH,
     **{_modeling(folder, f"{prefix}Layer"): BERT for folder, prefix in _BERT_LAYERS.items()},
     **{_modeling(folder, f"{prefix}EncoderLayer"): CLIP for folder, prefix in _CLIP_LAYERS.items()},
     **{_modeling(folder, f"{prefix}EncoderLayer"): HUBERT for folder, prefix in _HUBERT_LAYERS.items()},
     _modeling("albert", "AlbertLayer"): ALBERT,
     _modeling("distilbert", "TransformerBlock"): DISTILBERT,
+    _modeling("modernbert", "ModernBertEncoderLayer"): MODERNBERT,
     _modeling("mpnet", "MPNetLayer"): MPNET,
     **{_modeling(folder, f"{prefix}Layer"): VIT for folder, prefix in _VIT_LAYERS.items()},
 }
-"""By type. The names are those of transformers 5, where the layers return tensors."""
+TRANSFORMER_LAYERS: dict[str, tuple[TransformerLayer, ...]] = {
+    **{name: (layer,) for name, layer in _ONE_EACH.items()},
+    **{_modeling(folder, f"{prefix}Block"): (T5, T5_GATED) for folder, prefix in _T5_LAYERS.items()},
+}
+"""By type, those of which a layer has all parts. The names are those of transformers 5, where the layers
+return tensors."""
 
 ATTENTION_IMPLEMENTATIONS = (None, "eager", "sdpa", "dynquant")
 """Values of a transformers config's ``_attn_implementation`` under which masks are additive, or true where a

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dynquant
 from dynquant import EncoderLayer, quantize_dynamic
-from dynquant.nn import encoder_call
+from dynquant.nn import block_call
 from dynquant.patterns import ActivationAfter, SharedInput, TransformerLayer, registry
 from dynquant.patterns.registry import patterns_of
 from tests.support.same_bits import assert_same_bits
@@ -31,12 +31,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _ops_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers run as ops also where these have no kernels yet."""
-    monkeypatch.setattr(encoder_call, "runs_on", lambda op, device_type: hasattr(torch.ops.dynquant, op))
-
-
 SIZES = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -46,6 +40,8 @@ SIZES = {
 }
 TEXT = {**SIZES, "vocab_size": 50, "max_position_embeddings": 64}
 IMAGE = {**SIZES, "image_size": 32, "patch_size": 8}
+T5 = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 50}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 IMAGES = ("clip", "siglip", "vit", "deit")
 HUGGING_FACE: dict[str, tuple[Any, Any]] = {
     "bert": (transformers.BertModel, transformers.BertConfig(**TEXT)),
@@ -71,7 +67,17 @@ HUGGING_FACE: dict[str, tuple[Any, Any]] = {
     "siglip": (transformers.SiglipVisionModel, transformers.SiglipVisionConfig(**IMAGE)),
     "vit": (transformers.ViTModel, transformers.ViTConfig(**IMAGE)),
     "deit": (transformers.DeiTModel, transformers.DeiTConfig(**IMAGE)),
+    "modernbert": (
+        transformers.ModernBertModel,
+        transformers.ModernBertConfig(
+            **TEXT, **TOKENS, cls_token_id=1, sep_token_id=2, local_attention=8, global_attn_every_n_layers=2
+        ),
+    ),
+    "t5": (transformers.T5EncoderModel, transformers.T5Config(**T5)),
+    "t5, gated": (transformers.T5EncoderModel, transformers.T5Config(**T5, feed_forward_proj="gated-gelu")),
+    "mt5": (transformers.MT5EncoderModel, transformers.MT5Config(**T5)),
 }
+PRE_NORM = (*IMAGES, "modernbert", "t5", "t5, gated", "mt5")
 TORCH = {
     f"{'pre' if norm_first else 'post'}-norm, {'batch' if batch_first else 'tokens'} first": (
         norm_first,
@@ -185,11 +191,12 @@ def test_output_is_near_the_float_layer(name: str, rotation: str | None) -> None
 def test_a_layer_is_three_ops_on_the_parts_own_values(name: str) -> None:
     model = made(name)
     parts, fused = quantize_dynamic(model), quantize_dynamic(model, fuse=True)
-    first = "linear_norm" if name in IMAGES or "pre" in name else "linear_dynamic"
+    first = "linear_norm" if name in PRE_NORM or "pre" in name else "linear_dynamic"
     run(fused, inputs(name))
     names = [each for each in ops_of(fused, inputs(name)) if "attention" not in each]
     ends = [place for place, each in enumerate(names) if each == "linear_mlp"]
-    assert [names[end - 1] for end in ends] == [first] * 2
+    # The first layer of ModernBERT has no norm: that of the embeddings is enough.
+    assert [names[end - 1] for end in ends] == ["linear_dynamic" if name == "modernbert" else first, first]
     assert ends[1] == ends[0] + 2
     assert cosine(run(parts, inputs(name)), run(fused, inputs(name))) > NEAR
 
@@ -484,7 +491,7 @@ def test_layers_that_stay_as_they_are() -> None:
 
 def test_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = layer_and_input()
-    monkeypatch.setattr(encoder_call, "runs_on", lambda op, device_type: False)
+    monkeypatch.setattr(block_call, "runs_on", lambda op, device_type: False)
     other = copy.deepcopy(layer)
     assert other.why_parts() == "cpu has no kernel of linear_mlp"
     assert not runs_ops(other, x)
@@ -608,3 +615,73 @@ def test_a_bool_mask_is_added_where_the_float_layer_adds_it() -> None:
         out, expected = layer(x, mask), model.encoder.layer[0](x, mask)
         out, expected = (y[0] if isinstance(y, tuple) else y for y in (out, expected))
         assert torch.cosine_similarity(out, expected, dim=-1).min() > 0.998
+
+
+def test_t5_adds_the_bias_that_it_is_given_or_computes() -> None:
+    model = made("t5, gated")
+    fused = quantize_dynamic(model, fuse=True)
+    first, second = encoder_layers(fused)
+    x, mask = (
+        torch.randn(2, 9, 64),
+        torch.arange(9)[None, None, None] < torch.tensor([9, 4])[:, None, None, None],
+    )
+    with torch.no_grad(), Ops() as ops:
+        out, bias, of_cross_attention = first(x, attention_mask=mask)
+        assert ops.names.count("linear_mlp") == 1
+        assert of_cross_attention is None
+        expected, expected_bias, _ = model.encoder.block[0](x, attention_mask=mask)
+        assert_same_bits(bias, expected_bias)
+        assert cosine(out, expected) > 0.998
+        expected, *_ = model.encoder.block[1](x, attention_mask=mask, position_bias=bias)
+        out, same, _ = second(x, attention_mask=mask, position_bias=bias)
+        assert same is bias
+        assert cosine(out, expected) > 0.998
+        # Without a bias of its own, and not given one, the layer's attention adds zeros.
+        assert not runs_ops(second, x)
+        assert not runs_ops(first, x, output_attentions=True)
+        half = quantize_dynamic(made("t5").half(), fuse=True)
+        assert not runs_ops(encoder_layers(half)[0], x.half())  # which clamps
+
+
+def test_modernbert_turns_query_and_key() -> None:
+    model = made("modernbert")
+    layer = encoder_layers(quantize_dynamic(model, fuse=True))[1]
+    x, places = torch.randn(2, 9, 64), torch.arange(9)[None]
+    with torch.no_grad():
+        rotary = model.rotary_emb(x, places, layer.attention_type)
+        assert runs_ops(layer, x, position_embeddings=rotary)
+        out, expected = (each(x, position_embeddings=rotary) for each in (layer, model.layers[1]))
+        assert cosine(out, expected) > 0.998
+        still = (torch.ones(1, 9, 16), torch.zeros(1, 9, 16))
+        assert not torch.equal(layer(x, position_embeddings=still), out)
+        assert (
+            cosine(layer(x, position_embeddings=still), model.layers[1](x, position_embeddings=still)) > 0.998
+        )
+        with pytest.raises(RuntimeError, match="size of tensor"):  # of the layer's own forward
+            layer(x, position_embeddings=tuple(each[:, :5] for each in rotary))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_halves_of_one_layer_are_gate_and_up(bias: bool) -> None:
+    kind, config = HUGGING_FACE["modernbert"]
+    config = copy.deepcopy(config)
+    config.mlp_bias = bias
+    layer = encoder_layers(quantize_dynamic(moved(kind(config)), fuse=True))[1]
+    assert layer.why_parts() is None
+    if bias:
+        before = copy.deepcopy(layer)
+        with torch.no_grad():
+            layer.mlp.Wi.bias[128:].add_(1.0)
+        still = (torch.ones(1, 5, 16), torch.zeros(1, 5, 16))
+        words = {"hidden_states": torch.randn(2, 5, 64), "position_embeddings": still}
+        after = run(layer, words)
+        assert not torch.equal(after, run(before, words))
+        before.restore()
+        with torch.no_grad():
+            before.mlp.Wi.bias[128:].add_(1.0)
+        assert cosine(after, run(before, words)) > NEAR
+    layer.mlp.act = nn.Tanh()
+    assert layer.why_parts() == "mlp.act is no epilogue"
+    config.intermediate_size = 40
+    layer = quantize_dynamic(kind(config), fuse=True).layers[1]
+    assert not isinstance(layer, EncoderLayer)

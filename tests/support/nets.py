@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dynquant import EncoderLayer, QLinear
+from dynquant import QLinear
+from dynquant.nn.block import Block
 from dynquant.reference import epilogue as written
 from tests.support.same_bits import assert_same_bits
 
@@ -63,9 +64,9 @@ def assert_unchanged(model: nn.Module, before: dict[str, object]) -> None:
 
 
 def in_parts(model: nn.Module) -> nn.Module:
-    """The model with the parts of each EncoderLayer called one by one, by the layer's own forward."""
+    """The model with the parts of each block called one by one, by the layer's own forward."""
     for layer in list(model.modules()):
-        if isinstance(layer, EncoderLayer):
+        if isinstance(layer, Block):
             layer.restore()
     return model
 

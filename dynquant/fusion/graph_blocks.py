@@ -1,9 +1,9 @@
 """Layers with residual and norm, and whole MLPs, in a torch.fx graph become one op each.
 
-Works upwards in size: a layer, the sum with a residual and a norm become linear_norm; the layer before it
-joins as mlp; the linear_norm before that, whose rows are input and residual of the MLP, as linear_mlp. Values
-between the parts must have no other reader. The ops have no derivatives, so this is for graphs that run
-without gradients.
+Works upwards in size: a layer, the sum with a residual and a norm become linear_norm; the layer before it, or
+the product of two layers of which one is a gate, joins as mlp; the linear_norm before that, whose rows are
+input and residual of the MLP, as linear_mlp. Values between the parts must have no other reader. The ops have
+no derivatives, so this is for graphs that run without gradients.
 """
 
 from __future__ import annotations
@@ -16,22 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ..config import NORMS
+from .graph_norms import norm_of
 from .nodes import Call, value_at
 
 _ops, _aten = torch.ops.dynquant, torch.ops.aten
-_LAYER_NORM, _RMS_NORM = NORMS.index("layer_norm"), NORMS.index("rms_norm")
 _ADDITIONS = (operator.add, operator.iadd, torch.add, _aten.add.Tensor, "add")
+_MULTIPLICATIONS = (operator.mul, operator.imul, torch.mul, _aten.mul.Tensor, "mul")
 _DROPOUTS = (F.dropout, torch.dropout, _aten.dropout.default)
-
-
-class _Norm(NamedTuple):
-    """A norm over the last dimension."""
-
-    x: fx.Node
-    parameters: list[fx.Node | None]
-    eps: float
-    kind: int
 
 
 def fuse_blocks(module: fx.GraphModule) -> int:
@@ -67,7 +58,7 @@ Match = tuple[Callable[..., Any], tuple[Any, ...], fx.Node]
 
 def _linear_norm(node: fx.Node) -> Match | None:
     """norm(layer(x) + residual), without or with the residual."""
-    norm = _norm_of(node)
+    norm = norm_of(node)
     if norm is None or len(norm.x.users) != 1:
         return None
     layer, residual = _layer_and_residual(norm.x)
@@ -84,38 +75,100 @@ def _linear_norm(node: fx.Node) -> Match | None:
     return _ops.linear_norm.default, (*arguments, norm.eps, norm.kind), node
 
 
+class _FirstHalf(NamedTuple):
+    """What an MLP computes of its input x before its last layer."""
+
+    x: Any
+    gate: Call | None
+    up: Call
+
+    @property
+    def nodes(self) -> set[fx.Node]:
+        return {call.node for call in (self.gate, self.up) if call is not None}
+
+    @property
+    def operands(self) -> tuple[list[fx.Node | None], list[fx.Node | None]]:
+        return [] if self.gate is None else _operands(self.gate), _operands(self.up)
+
+    @property
+    def configs(self) -> list[Any]:
+        return [0 if self.gate is None else self.gate.arguments[-1], self.up.arguments[-1]]
+
+
 def _mlp(node: fx.Node) -> Match | None:
-    """linear_norm(up(x)); or down(up(norm(x))) + x, pre-norm."""
+    """linear_norm(h); or down(h) + x, pre-norm; with a gate also down(h) + any residual, or down(h) alone.
+    h is up(n) or gate(n) * up(n)."""
     if node.target is _ops.linear_norm.default:
         args: tuple[Any, ...] = node.args
-        x, down, config, residual, _, norm_out, eps, norm = args
-        up = _only_reader(x, node)
-        if up is None or not _alike(node, up.x):
+        h, down, config, residual, norm_in, norm_out, eps, norm = args
+        half = None if norm_in else _first_half(h, node)
+        if half is None or not _alike(node, half.x):
             return None
-        configs = [0, up.arguments[-1], config]
-        parts: tuple[Any, ...] = (up.x, [], _operands(up), down, configs, residual, [], norm_out)
-        return _ops.mlp.default, (*parts, eps, norm), node
-    if node.target not in _ADDITIONS or len(node.all_input_nodes) != 2:
-        return None
+        parts: tuple[Any, ...] = (half.x, *half.operands, down, [*half.configs, config], residual)
+        return _ops.mlp.default, (*parts, [], norm_out, eps, norm), node
     layer, residual = _layer_and_residual(node)
-    up = None if layer is None else _only_reader(layer.x, layer.node)
-    norm = None if up is None else _norm_of(up.x)
-    if layer is None or up is None or norm is None or residual is not norm.x or len(up.x.users) != 1:
+    half = None if layer is None else _first_half(layer.x, layer.node)
+    if layer is None or half is None:
         return None
-    if not _alike(node, layer.node, residual) or not _same_width(node, residual):
+    if not _alike(node, layer.node, half.x, residual) or not _same_width(node, residual):
         return None
-    configs = [0, up.arguments[-1], layer.arguments[-1]]
-    arguments: tuple[Any, ...] = (
-        norm.x,
-        [],
-        _operands(up),
-        _operands(layer),
-        configs,
-        residual,
-        norm.parameters,
-        [],
+    norm_before = norm_of(half.x) if isinstance(half.x, fx.Node) else None
+    if norm_before is not None and (set(half.x.users) != half.nodes or not _alike(node, norm_before.x)):
+        norm_before = None
+    is_pre_norm = norm_before is not None and residual is norm_before.x
+    if half.gate is None and not is_pre_norm:
+        return None
+    if residual is None and _joins_a_sum(layer.node, node):
+        return None
+    parts = (*half.operands, _operands(layer), [*half.configs, layer.arguments[-1]], residual)
+    if norm_before is None:
+        return _ops.mlp.default, (half.x, *parts, [], [], 0.0, 0), node
+    return (
+        _ops.mlp.default,
+        (norm_before.x, *parts, norm_before.parameters, [], norm_before.eps, norm_before.kind),
+        node,
     )
-    return _ops.mlp.default, (*arguments, norm.eps, norm.kind), node
+
+
+def _joins_a_sum(layer: fx.Node, node: fx.Node) -> bool:
+    """Whether a sum with a residual alone reads a layer's output, after dropouts, the last of them ``node``:
+    the op then takes it in."""
+    readers = set(node.users)
+    while len(readers) == 1 and next(iter(readers)).target in _DROPOUTS:
+        readers = set(next(iter(readers)).users)
+    if len(readers) != 1:
+        return False
+    (reader,) = readers
+    call, residual = _layer_and_residual(reader)
+    if call is None or call.node is not layer or residual is None:
+        return False
+    return _alike(reader, layer, residual) and _same_width(reader, residual)
+
+
+def _first_half(h: Any, reader: fx.Node) -> _FirstHalf | None:
+    """Of an MLP whose last layer reads ``h``."""
+    h = _without_dropout(h, reader)
+    up = _fusible(h)
+    if up is not None:
+        return _FirstHalf(up.x, None, up)
+    if not isinstance(h, fx.Node) or h.target not in _MULTIPLICATIONS or len(h.args) != 2 or h.kwargs:
+        return None
+    calls = [_fusible(factor) if _is_read_by(factor, h) else None for factor in h.args]
+    gate, up = calls
+    if gate is None or up is None or gate.x is not up.x or gate.node is up.node:
+        return None
+    if gate.config.epilogue == "none":
+        gate, up = up, gate
+    a, b = gate.config, up.config
+    if (a.rotation_block, a.rotation_signs) != (b.rotation_block, b.rotation_signs):
+        return None
+    same = _alike(h, gate.node, up.node) and _same_width(gate.node, up.node)
+    return _FirstHalf(gate.x, gate, up) if same else None
+
+
+def _is_read_by(node: Any, reader: fx.Node) -> bool:
+    """Whether ``reader`` alone reads a node."""
+    return isinstance(node, fx.Node) and set(node.users) == {reader}
 
 
 def _linear_mlp(node: fx.Node) -> Match | None:
@@ -136,23 +189,6 @@ def _linear_mlp(node: fx.Node) -> Match | None:
     return _ops.linear_mlp.default, arguments, node
 
 
-def _norm_of(node: Any) -> _Norm | None:
-    """A LayerNorm or RMSNorm over rows."""
-    if not isinstance(node, fx.Node) or node.op != "call_function":
-        return None
-    if node.target in (F.layer_norm, torch.layer_norm, _aten.layer_norm.default):
-        kind, names = _LAYER_NORM, ["input", "normalized_shape", "weight", "bias", "eps"]
-    elif node.target in (F.rms_norm, torch.rms_norm, _aten.rms_norm.default):
-        kind, names = _RMS_NORM, ["input", "normalized_shape", "weight", "eps"]
-    else:
-        return None
-    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
-    x, eps = given["input"], given.get("eps", 1e-5 if kind == _LAYER_NORM else None)
-    if len(given["normalized_shape"]) != 1 or not isinstance(eps, float) or not isinstance(x, fx.Node):
-        return None
-    return _Norm(x, [given.get("weight"), given.get("bias")], eps, kind)
-
-
 def _layer_and_residual(node: fx.Node) -> tuple[Call | None, fx.Node | None]:
     """The layer whose output a node is, alone or in a sum; and the other summand."""
     if node.op != "call_function" and node.op != "call_method":
@@ -161,7 +197,9 @@ def _layer_and_residual(node: fx.Node) -> tuple[Call | None, fx.Node | None]:
         return _fusible(_without_dropout(node, None)), None
     if len(node.args) != 2 or node.kwargs or not all(isinstance(arg, fx.Node) for arg in node.args):
         return None, None
-    for one, other in (node.args, node.args[::-1]):
+    # An in-place sum writes to its first argument: that of a layer alone has no other reader.
+    orders = (node.args,) if node.target is operator.iadd else (node.args, node.args[::-1])
+    for one, other in orders:
         layer = _fusible(_without_dropout(one, node))
         if layer is not None and one is not other:
             return layer, other  # type: ignore[return-value]
@@ -189,11 +227,6 @@ def _fusible(node: Any) -> Call | None:
         return None
     config = call.config
     return call if config.activations == "per_token" and config.out_dtype is None else None
-
-
-def _only_reader(x: Any, reader: fx.Node) -> Call | None:
-    """The layer whose output ``x`` is, which ``reader`` alone reads."""
-    return _fusible(_without_dropout(x, reader))
 
 
 def _operands(call: Call) -> list[fx.Node | None]:

@@ -556,7 +556,7 @@ SMALL = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "
     ("config", "ops"),
     [
         (transformers.BertConfig(vocab_size=50, **SMALL), [384, 128]),
-        (transformers.LlamaConfig(vocab_size=50, num_key_value_heads=1, **SMALL), [256, 128, 192, 192, 128]),
+        (transformers.LlamaConfig(vocab_size=50, num_key_value_heads=1, **SMALL), [256, 128]),
         (transformers.GPT2Config(vocab_size=50, n_embd=64, n_layer=2, n_head=2), [192, 64, 256, 64]),
     ],
 )

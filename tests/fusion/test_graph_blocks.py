@@ -48,6 +48,100 @@ class Watched(Post):
         return self.second(h + y), h, y
 
 
+class WrittenRMSNorm(nn.Module):
+    """As transformers writes it, with casts that do nothing in fp32."""
+
+    def __init__(self, size: int, eps: float = 1e-5, offset: float = 0.0) -> None:
+        super().__init__()
+        self.weight, self.eps, self.offset = nn.Parameter(torch.ones(size)), eps, offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.to(torch.float32)
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        if self.offset:
+            return (y * (self.offset + self.weight.float())).type_as(x)
+        return self.weight * y.to(x.dtype)
+
+
+class Gated(nn.Module):
+    """An MLP with a gate, with and without what may stand around it."""
+
+    residual = norm_before = norm_after = False
+
+    def __init__(self, norm: Callable[..., nn.Module] = WrittenRMSNorm) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(32, 64), nn.Linear(32, 64), nn.Linear(64, 32)
+        self.norm, self.dropout = norm(32, eps=1e-5), nn.Dropout(0.1)
+
+    def activated(self, n: Tensor) -> Tensor:
+        return F.silu(self.gate(n)) * self.up(n)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(self.dropout(self.activated(self.norm(x) if self.norm_before else x)))
+        if self.residual:
+            y = x + self.dropout(y)
+        return self.norm(y) if self.norm_after else y
+
+
+class GatedWithResidual(Gated):
+    residual = True
+
+
+class GatedPre(Gated):
+    residual = norm_before = True
+
+
+class GatedPost(Gated):
+    residual = norm_after = True
+
+
+class GatedAfterNorm(Gated):
+    """No residual."""
+
+    norm_before = True
+
+
+class UpFirst(GatedPre):
+    def activated(self, n: Tensor) -> Tensor:
+        return self.up(n) * F.silu(self.gate(n))
+
+
+class TwoInputs(GatedPre):
+    """Gate and up read different tensors."""
+
+    def activated(self, n: Tensor) -> Tensor:
+        return F.silu(self.gate(n)) * self.up(n + 1.0)
+
+
+class BroadcastGate(GatedPre):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(32, 1)
+
+
+class WatchedGate(GatedPre):
+    def forward(self, x: Tensor) -> Any:
+        n = self.norm(x)
+        gate = F.silu(self.gate(n))
+        return x + self.down(gate * self.up(n)), gate
+
+
+class WatchedNorm(GatedPre):
+    """The normed rows have another reader: the norm stays, and the rest is one op."""
+
+    def forward(self, x: Tensor) -> Any:
+        n = self.norm(x)
+        return x + self.down(self.activated(n)), n
+
+
+class InPlace(Gated):
+    """Writes the sum to the residual, which the caller sees."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x += self.down(self.activated(x))
+        return x
+
+
 class Broadcast(Post):
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         return self.first(self.out(x) + residual[..., :1])
@@ -140,6 +234,109 @@ def test_other_blocks_stay_apart(make: Callable[[], nn.Module], ops: list[str]) 
         got, expected = compiled(*inputs), model(*inputs)
         torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02)
         assert names == ops
+
+
+def _expected_of_gated(model: Any, x: Tensor) -> Tensor:
+    """By the op."""
+    model.gate.set_epilogue("silu")
+    layers = [model.gate, model.up, model.down]
+    configs = [layer._packed[-1] for layer in layers]
+    offset = getattr(model.norm, "offset", 0.0)
+    norm = [model.norm.weight + offset if offset else model.norm.weight, getattr(model.norm, "bias", None)]
+    kind = 0 if isinstance(model.norm, nn.LayerNorm) else 1
+    before = norm if model.norm_before else []
+    after = norm if model.norm_after else []
+    residual = x if model.residual else None
+    result = _ops.mlp(x, *map(_operands, layers), configs, residual, before, after, 1e-5, kind)
+    model.gate.set_epilogue("none")
+    return result
+
+
+GATED: dict[str, Callable[[], Gated]] = {
+    "alone": Gated,
+    "residual": GatedWithResidual,
+    "pre": GatedPre,
+    "post": GatedPost,
+    "pre, torch's rms": lambda: GatedPre(nn.RMSNorm),
+    "pre, layer norm": lambda: GatedPre(nn.LayerNorm),
+    "pre, 1 + weight": lambda: GatedPre(lambda size, eps: WrittenRMSNorm(size, eps, 1.0)),
+    "post, layer norm": lambda: GatedPost(nn.LayerNorm),
+    "norm without residual": GatedAfterNorm,
+    "up first": UpFirst,
+}
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("scheme", [{}, {"rotation": "hadamard"}], ids=["plain", "rotated"])
+@pytest.mark.parametrize("name", GATED)
+def test_a_gated_mlp_is_one_op(name: str, scheme: dict[str, Any], backend: str) -> None:
+    model, x = _model(GATED[name], **scheme), _inputs()[1]
+    with torch.no_grad():
+        expected = _expected_of_gated(model, x)
+        compiled, names = _compiled(model, backend)
+        assert_same_bits(compiled(x), expected)
+        assert names == ["mlp"]
+        torch.testing.assert_close(expected, model(x), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("make", "ops"),
+    [
+        (TwoInputs, ["linear_dynamic"] * 3),
+        (BroadcastGate, ["linear_dynamic"] * 3),
+        (WatchedGate, ["linear_dynamic"] * 3),
+        (WatchedNorm, ["mlp"]),
+    ],
+)
+def test_other_gated_mlps_stay_apart(make: Callable[[], nn.Module], ops: list[str]) -> None:
+    model, x = _model(make), _inputs()[1]
+    with torch.no_grad():
+        compiled, names = _compiled(model)
+        torch.testing.assert_close(compiled(x), model(x), rtol=0.02, atol=0.02)
+        assert names == ops
+
+
+def test_layers_of_two_rotations_stay_apart() -> None:
+    model: Any = _model(GatedPre, rotation="hadamard")
+    model.up = dynquant.QLinear.from_float(model.up.to_float())
+    x = _inputs()[1]
+    with torch.no_grad():
+        compiled, names = _compiled(model)
+        torch.testing.assert_close(compiled(x), model(x), rtol=0.02, atol=0.02)
+        assert names == ["linear_dynamic"] * 3
+
+
+def test_a_sum_in_place_writes_to_its_residual() -> None:
+    model, x = _model(InPlace), _inputs()[1]
+    with torch.no_grad():
+        compiled, names = _compiled(model)
+        written, expected = x.clone(), x.clone()
+        out = compiled(written)
+        model(expected)
+        torch.testing.assert_close(written, expected, rtol=0.02, atol=0.02)
+        assert_same_bits(out, written)
+        assert names == ["mlp"]
+
+
+def test_a_layer_of_llama() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_implementation="sdpa",
+    )
+    model = dynquant.quantize_dynamic(transformers.LlamaModel(config).eval(), rotation="hadamard")
+    ids = torch.arange(14).reshape(2, 7)
+    with torch.no_grad():
+        expected = model(ids).last_hidden_state
+        compiled, names = _compiled(model)
+        got = compiled(ids).last_hidden_state
+    assert names.count("mlp") == 2
+    assert torch.cosine_similarity(got, expected, dim=-1).min() > 0.9999
 
 
 @pytest.mark.parametrize("scheme", [{"activations": "per_tensor"}, {"static": True}], ids=str)

@@ -242,6 +242,9 @@ class Operands:
             )
             gate = layer_of(layer, pattern.gate) if pattern.gate else None
             up = layer_of(layer, pattern.up)
+            if gate is not None:  # they read the same quantized rows
+                same = _rotation(gate) == _rotation(up)
+                require(same, f"{pattern.gate} and {pattern.up} have different rotations")
             self.gate = [] if gate is None else operands_of(gate)
             self.up = operands_of(up)
             self.codes = [0 if gate is None else gate._packed[-1], up._packed[-1], down._packed[-1]]
@@ -251,6 +254,10 @@ class Operands:
     @property
     def tensors(self) -> Tensors:
         return [*self.gate, *self.up, *self.down]
+
+
+def _rotation(layer: QLinear) -> tuple[int, bool]:
+    return layer.config.rotation_block, layer.config.rotation_signs
 
 
 def operands_of(layer: QLinear) -> Tensors:

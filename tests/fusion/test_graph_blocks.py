@@ -142,6 +142,12 @@ class InPlace(Gated):
         return x
 
 
+class InPlacePost(Post):
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        residual += self.out(x)
+        return self.first(residual)
+
+
 class Broadcast(Post):
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         return self.first(self.out(x) + residual[..., :1])
@@ -306,16 +312,17 @@ def test_layers_of_two_rotations_stay_apart() -> None:
         assert names == ["linear_dynamic"] * 3
 
 
-def test_a_sum_in_place_writes_to_its_residual() -> None:
-    model, x = _model(InPlace), _inputs()[1]
+@pytest.mark.parametrize(("make", "ops"), [(InPlace, ["mlp"]), (InPlacePost, ["linear_dynamic"])])
+def test_a_sum_in_place_writes_to_its_residual(make: Callable[[], nn.Module], ops: list[str]) -> None:
+    model, inputs = _model(make), _inputs()
+    inputs = inputs[1:] if make is InPlace else inputs
     with torch.no_grad():
         compiled, names = _compiled(model)
-        written, expected = x.clone(), x.clone()
-        out = compiled(written)
-        model(expected)
-        torch.testing.assert_close(written, expected, rtol=0.02, atol=0.02)
-        assert_same_bits(out, written)
-        assert names == ["mlp"]
+        written, expected = ([x.clone() for x in inputs] for _ in range(2))
+        out = compiled(*written)
+        torch.testing.assert_close(out, model(*expected), rtol=0.02, atol=0.02)
+        torch.testing.assert_close(written[-1], expected[-1], rtol=0.02, atol=0.02)
+        assert names == ops
 
 
 def test_a_layer_of_llama() -> None:

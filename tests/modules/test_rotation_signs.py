@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import dynquant
 from dynquant import Config, QLinear, QTensor
+from dynquant.patterns import SharedInput, registry
 from tests.support.same_bits import assert_same_bits
 
 X = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
@@ -72,6 +74,103 @@ def test_every_way_to_save_and_load_keeps_them(old: nn.Module, way: str, tmp_pat
     assert_same_bits(loaded(X), expected)
     if way != "export":
         assert [layer.config for layer in loaded] == [WITHOUT, WITHOUT]
+
+
+class Projections(nn.Module):
+    """Three layers of one input, which a pattern says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.q(x), self.k(x), self.v(x)], -1)
+
+
+@pytest.fixture
+def mixed(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    """A float model and its int8 one, in which k alone has no signs."""
+    name = registry.type_name(Projections())
+    monkeypatch.setitem(registry.PATTERNS, name, [SharedInput(("q", "k", "v"))])
+    torch.manual_seed(0)
+    model = Projections().eval()
+    int8: Any = dynquant.quantize_dynamic(model, rotation=64)
+    int8.k.weight = QTensor.quantize(model.k.weight.detach(), WITHOUT)
+    assert [layer.config.rotation_signs for layer in (int8.q, int8.k, int8.v)] == [True, False, True]
+    with torch.no_grad():
+        assert (int8(X) - model(X)).norm() < 0.02 * model(X).norm()
+    return model, int8
+
+
+def test_layers_of_one_input_with_and_without_signs_keep_their_values(mixed: tuple[Any, Any]) -> None:
+    _, int8 = mixed
+    with torch.no_grad():
+        expected = int8(X)
+        merged = dynquant.fuse(copy.deepcopy(int8))
+        assert merged.k.config == WITHOUT
+        assert_same_bits(merged(X), expected, "merged by modules")
+        graph = dynquant.fuse_graph(torch.fx.symbolic_trace(copy.deepcopy(int8)))
+        assert_same_bits(graph(X), expected, "merged in a graph")
+        compiled = torch.compile(int8, backend="dynquant", fullgraph=True, options={"backend": "eager"})
+        assert_same_bits(compiled(X), expected, "merged by torch.compile")
+
+
+@pytest.mark.parametrize("way", ["state_dict", "assign", "one weight"])
+def test_a_merged_layer_takes_a_weight_without_signs(mixed: tuple[Any, Any], way: str) -> None:
+    model, int8 = mixed
+    merged: Any = dynquant.quantize_dynamic(model, rotation=64, fuse=True)
+    assert merged.q.merged_count == 3
+    if way == "one weight":
+        merged.k.weight = QTensor.quantize(model.k.weight.detach(), WITHOUT)
+    else:
+        merged.load_state_dict(int8.state_dict(), assign=way == "assign")
+    with torch.no_grad():
+        assert merged.k.config == WITHOUT
+        assert merged.q.merged_count == 1  # no longer one product
+        assert_same_bits(merged(X), int8(X))
+        compiled = torch.compile(merged, backend="dynquant", fullgraph=True, options={"backend": "eager"})
+        assert_same_bits(compiled(X), int8(X))
+        merged.k.weight = QTensor.quantize(model.k.weight.detach(), merged.q.config)
+        assert merged.q.merged_count == 3
+        assert_same_bits(merged.k(X), dynquant.quantize_dynamic(model, rotation=64).k(X))
+
+
+@pytest.mark.parametrize("name", ["self_attn.out_proj", "linear1", "linear2"])
+def test_an_encoder_layer_takes_a_layer_without_signs(name: str) -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, activation="gelu").eval()
+    fused: Any = dynquant.quantize_dynamic(model, rotation=64, fuse=True)
+    weight = model.get_submodule(name).weight.detach()
+    layer = fused.get_submodule(name)
+    layer.weight = QTensor.quantize(weight, Config(rotation_block=64, rotation_signs=False))
+    assert not layer.config.rotation_signs
+    x = torch.randn(2, 7, 64)
+    parts = copy.deepcopy(fused)
+    parts.restore()
+    with torch.no_grad():
+        assert fused.why_parts() is None
+        out, expected = fused(x), model(x)
+        assert (out - expected).norm() < 0.02 * expected.norm()
+        assert (out - parts(x)).norm() < 0.01 * expected.norm()
+
+
+def test_gate_and_up_with_and_without_signs_are_no_one_op() -> None:
+    layer = transformers_layer()
+    assert layer.why_parts() is None
+    up = layer.mlp.up_proj
+    up.weight = QTensor.quantize(up.dequantize_weight(), WITHOUT)
+    assert layer.why_parts() == "mlp.gate_proj and mlp.up_proj have different rotations"
+    layer.mlp.gate_proj.weight = QTensor.quantize(layer.mlp.gate_proj.dequantize_weight(), WITHOUT)
+    assert layer.why_parts() is None
+
+
+def transformers_layer() -> Any:
+    transformers = pytest.importorskip("transformers", "5")
+    config = transformers.LlamaConfig(
+        hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=50
+    )
+    torch.manual_seed(0)
+    return dynquant.quantize_dynamic(transformers.LlamaModel(config).eval(), rotation=64, fuse=True).layers[0]
 
 
 def test_gradients_are_of_the_dequantized_weight(old: nn.Module) -> None:

@@ -21,6 +21,7 @@ from dynquant.measurement.timing import compare
 
 from ..shared.tables import table
 from .target_list import Results, TargetList
+from .voices import mel_power, voices
 
 HIDDEN = (32, 256, 512, 1024)
 BATCHES = (1, 4, 16)
@@ -64,12 +65,6 @@ def _speaker_encoder() -> SpeakerEncoder | None:
     state, model = file["model_state"], SpeakerEncoder()
     model.load_state_dict({key: value for key, value in state.items() if key in model.state_dict()})
     return model
-
-
-def _mels(batch: int) -> Tensor:
-    """Spectrograms that vary slowly, with most energy at the low end, as those of speech."""
-    levels = 0.1 * torch.randn(batch, FRAMES, 40).cumsum(1) + 0.5 * torch.randn(batch, FRAMES, 40)
-    return 0.1 * (levels - torch.linspace(0, 4, 40)).exp()
 
 
 def _measure(kind: str, model: nn.Module, x: Tensor, rounds: int, seconds: float) -> dict[str, Any]:
@@ -124,7 +119,7 @@ def run(
         log("speaker encoder left out: resemblyzer is not installed")
         return results
     for batch in batches:
-        row = _measure(SPEAKER_ENCODER, encoder.eval(), _mels(batch), rounds, seconds)
+        row = _measure(SPEAKER_ENCODER, encoder.eval(), mel_power(voices(batch, FRAMES), 40), rounds, seconds)
         results.append({**row, "hidden": 256, "batch": batch, "steps": FRAMES})
     log("speaker encoder done")
     return results
@@ -147,7 +142,8 @@ def text(rows: Sequence[Results]) -> str:
     heads = ("", "hidden", "batch", "fp32 µs", "torch.ao µs", "dynquant µs", "times fp32", "times torch.ao")
     title = (
         f"## Recurrent layers, {STEPS} time steps, as many inputs as hidden units, 1 thread\n\n"
-        f"The speaker encoder reads {FRAMES} frames of 40 channels; its weights are those of resemblyzer.\n\n"
+        f"The speaker encoder reads {FRAMES} frames of 40 mel bands of synthetic voices; its weights are "
+        "those of resemblyzer.\n\n"
     )
     return title + table((*heads, "error", "lowest cosine"), body)
 

@@ -88,7 +88,7 @@ class Config:
         rotation_signs: whether the rotation multiplies elements by a fixed sequence of signs first, as all
             new layers do; False without a rotation, and in layers of files from before the signs.
         float_input: of a recurrent module, whether the weight of the first layer's input stays float, as the
-            conversion decides by its width (:data:`dynquant.nn.rnn.MAX_FLOAT_INPUT`).
+            conversion decides by its width (:data:`dynquant.nn.recurrent.MAX_FLOAT_INPUT`).
 
     Raises:
         ValueError: for any other word, or a block that is not a power of two up to 128.

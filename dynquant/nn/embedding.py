@@ -28,6 +28,11 @@ MAX_NORM = (
 )
 
 
+def _check_max_norm(of: str, max_norm: float | None) -> None:
+    if max_norm is not None:
+        raise ValueError(f"{of}: {MAX_NORM.format(f'{max_norm:g}')}")
+
+
 class _Table(NamedWeights):
     """What both modules have in common: a table [num_embeddings, embedding_dim], ``.weight``."""
 
@@ -174,8 +179,7 @@ class QEmbedding(_Table):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if max_norm is not None:
-            raise ValueError(f"QEmbedding: {MAX_NORM.format(f'{max_norm:g}')}")
+        _check_max_norm("QEmbedding", max_norm)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         embedding = nn.Embedding(
             num_embeddings, embedding_dim, padding_idx, None, norm_type, scale_grad_by_freq, sparse, **options
@@ -254,8 +258,7 @@ class QEmbeddingBag(_Table):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if max_norm is not None:
-            raise ValueError(f"QEmbeddingBag: {MAX_NORM.format(f'{max_norm:g}')}")
+        _check_max_norm("QEmbeddingBag", max_norm)
         embedding = nn.EmbeddingBag(
             num_embeddings,
             embedding_dim,
@@ -407,8 +410,7 @@ def _functional_embedding(
 ) -> Tensor:
     if not isinstance(weight, QTensor):
         raise TypeError("F.embedding: expected indices as input, got a QTensor")
-    if max_norm is not None:
-        raise ValueError(f"F.embedding: {MAX_NORM.format(f'{max_norm:g}')}")
+    _check_max_norm("F.embedding", max_norm)
     return rows_of(weight, input)
 
 
@@ -440,8 +442,7 @@ def _functional_embedding_bag(
             include_last_offset,
             padding_idx,
         )
-    if max_norm is not None:
-        raise ValueError(f"F.embedding_bag: {MAX_NORM.format(f'{max_norm:g}')}")
+    _check_max_norm("F.embedding_bag", max_norm)
     one_of("mode", mode, MODES)
     return bags_of(
         weight,

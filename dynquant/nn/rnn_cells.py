@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..config import Config
-from ..own_thread import on_own_thread
-from .named_weights import NamedWeights
-from .rnn import (
-    MAX_FLOAT_INPUT,
+from .recurrent import (
     Device,
+    Recurrent,
     call_of_leaf,
     check_input_tensor,
     check_state_tensor,
@@ -26,54 +22,36 @@ from .rnn import (
 )
 from .rnn_call import Direction, run_direction
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
-
-class QRecurrentCell(NamedWeights):
+class QRecurrentCell(Recurrent):
     """What :class:`QLSTMCell`, :class:`QGRUCell` and :class:`QRNNCell` have in common."""
 
-    float_type: ClassVar[type[nn.RNNCellBase]]
     cell: ClassVar[str]
-    state_names: ClassVar[tuple[str, ...]] = ("hx",)
 
     if TYPE_CHECKING:
-        input_size: int
-        hidden_size: int
-        bias: bool
         _prepared: Direction
 
-    @classmethod
-    def from_float(
-        cls,
-        module: nn.RNNCellBase,
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
         activations: str = "per_token",
         weights: str = "per_channel",
         rotation: str | int | None = None,
-    ) -> Self:
-        """Quantize the float module, which does not change; errors as of QLSTM's."""
-        if not isinstance(module, cls.float_type):
-            raise TypeError(
-                f"{cls.__name__}.from_float: expected an nn.{cls.float_type.__name__}, got "
-                f"{type(module).__name__}"
-            )
+    ) -> None:
+        super().__init__()
         config = module_config(activations, weights, rotation)
+        self._init_from(self.float_type(input_size, hidden_size, bias, device=device, dtype=dtype), config)
 
-        def make() -> QRecurrentCell:
-            self = cls.__new__(cls)
-            nn.Module.__init__(self)
-            self._init_from(module, config)
-            return self.train(module.training)
-
-        return cast("Self", on_own_thread(module.parameters(), make))
-
-    def _init_from(self, module: nn.RNNCellBase, config: Config) -> None:
+    def _init_from(self, module: Any, config: Config) -> None:
         self.input_size, self.hidden_size, self.bias = module.input_size, module.hidden_size, module.bias
-        config = replace(config, float_input=self.input_size <= MAX_FLOAT_INPUT)
         weights = {name: getattr(module, name) for name in ("weight_ih", "weight_hh")}
         biases = {name: getattr(module, name) for name in ("bias_ih", "bias_hh")}
-        self._init_tensors(weights, biases, config)
+        self._init_tensors(weights, biases, self._config_of_input(config))
 
     def _input_weight_names(self) -> tuple[str, ...]:
         return ("weight_ih",)
@@ -104,12 +82,6 @@ class QRecurrentCell(NamedWeights):
         _, *last = run_direction(direction, x.unsqueeze(0), state, parameters_of(self, direction), None)
         return self._as_hx(last if dim == 2 else [tensor.squeeze(0) for tensor in last])
 
-    def _tensors_of(self, hx: Any) -> Sequence[Any]:
-        return (hx,)
-
-    def _as_hx(self, values: list[Tensor]) -> Any:
-        return values[0]
-
     def to_float(self) -> Any:
         """The float module that computes the same without quantized activations."""
         names = [*self._weight_names, *self._prepared.parameters]
@@ -134,31 +106,6 @@ class QLSTMCell(QRecurrentCell):
     cell = "lstm"
     state_names = ("hx[0]", "hx[1]")
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
-        *,
-        activations: str = "per_token",
-        weights: str = "per_channel",
-        rotation: str | int | None = None,
-    ) -> None:
-        super().__init__()
-        config = module_config(activations, weights, rotation)
-        self._init_from(nn.LSTMCell(input_size, hidden_size, bias, device=device, dtype=dtype), config)
-
-    def _tensors_of(self, hx: Any) -> Sequence[Any]:
-        if not isinstance(hx, (tuple, list)) or len(hx) != 2:
-            got = f"{len(hx)} values" if isinstance(hx, (tuple, list)) else type(hx).__name__
-            raise TypeError(f"QLSTMCell: expected hx to be a pair of tensors (h, c), got {got}")
-        return hx
-
-    def _as_hx(self, values: list[Tensor]) -> Any:
-        return tuple(values)
-
 
 class QGRUCell(QRecurrentCell):
     """nn.GRUCell in int8. Scheme, attributes and gradients as of :class:`dynquant.QLSTM`.
@@ -169,22 +116,6 @@ class QGRUCell(QRecurrentCell):
 
     float_type = nn.GRUCell
     cell = "gru"
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
-        *,
-        activations: str = "per_token",
-        weights: str = "per_channel",
-        rotation: str | int | None = None,
-    ) -> None:
-        super().__init__()
-        config = module_config(activations, weights, rotation)
-        self._init_from(nn.GRUCell(input_size, hidden_size, bias, device=device, dtype=dtype), config)
 
 
 class QRNNCell(QRecurrentCell):
@@ -208,13 +139,13 @@ class QRNNCell(QRecurrentCell):
         weights: str = "per_channel",
         rotation: str | int | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         config = module_config(activations, weights, rotation)
         self._init_from(
             nn.RNNCell(input_size, hidden_size, bias, nonlinearity, device=device, dtype=dtype), config
         )
 
-    def _init_from(self, module: nn.RNNCellBase, config: Config) -> None:
+    def _init_from(self, module: Any, config: Config) -> None:
         self.nonlinearity = str(module.nonlinearity)
         if self.nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"expected nonlinearity 'tanh' or 'relu', got {self.nonlinearity!r}")

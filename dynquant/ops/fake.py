@@ -24,7 +24,7 @@ from ..reference.embedding_norm import check_embedding_norm
 from ..reference.layout import check_packed_k
 from ..reference.linear import check_int8_mm, check_operands
 from ..reference.mlp import Tensors, channels, check_linear_mlp, check_linear_norm, check_mlp
-from ..reference.rnn import check_rnn_operands
+from ..reference.rnn import check_rnn
 
 # ---- rows of x ----
 
@@ -211,7 +211,7 @@ def rnn(
     batch_sizes: Tensor | None = None,
     reverse: bool = False,
 ) -> list[Tensor]:
-    shape = check_rnn_operands(x, state, input_layer, hidden_layer, projection, configs, cell, batch_sizes)
+    shape = check_rnn(x, state, input_layer, hidden_layer, projection, configs, cell, batch_sizes)
     like_output = _like(x, shape.out, configs[0])
     return [like_output, *(like_output.new_empty(tensor.shape) for tensor in state)]
 

@@ -69,7 +69,8 @@ def rnn(
     Raises:
         RuntimeError: for shapes, dtypes and devices that do not fit.
     """
-    sizes = check_rnn(x, state, input_layer, hidden_layer, projection, configs, cell, batch_sizes)
+    shape = check_rnn(x, state, input_layer, hidden_layer, projection, configs, cell, batch_sizes)
+    sizes = [shape.batch] * x.shape[0] if batch_sizes is None else _sizes(x, shape.batch, batch_sizes)
     kind = CELLS[cell]
     step = _STEPS[kind]
     rows = x.to(torch.float32).reshape(x.shape[:-1].numel(), x.shape[-1])
@@ -140,26 +141,14 @@ class RnnShape(NamedTuple):
     out: int
 
 
-def check_rnn(
-    x: Tensor,
-    state: Sequence[Tensor],
-    input_layer: Tensors,
-    hidden_layer: Tensors,
-    projection: Tensors | None,
-    configs: Sequence[int],
-    cell: int,
-    batch_sizes: Tensor | None,
-) -> list[int]:
-    """All requirements of :func:`rnn`; returns the number of sequences at each time step."""
-    shape = check_rnn_operands(x, state, input_layer, hidden_layer, projection, configs, cell, batch_sizes)
-    if batch_sizes is None:
-        return [shape.batch] * x.shape[0]
+def _sizes(x: Tensor, batch: int, batch_sizes: Tensor) -> list[int]:
+    """The requirements on values; returns the number of sequences at each time step."""
     sizes: list[int] = batch_sizes.tolist()
     # The sentence names the sizes; [] has none, which B must then fit.
-    falling = all(a >= b for a, b in zip([shape.batch, *sizes], sizes, strict=False))
+    falling = all(a >= b for a, b in zip([batch, *sizes], sizes, strict=False))
     check(
-        falling and all(size > 0 for size in sizes) and sizes[:1] in ([], [shape.batch]),
-        f"rnn: expected batch_sizes to fall from B ({shape.batch}) and to be positive, got {_listed(sizes)}",
+        falling and all(size > 0 for size in sizes) and sizes[:1] in ([], [batch]),
+        f"rnn: expected batch_sizes to fall from B ({batch}) and to be positive, got {_listed(sizes)}",
     )
     check(
         sum(sizes) == x.shape[0],
@@ -172,7 +161,7 @@ def _listed(sizes: list[int]) -> str:
     return str(sizes) if len(sizes) <= 8 else f"[{', '.join(map(str, sizes[:8]))}, ...]"
 
 
-def check_rnn_operands(
+def check_rnn(
     x: Tensor,
     state: Sequence[Tensor],
     input_layer: Tensors,

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import dynquant
 from dynquant import QGRU, QLSTM, QGRUCell, QLSTMCell, QRNNCell, QTensor, from_torch_ao, quantize_dynamic
-from dynquant.nn.rnn import MAX_FLOAT_INPUT
+from dynquant.nn.recurrent import MAX_FLOAT_INPUT
 from tests.support.same_bits import assert_same_bits
 
 K, H = 40, 48

@@ -16,15 +16,21 @@ enum class Seen { kNone, kAll, kBiased };
 
 // bias[j] = mask * log2(e) for float masks, 0 or -inf for bool ones; -inf from `visible` on.
 template <typename T>
-void bias_of_floats(const T* mask, int64_t visible, float* bias) {
-  const F masked = V::broadcast(-0x1p126f), none = V::broadcast(-kInfinity);
+Seen bias_of_floats(const T* mask, int64_t visible, float* bias) {
+  const F masked = V::broadcast(-0x1p126f), none = V::broadcast(-kInfinity), zero = V::broadcast(0.0f);
+  typename V::Mask seen = V::less(zero, zero), added_to = seen;
   for (int64_t j = 0; j < kKeyBlock; j += W) {
     const F added = load_up_to(mask + j, visible - j);
     const F scaled = V::mul(added, V::broadcast(1.44269502f));
     const auto counts = V::either(V::less(masked, added), V::unordered(added, added));
+    seen = V::either(seen, counts);
+    added_to = V::either(added_to, V::either(V::either(V::less(added, zero), V::less(zero, added)),
+                                             V::unordered(added, added)));
     V::store(bias + j, V::select(counts, scaled, none));
   }
   for (int64_t j = visible; j < kKeyBlock; ++j) bias[j] = -kInfinity;
+  if (!V::any(seen)) return Seen::kNone;
+  return visible < kKeyBlock || V::any(added_to) ? Seen::kBiased : Seen::kAll;
 }
 
 Seen bias_of_bools(const uint8_t* mask, int64_t visible, float* bias) {
@@ -48,8 +54,7 @@ Seen bias_of_mask(const AttentionMask& mask, int64_t i, int64_t first, int64_t v
   if constexpr (sizeof(T) == 1) {
     return bias_of_bools(at, visible, bias);
   } else {
-    bias_of_floats(at, visible, bias);
-    return Seen::kBiased;
+    return bias_of_floats(at, visible, bias);
   }
 }
 
@@ -81,7 +86,6 @@ struct AttentionScratch {
   uint8_t* p;         // [rows], packed
   int32_t* products;  // [rows][64]
   float* bias;        // [rows][64]
-  float* scores;      // [rows][64]
   float* maxima;      // [blocks][rows, rounded up to vectors]
   float* totals;      // likewise
   float* outputs;     // [blocks][rows][width]
@@ -99,7 +103,6 @@ struct AttentionScratch {
     p = piece(kRows * kProbabilityStride);
     products = reinterpret_cast<int32_t*>(piece(kRows * kKeyBlock * 4));
     bias = reinterpret_cast<float*>(piece(kRows * kKeyBlock * 4));
-    scores = reinterpret_cast<float*>(piece(kRows * kKeyBlock * 4));
     maxima = reinterpret_cast<float*>(piece(key_blocks * kLanes * 4));
     totals = reinterpret_cast<float*>(piece(key_blocks * kLanes * 4));
     outputs = reinterpret_cast<float*>(piece(key_blocks * kRows * round_up(head_size, W) * 4));
@@ -175,16 +178,27 @@ struct AttentionTile {
   };
 
   void attend(const KeyBlock& block, int64_t b) const {
-    Seen seen[kRows];
+    Seen seen[kRows], seen_by_first = Seen::kNone;
+    const float* biases[kRows];
     bool any = false;
+    // One row of a padding mask is for all queries.
+    const bool is_shared = !head.is_causal && head.mask.query_stride == 0;
     for (int i = 0; i < kRows; ++i) {
       float* bias = scratch.bias + i * kKeyBlock;
-      seen[i] = bias_of_row(head, row + i, b * kKeyBlock, bias);
+      if (i == 0 || !is_shared) {
+        seen[i] = bias_of_row(head, row + i, b * kKeyBlock, bias);
+        biases[i] = bias;
+        if (i == 0) seen_by_first = seen[0];
+      } else {
+        seen[i] = seen_by_first;
+        biases[i] = scratch.bias;
+      }
       // Scores that may not be finite are checked, as those with a bias are.
       const float bound = factors[i] * *block.extent;
       if (seen[i] == Seen::kAll && !(-0x1p120f < bound && bound < 0x1p120f)) {
         seen[i] = Seen::kBiased;
         for (int64_t j = 0; j < kKeyBlock; ++j) bias[j] = 0.0f;
+        biases[i] = bias;
       }
       any = any || seen[i] != Seen::kNone;
     }
@@ -197,22 +211,16 @@ struct AttentionTile {
     }
     for (int i = 0; i < kRows; ++i) {
       const int32_t* products = scratch.products + i * kKeyBlock;
-      float* scores = scratch.scores + i * kKeyBlock;
-      maxima[i] = -kInfinity;
+      uint8_t* p = scratch.p + i * AttentionScratch::kProbabilityStride;
       if (seen[i] == Seen::kAll) {
-        maxima[i] = scores_of_block<false>(products, block.k_scale, factors[i], nullptr, scores);
+        softmax_of_block<false>(products, block.k_scale, factors[i], nullptr, p, maxima + i, totals + i);
       } else if (seen[i] == Seen::kBiased) {
-        maxima[i] =
-            scores_of_block<true>(products, block.k_scale, factors[i], scratch.bias + i * kKeyBlock, scores);
+        softmax_of_block<true>(products, block.k_scale, factors[i], biases[i], p, maxima + i, totals + i);
+      } else {
+        maxima[i] = -kInfinity;
+        totals[i] = 0.0f;
+        store_no_probabilities(p);
       }
-      if (!(maxima[i] > -kInfinity)) {  // probabilities of 0
-        for (int64_t j = 0; j < kKeyBlock; ++j) scores[j] = -kInfinity;
-      }
-    }
-    for (int i = 0; i < kRows; ++i) {
-      const float top = maxima[i] > -kInfinity ? maxima[i] : 0.0f;
-      totals[i] = static_cast<float>(probabilities_of_block(
-          scratch.scores + i * kKeyBlock, top, scratch.p + i * AttentionScratch::kProbabilityStride));
     }
     const int64_t groups = (least(kKeyBlock, head.keys - b * kKeyBlock) + 3) / 4;
     for_vector_tiles<tile_vectors()>(
@@ -304,7 +312,12 @@ struct AttentionTile {
   }
 
   void run(const uint8_t* packed, int64_t stride) {
-    with_type(head.q.dtype, head.q.data, [&](const auto* q) { quantize_queries(q); });
+    with_type(head.out.dtype, head.out.data,
+              [&](const auto* out) { fetch_rows<true>(out, head.out.stride, head.q.k, row, row + kRows); });
+    with_type(head.q.dtype, head.q.data, [&](const auto* q) {
+      quantize_queries(q);
+      fetch_rows(q, head.q.stride, head.q.k, row + kRows, least(row + 2 * kRows, head.q.m));
+    });
     int64_t blocks = (head.keys + kKeyBlock - 1) / kKeyBlock;
     if (head.is_causal) blocks = least(blocks, (row + kRows - 1) / kKeyBlock + 1);
     for (int64_t b = 0; b < blocks; ++b) {

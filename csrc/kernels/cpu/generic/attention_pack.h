@@ -141,13 +141,23 @@ DYNQUANT_INLINE void load_transposed(const T* rows, int64_t stride, int64_t keys
   V::transpose(columns);
 }
 
+// Asks for rows [first, end). A head has a small part of each row of the model's tensors, and these parts are
+// too far apart for a hardware prefetcher.
+template <bool kWrite = false, typename T>
+DYNQUANT_INLINE void fetch_rows(const T* x, int64_t stride, int64_t head_size, int64_t first, int64_t end) {
+  for (int64_t m = first; m < end; ++m) fetch<kWrite>(x + m * stride, head_size);
+}
+
 // A lane is a key. Small heads stay in registers or L1 between the search for the maximum and the rounding.
-template <typename T>
-void pack_k(const T* rows, int64_t stride, int64_t count, int64_t head_size, const KeyBlock& block) {
+// fetch_ahead(j): called before the keys [j, j + W).
+template <typename T, typename Fetch>
+void pack_k(const T* rows, int64_t stride, int64_t count, int64_t head_size, const KeyBlock& block,
+            const Fetch& fetch_ahead) {
   const int64_t groups = (head_size + 3) / 4;
   F largest_scale = V::broadcast(0.0f);
   typename V::Mask nan = V::unordered(largest_scale, largest_scale);
   for (int64_t j = 0; j < kKeyBlock; j += W) {
+    fetch_ahead(j);
     const T* keys = rows + j * stride;
     int32_t* words = reinterpret_cast<int32_t*>(block.k) + j;
     F columns[W];
@@ -227,11 +237,21 @@ DYNQUANT_INLINE void with_type(Dtype dtype, const void* data, Body body) {
   }
 }
 
+template <typename T>
+void pack_block(const T* k, int64_t k_stride, const T* v, int64_t v_stride, int64_t keys, int64_t b,
+                const KeyBlock& block, int64_t head_size) {
+  const int64_t first = b * kKeyBlock, count = least(kKeyBlock, keys - first);
+  pack_k(k + first * k_stride, k_stride, count, head_size, block, [&](int64_t j) DYNQUANT_INLINE_LAMBDA {
+    const int64_t at = first + j;
+    fetch_rows(v, v_stride, head_size, at, least(at + W, keys));
+    fetch_rows(k, k_stride, head_size, at + W, least(at + 2 * W, keys));
+  });
+  pack_v(v + first * v_stride, v_stride, count, head_size, block);
+}
+
 void pack_keys(const Rows& k, const Rows& v, int64_t b, uint8_t* packed) {
-  const KeyBlock block(packed, k.k);
-  const int64_t first = b * kKeyBlock, count = least(kKeyBlock, k.m - first);
-  with_type(k.dtype, k.data,
-            [&](const auto* rows) { pack_k(rows + first * k.stride, k.stride, count, k.k, block); });
-  with_type(v.dtype, v.data,
-            [&](const auto* rows) { pack_v(rows + first * v.stride, v.stride, count, v.k, block); });
+  with_type(k.dtype, k.data, [&](const auto* rows) {  // v has the dtype of k
+    pack_block(rows, k.stride, static_cast<decltype(rows)>(v.data), v.stride, k.m, b, KeyBlock(packed, k.k),
+               k.k);
+  });
 }

@@ -22,10 +22,6 @@ DYNQUANT_INLINE const int8_t* row_values(const Int8Table& table, int64_t index, 
   return buffer;
 }
 
-DYNQUANT_INLINE void fetch(const void* row, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(row) + at);
-}
-
 DYNQUANT_INLINE void fetch_row(const Int8Table& table, int64_t index) {
   if (table.panel == 1) fetch(table.data + index * table.row_bytes, table.k);
 }
@@ -121,7 +117,7 @@ void add_table_row(const IndexedTable& table, int64_t index, int64_t k, float* s
 DYNQUANT_INLINE void fetch_row(const IndexedTable& table, int64_t m) {
   const int64_t index = table.indices[m % table.count];
   if (table.int8.data != nullptr) return fetch_row(table.int8, index);
-  with_row(table.rows, index, nullptr, [&](const auto* row) { fetch(row, table.rows.k * sizeof(*row)); });
+  with_row(table.rows, index, nullptr, [&](const auto* row) { fetch(row, table.rows.k); });
 }
 
 void embedding_norm(const EmbeddingNorm& args, int64_t first, int64_t last, float* sums) {

@@ -13,6 +13,15 @@ constexpr int kChunk = 4 * W;  // elements per step of the quantizers
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t round_up(int64_t a, int64_t unit) { return (a + unit - 1) / unit * unit; }
 
+// Asks for the lines of `count` elements at p, to be read or, with kWrite, written.
+template <bool kWrite = false, typename T>
+DYNQUANT_INLINE void fetch(const T* p, int64_t count) {
+  const char* bytes = reinterpret_cast<const char*>(p);
+  const int64_t size = count * static_cast<int64_t>(sizeof(T));
+  for (int64_t at = 0; at < size; at += 64) __builtin_prefetch(bytes + at, kWrite ? 1 : 0);
+  if (size > 0) __builtin_prefetch(bytes + size - 1, kWrite ? 1 : 0);
+}
+
 template <typename T>
 F load_part(const T* p, int64_t count) {
   T lanes[W] = {};

@@ -41,44 +41,55 @@ DYNQUANT_INLINE I probability(F x) {
 
 constexpr float kInfinity = __builtin_inff();
 
-// The scores of one row and one block: (product * k_scale) * factor, plus the bias if there is one, which is
-// -inf where the key takes no part. Returns their maximum: -inf if no key takes part, NaN if a key that does
-// has a score of NaN or +inf. Without bias all scores must be finite.
+// The softmax of one row and one block. Scores are (product * k_scale) * factor, plus the bias if there is
+// one, which is -inf where the key takes no part. Writes the probabilities as packed activations to p, their
+// sum, and the maximum of the scores: -inf if no key takes part, NaN if a key that does has a score of NaN or
+// +inf; all probabilities are then 0. Without bias all scores must be finite.
 template <bool kBiased>
-DYNQUANT_INLINE float scores_of_block(const int32_t* products, const float* k_scale, float factor,
-                                      const float* bias, float* scores) {
+DYNQUANT_INLINE void softmax_of_block(const int32_t* products, const float* k_scale, float factor,
+                                      const float* bias, uint8_t* p, float* maximum, float* total) {
+  constexpr int kVectors = kKeyBlock / W;
   const F of_row = V::broadcast(factor), none = V::broadcast(-kInfinity);
-  F highest = none;
+  F scores[kVectors], highest = none;
   typename V::Mask nan = V::unordered(none, none);
   DYNQUANT_UNROLL
-  for (int j = 0; j < kKeyBlock; j += W) {
-    const F exact = V::mul(V::convert(V::load(products + j)), V::load(k_scale + j));
-    F score;
+  for (int j = 0; j < kVectors; ++j) {
+    const F exact = V::mul(V::convert(V::load(products + j * W)), V::load(k_scale + j * W));
     if constexpr (kBiased) {
-      const F added = V::load(bias + j);
-      score = V::select(V::less(added, V::broadcast(-3.4028234664e38f)), none, V::fma(exact, of_row, added));
-      nan = V::either(nan, V::unordered(score, score));
+      const F added = V::load(bias + j * W);
+      scores[j] =
+          V::select(V::less(added, V::broadcast(-3.4028234664e38f)), none, V::fma(exact, of_row, added));
+      nan = V::either(nan, V::unordered(scores[j], scores[j]));
     } else {
-      score = V::mul(exact, of_row);
+      scores[j] = V::mul(exact, of_row);
     }
-    V::store(scores + j, score);
-    highest = V::max(highest, score);
+    highest = V::max(highest, scores[j]);
   }
-  const float maximum = V::highest_lane(highest);
-  return kBiased && (V::any(nan) || maximum == kInfinity) ? __builtin_nanf("") : maximum;
-}
-
-// The probabilities of one row and one block, as packed activations at p. Returns their sum.
-DYNQUANT_INLINE int32_t probabilities_of_block(const float* scores, float maximum, uint8_t* p) {
-  const F top = V::broadcast(maximum);
+  *maximum = V::highest_lane(highest);
+  F top = V::broadcast(*maximum);
+  if constexpr (kBiased) {
+    if (V::any(nan) || *maximum == kInfinity) *maximum = __builtin_nanf("");
+    if (!(*maximum > -kInfinity)) {
+      top = V::broadcast(0.0f);
+      for (F& score : scores) score = none;
+    }
+  }
   I sum = V::broadcast(0);
   DYNQUANT_UNROLL
-  for (int j = 0; j < kKeyBlock; j += kChunk) {
+  for (int j = 0; j < kVectors; j += 4) {
     I q[4];
     DYNQUANT_UNROLL
-    for (int i = 0; i < 4; ++i) q[i] = probability(V::sub(V::load(scores + j + i * W), top));
+    for (int i = 0; i < 4; ++i) q[i] = probability(V::sub(scores[j + i], top));
     sum = V::add(sum, V::add(V::add(q[0], q[1]), V::add(q[2], q[3])));
-    Dot::store_activations(p + j / 4 * Dot::kGroupBytes, q[0], q[1], q[2], q[3]);
+    Dot::store_activations(p + j * W / 4 * Dot::kGroupBytes, q[0], q[1], q[2], q[3]);
   }
-  return V::sum_lanes(sum) + 128 * kKeyBlock;
+  *total = static_cast<float>(V::sum_lanes(sum) + 128 * kKeyBlock);
+}
+
+// Probabilities of 0 for a block.
+DYNQUANT_INLINE void store_no_probabilities(uint8_t* p) {
+  const I zero = V::broadcast(-128);
+  for (int j = 0; j < kKeyBlock; j += kChunk) {
+    Dot::store_activations(p + j / 4 * Dot::kGroupBytes, zero, zero, zero, zero);
+  }
 }

@@ -18,6 +18,7 @@ from .measurement.report_data import Report
 from .nn import (
     QGRU,
     QLSTM,
+    EmbeddingBlock,
     EncoderLayer,
     MLPBlock,
     QEmbedding,
@@ -40,6 +41,7 @@ __all__ = [
     "QGRU",
     "QLSTM",
     "Config",
+    "EmbeddingBlock",
     "EncoderLayer",
     "Info",
     "MLPBlock",

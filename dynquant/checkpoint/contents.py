@@ -9,12 +9,14 @@ from torch import nn
 
 from ..nn.block import Block
 from ..nn.block_call import part_of
+from ..nn.embedding_block import EmbeddingBlock
 from ..nn.encoder import EncoderLayer
 from ..nn.fused_activation import FusedActivation, WithActivation
 from ..nn.merged import MergedGroup, MergedLinear
 from ..nn.mlp_block import MLPBlock
 from ..nn.module import QModule
 from ..patterns.activations import epilogue_of, remove_activation
+from ..patterns.embedding_stages import EmbeddingStage
 from ..patterns.registry import patterns_of
 from ..patterns.residual_mlps import ResidualMLP
 from ..patterns.transformer_layers import TransformerLayer
@@ -81,11 +83,15 @@ def merge_as_saved(model: nn.Module, names: Sequence[str]) -> None:
             replace_module(model, name, layer)
 
 
-def block_patterns(module: nn.Module) -> Iterator[tuple[type[Block], TransformerLayer | ResidualMLP]]:
+BlockPattern = TransformerLayer | ResidualMLP | EmbeddingStage
+
+
+def block_patterns(module: nn.Module) -> Iterator[tuple[type[Block], BlockPattern]]:
     """The kinds of blocks that a module may become, with the patterns of which it has all parts."""
-    found: list[tuple[type[Block], TransformerLayer | ResidualMLP]] = []
+    found: list[tuple[type[Block], BlockPattern]] = []
     found += [(EncoderLayer, pattern) for pattern in patterns_of(module, TransformerLayer)]
     found += [(MLPBlock, pattern) for pattern in patterns_of(module, ResidualMLP)]
+    found += [(EmbeddingBlock, pattern) for pattern in patterns_of(module, EmbeddingStage)]
     for kind, pattern in found:
         if all(part_of(module, name) is not None for name in pattern.parts):
             yield kind, pattern

@@ -47,8 +47,8 @@ class DynquantConfig(QuantizationConfigMixin):
             ``"static": True`` besides for one that is. None: nothing is quantized yet.
         fused: names of the activations that layers have taken in.
         merged: groups of layers that read the same tensor.
-        encoder_layers: names of the layers that are a :class:`dynquant.EncoderLayer` or a
-            :class:`dynquant.MLPBlock`.
+        encoder_layers: names of the blocks: :class:`dynquant.EncoderLayer`, :class:`dynquant.MLPBlock` and
+            :class:`dynquant.EmbeddingBlock`.
         format: version of the state_dict's format.
 
     Raises:

@@ -7,7 +7,7 @@ Beside the tensors the file has an entry ``dynquant`` in its metadata, a JSON ob
 ``modules``     by the name of each quantized module, in which fields its scheme differs from the default
 ``fused``       names of the activations that layers have taken in
 ``merged``      groups of layers that read the same tensor
-``encoder_layers`` names of the layers that are an EncoderLayer or an MLPBlock
+``encoder_layers`` names of the blocks: EncoderLayer, MLPBlock and EmbeddingBlock
 ``aliases``     by the key of a tensor that is another one, or an equal int8 weight: the key that is stored
 ``checksums``   by key, the CRC-32 of dtype, shape and bytes
 =============== ========================================================================================

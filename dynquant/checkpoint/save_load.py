@@ -22,7 +22,7 @@ from .undo import Undo
 
 def save(model: nn.Module, path: Path) -> None:
     """Write a model to one safetensors file, without pickle: its ``state_dict()``, and in the metadata the
-    scheme of each quantized module and which layers are fused, merged or an EncoderLayer or MLPBlock.
+    scheme of each quantized module and which layers are fused or merged and which modules are blocks.
 
     Equal tensors, such as those of tied layers, are stored once. The file is written beside ``path``, synced
     and renamed: a full disk or a process that ends leave the older file whole.

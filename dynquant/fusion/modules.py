@@ -17,9 +17,11 @@ from torch import nn
 from ..checkpoint.contents import block_patterns
 from ..checkpoint.hugging_face import describe
 from ..nn.block import Block
+from ..nn.embedding_block import EmbeddingBlock
 from ..nn.encoder import EncoderLayer
 from ..nn.fused_activation import FusedActivation
 from ..nn.merged import MergedGroup
+from ..nn.mlp_block import MLPBlock
 from ..nn.module import QModule
 from ..patterns.activations import epilogue_of
 from ..patterns.registry import (
@@ -46,9 +48,10 @@ def fuse(model: nn.Module) -> nn.Module:
     become contiguous, so that these layers run as one in a compiled model, with the same bits
     (``torch.compile(model, backend="dynquant")``). Bidirectional transformer layers that a pattern knows
     become :class:`dynquant.EncoderLayer`, with int8 attention; norm, MLP and residual of decoder layers
-    become one op (:class:`dynquant.MLPBlock`). ``state_dict()`` keeps its names. Layers and activations with
-    hooks, those with several places in the model, and those in an nn.Sequential whose parts are called one by
-    one do not change; a warning says so if nothing does.
+    become one op (:class:`dynquant.MLPBlock`), and so do embeddings with their norm
+    (:class:`dynquant.EmbeddingBlock`). ``state_dict()`` keeps its names. Layers and activations with hooks,
+    those with several places in the model, and those in an nn.Sequential whose parts are called one by one do
+    not change; a warning says so if nothing does.
 
     Returns:
         ``model``.
@@ -170,16 +173,22 @@ class ActivationFusion:
         self.fused.dissolve()
 
 
+_PARTS: dict[type[Block], str] = {
+    EncoderLayer: "attention and MLP",
+    MLPBlock: "norm, MLP and residual",
+    EmbeddingBlock: "sum and norm",
+}
+
+
 @dataclass(frozen=True)
 class BlockFusion:
-    """A module that became an EncoderLayer or an MLPBlock."""
+    """A module that became a block."""
 
     layer: Any
     name: str
 
     def __str__(self) -> str:
-        parts = "attention and MLP" if isinstance(self.layer, EncoderLayer) else "norm, MLP and residual"
-        return f"{parts} of {self.name or 'the model'}"
+        return f"{_PARTS[self.layer._kind]} of {self.name or 'the model'}"
 
     def undo(self) -> None:
         self.layer.restore()

@@ -1,6 +1,7 @@
 """Modules that stand in for those of torch.nn."""
 
 from .embedding import QEmbedding, QEmbeddingBag
+from .embedding_block import EmbeddingBlock
 from .encoder import EncoderLayer
 from .linear import QLinear
 from .mlp_block import MLPBlock
@@ -12,6 +13,7 @@ from .rnn_cells import QGRUCell, QLSTMCell, QRNNCell
 __all__ = [
     "QGRU",
     "QLSTM",
+    "EmbeddingBlock",
     "EncoderLayer",
     "MLPBlock",
     "QEmbedding",

@@ -17,7 +17,8 @@ _transforms = torch._C._functorch.peek_interpreter_stack
 
 
 class Block(nn.Module):
-    """What :class:`dynquant.EncoderLayer` and :class:`dynquant.MLPBlock` have in common.
+    """What :class:`dynquant.EncoderLayer`, :class:`dynquant.MLPBlock` and :class:`dynquant.EmbeddingBlock`
+    have in common.
 
     :func:`dynquant.fuse` makes one of a module that a pattern knows by changing the module's class to a
     subclass of its own class and of this one: parts, parameters, hooks and ``state_dict()`` stay what they
@@ -101,12 +102,13 @@ def class_of(kind: Any, base: Any, pattern: Any) -> type[Block]:
     # torch.jit.script and signatures read the source of the forward below.
     @wraps(own_forward)
     def forward(self: Block, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or self.training:
+        # First: what a trace sees of the preparation would become a part of it.
+        if torch.compiler.is_compiling() or self.training or not _is_plain_eager():
             return own_forward(self, *args, **kwargs)
         call = self._prepared()
         if call.arguments is not None and not call.is_watched():
             inputs = call.inputs(args, kwargs)
-            if inputs is not None and _is_plain_eager() and not call.needs_gradient(inputs):
+            if inputs is not None and not call.needs_gradient(inputs):
                 return call.run(*inputs)
         return own_forward(self, *args, **kwargs)
 

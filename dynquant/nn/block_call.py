@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops  # noqa: F401  registers torch.ops.dynquant
+from .._extension import extension
 from ..config import NORMS, recode
 from ..patterns.activations import epilogue_of
 from ..patterns.hugging_face import OFFSET_RMS_NORMS, RMS_NORMS, is_idle_hook
@@ -27,6 +28,14 @@ Place = tuple[dict[str, Any], str]
 _HOLDERS = (nn.ModuleList, nn.MultiheadAttention, QMultiheadAttention)
 IDENTITIES = (nn.Identity, FusedActivation)
 _GLOBAL_HOOKS = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
+
+
+def _are_in_place(values: tuple[Any, ...], dicts: tuple[dict[str, Any], ...], names: tuple[str, ...]) -> bool:
+    """Whether dicts[i].get(names[i]) is values[i] for all i."""
+    return all(map(is_, values, map(dict.get, dicts, names)))
+
+
+are_in_place = _are_in_place if extension is None else extension.are_in_place
 
 
 class BlockCall:
@@ -58,7 +67,7 @@ class BlockCall:
 
     def is_current(self) -> bool:
         """Whether all parts are the objects that they were."""
-        return all(map(is_, self._values, map(dict.get, self._dicts, self._names)))
+        return are_in_place(self._values, self._dicts, self._names)
 
     def is_watched(self) -> bool:
         """Whether hooks on parts want to see their calls."""

@@ -177,7 +177,7 @@ class EncoderCall(BlockCall):
         if rotary is not None:
             y = _rotated(y, a.heads[0] + a.heads[1], *rotary)
         y = y.transpose(1, 2) if a.batch_first else y.permute(1, 2, 0, 3)
-        q, k, v = y.split(a.heads, 1)
+        q, k, v = y.split_with_sizes(a.heads, 1)  # split() is a function of Python
         if position_bias is not None:
             mask = position_bias if mask is None else _both(mask, position_bias)
         if self.has_float_attention:

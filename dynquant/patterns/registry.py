@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from . import hugging_face, timm, torch_nn
+from .embedding_stages import EMBEDDING_STAGES, EmbeddingStage
 from .residual_mlps import RESIDUAL_MLPS, ResidualMLP
 from .transformer_layers import TRANSFORMER_LAYERS, TransformerLayer
 
@@ -56,6 +57,7 @@ KINDS: tuple[type[Pattern], ...] = (
     SharedInput,
     TransformerLayer,
     ResidualMLP,
+    EmbeddingStage,
 )
 """The kinds of patterns that fusions ask for."""
 
@@ -147,3 +149,5 @@ for _name, _layers_of_type in TRANSFORMER_LAYERS.items():
     PATTERNS.setdefault(_name, []).extend(_layers_of_type)
 for _name, _mlps in RESIDUAL_MLPS.items():
     PATTERNS.setdefault(_name, []).extend(_mlps)
+for _name, _stage in EMBEDDING_STAGES.items():
+    PATTERNS.setdefault(_name, []).append(_stage)

@@ -284,6 +284,9 @@ class QEmbeddingBag(_Table):
             return None
         return f"expected a weight without rotation, got rotation=hadamard({weight.config.rotation_block})"
 
+    def _prepare(self) -> None:
+        self.__dict__["_dtype"] = self.weight.dtype
+
     def forward(
         self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
     ) -> Tensor:
@@ -296,6 +299,30 @@ class QEmbeddingBag(_Table):
             include_last_offset=self.include_last_offset,
             padding_idx=self.padding_idx,
         )
+
+    def _forward_in_torch_script(
+        self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
+    ) -> Tensor:
+        """:meth:`forward` for torch.jit.script, which knows no subclass of Tensor."""
+        indices, begins, factors = _flat_bags(input, offsets, per_sample_weights, self.include_last_offset)
+        mode = 0 if self.mode == "sum" else 1 if self.mode == "mean" else 2
+        padding = -1
+        if self.padding_idx is not None:
+            padding = self.padding_idx % self.num_embeddings
+        return torch.ops.dynquant.embedding_bag(
+            indices,
+            begins,
+            self.weight_packed,
+            self.weight_channel_scale,
+            factors,
+            self.embedding_dim,
+            mode,
+            self.include_last_offset,
+            padding,
+            self._dtype,
+        )
+
+    forward.__wrapped__ = _forward_in_torch_script  # type: ignore[attr-defined]
 
     def to_float(self) -> nn.EmbeddingBag:
         """An nn.EmbeddingBag that computes the same, in the dtype of ``.weight``."""
@@ -331,6 +358,35 @@ def _of_nested(rows: Callable[[Tensor], Tensor], indices: Any) -> Tensor:
     return torch.nested.as_nested_tensor([rows(part) for part in indices.unbind()])
 
 
+def _flat_bags(
+    input: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None, include_last_offset: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Indices [L], offsets and weights [L] of the bags, in words that torch.jit.script knows too."""
+    if input.dim() == 2:
+        if offsets is not None:
+            raise ValueError(
+                "embedding_bag: expected no offsets with an input [B, L], whose rows are the bags; got "
+                f"offsets of shape {list(offsets.shape)}"
+            )
+        if include_last_offset:
+            raise ValueError("embedding_bag: expected an input [L] with include_last_offset, got [B, L]")
+        begins = torch.arange(input.shape[0], device=input.device) * input.shape[1]
+    elif input.dim() != 1:
+        raise ValueError(f"embedding_bag: expected an input [B, L] or [L], got {list(input.shape)}")
+    elif offsets is None:
+        raise ValueError("embedding_bag: expected offsets with an input [L], got None")
+    else:
+        begins = offsets
+    if per_sample_weights is not None:
+        if per_sample_weights.shape != input.shape:
+            raise ValueError(
+                f"embedding_bag: expected per_sample_weights of the input's shape {list(input.shape)}, got "
+                f"{list(per_sample_weights.shape)}"
+            )
+        per_sample_weights = per_sample_weights.flatten()
+    return input.flatten(), begins, per_sample_weights
+
+
 def bags_of(
     weight: QTensor,
     input: Tensor,
@@ -342,28 +398,7 @@ def bags_of(
     padding_idx: int | None,
 ) -> Tensor:
     """F.embedding_bag of a weight without rotation, in the weight's dtype."""
-    if input.dim() == 2:
-        if offsets is not None:
-            raise ValueError(
-                "embedding_bag: expected no offsets with an input [B, L], whose rows are the bags; got "
-                f"offsets of shape {list(offsets.shape)}"
-            )
-        if include_last_offset:
-            raise ValueError("embedding_bag: expected an input [L] with include_last_offset, got [B, L]")
-        bags, length = input.shape
-        offsets = torch.arange(bags, device=input.device) * length
-    elif input.dim() != 1:
-        raise ValueError(f"embedding_bag: expected an input [B, L] or [L], got {list(input.shape)}")
-    elif offsets is None:
-        raise ValueError("embedding_bag: expected offsets with an input [L], got None")
-    if per_sample_weights is not None:
-        if per_sample_weights.shape != input.shape:
-            raise ValueError(
-                f"embedding_bag: expected per_sample_weights of the input's shape {list(input.shape)}, got "
-                f"{list(per_sample_weights.shape)}"
-            )
-        per_sample_weights = per_sample_weights.flatten()
-    indices = input.flatten()
+    indices, offsets, per_sample_weights = _flat_bags(input, offsets, per_sample_weights, include_last_offset)
     padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
     if per_sample_weights is not None and per_sample_weights.requires_grad and torch.is_grad_enabled():
         # Torch's own ops, which have the derivative, on the rows that the bags have.

@@ -29,6 +29,16 @@ class OpCall(NamedTuple):
     config: int
 
 
+class NotScriptable:
+    """A module that torch.jit.script refuses by a sentence, not by the first line that it cannot compile."""
+
+    def __prepare_scriptable__(self) -> Any:
+        raise RuntimeError(
+            f"{type(self).__name__}: expected torch.export, torch.compile or torch.jit.trace, since "
+            "torch.jit.script cannot compile its forward"
+        )
+
+
 class QModule(nn.Module):
     """Base class of every quantized module: what conversion, fusion, calibration, checkpoints, thresholds and
     reports ask it. None of them knows the types that derive from it.

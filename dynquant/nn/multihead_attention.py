@@ -18,6 +18,7 @@ from ..qtensor import QTensor, tensors_of
 from ..reference import packed_shape
 from .attention import is_attention_float, report_to_watcher, scaled_dot_product_attention
 from .linear import QLinear
+from .module import NotScriptable
 from .named_weights import NamedWeights
 from .state import check_bias
 
@@ -48,7 +49,7 @@ class _Product(NamedTuple):
         return out[..., self.returned]
 
 
-class QMultiheadAttention(NamedWeights):
+class QMultiheadAttention(NotScriptable, NamedWeights):
     """nn.MultiheadAttention whose projections of query, key, value and output are int8; the attention itself,
     softmax(q @ k.T) @ v, is torch's in float.
 

@@ -13,6 +13,7 @@ from ..config import CELLS, MAX_ROTATION_BLOCK, Config, layer_config
 from ..own_thread import on_own_thread
 from ..qtensor import FLOAT_WORDS, QTensor
 from ..reference import FLOAT_DTYPES
+from .module import NotScriptable
 from .named_weights import NamedWeights
 from .rnn_call import Direction
 
@@ -128,7 +129,7 @@ def to_float_module(
     return result.requires_grad_().train(module.training)
 
 
-class Recurrent(NamedWeights):
+class Recurrent(NotScriptable, NamedWeights):
     """What the layers (:mod:`.rnn`) and the cells (:mod:`.rnn_cells`) have in common.
 
     Attributes:

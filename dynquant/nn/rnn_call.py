@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -57,10 +59,7 @@ def run_direction(
     They are those of torch's own layer with the dequantized weights: straight through the quantization.
     """
     if _tracing_state() is not None:
-        raise RuntimeError(
-            f"{_name(direction)}: expected torch.export or torch.compile, since torch.jit.trace and "
-            "torch.jit.script cannot record its op"
-        )
+        return _traced_call(direction, x, state, parameters, batch_sizes)
     if forward_ad._current_level >= 0 and any(map(_has_tangent, (x, *state, *parameters))):
         raise NotImplementedError(
             f"{_name(direction)}: expected inputs without tangents, since it has no forward-mode derivative"
@@ -108,6 +107,79 @@ def _call(
         configs,
         direction.cell,
         batch_sizes,
+        direction.reverse,
+    )
+    return results
+
+
+def _rnn_of_tensors(
+    x: Tensor,
+    state: list[Tensor],
+    input_weight: Tensor,
+    input_sum: Tensor | None,
+    input_scale: Tensor | None,
+    input_bias: Tensor | None,
+    packed_weight: Tensor,
+    weight_sum: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    projection: list[Tensor],
+    configs: list[int],
+    cell: int,
+    reverse: bool,
+) -> list[Tensor]:
+    """The op for torch.jit.trace, which records calls of scripted functions, but no list with a None."""
+    input_layer: list[Tensor | None] = [input_weight]
+    if input_sum is not None:
+        input_layer += [input_sum, input_scale]
+    input_layer += [input_bias]
+    hidden_layer: list[Tensor | None] = [packed_weight, weight_sum, weight_scale, bias]
+    projected: list[Tensor | None] = []
+    if len(projection) > 0:
+        projected += [projection[0], projection[1], projection[2], None]
+    return torch.ops.dynquant.rnn(
+        x, state, input_layer, hidden_layer, projected, configs, cell, None, reverse
+    )
+
+
+@cache
+def _rnn_in_torch_script() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of scripting; tracing has warned
+        return torch.jit.script(_rnn_of_tensors)
+
+
+def _traced_call(
+    direction: Direction,
+    x: Tensor,
+    state: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+) -> list[Tensor]:
+    """The op in a trace, which has no derivatives."""
+    if batch_sizes is not None:
+        raise RuntimeError(
+            f"{_name(direction)}: expected torch.export or torch.compile for a PackedSequence, since "
+            "torch.jit.trace would keep the lengths of this one"
+        )
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *state, *parameters)):
+        raise RuntimeError(
+            f"{_name(direction)}: expected torch.no_grad() or inputs that require no gradient in "
+            "torch.jit.trace, which cannot record its derivatives"
+        )
+    of_input, of_hidden, projection = direction.tensors
+    weight, biases = _split(direction, parameters)
+    bias_ih, bias_hh = biases if biases else (None, None)
+    results: list[Tensor] = _rnn_in_torch_script()(
+        x,
+        list(state),
+        *(of_input if weight is None else (weight, None, None)),
+        bias_ih,
+        *of_hidden,
+        bias_hh,
+        [tensor for tensor in projection if tensor is not None],
+        _with_autocast_dtype(direction.configs, x),
+        direction.cell,
         direction.reverse,
     )
     return results

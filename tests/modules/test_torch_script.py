@@ -159,6 +159,37 @@ def test_another_process_loads_it_after_importing_dynquant(path: str, tmp_path: 
     assert done.stdout == f"{isa} {len(VARIANTS)}\n"
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"mode": "sum", "padding_idx": 1}, {"mode": "max"}, {"mode": "sum", "include_last_offset": True}],
+    ids=str,
+)
+def test_bags_of_embeddings(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    layer = dynquant.QEmbeddingBag.from_float(nn.EmbeddingBag(50, 24, **options)).eval()
+    ends = [12] if "include_last_offset" in options else []
+    indices, offsets = torch.randint(0, 50, (12,)), torch.tensor([0, 3, 3, 9, *ends])
+    weights = torch.rand(12) if options.get("mode") == "sum" else None
+    for version in (scripted := torch.jit.script(layer), loaded(scripted)):
+        assert_same_bits(version(indices, offsets, weights), layer(indices, offsets, weights))
+        if not ends:
+            assert_same_bits(version(indices.view(3, 4)), layer(indices.view(3, 4)))
+        with pytest.raises(torch.jit.Error, match="expected offsets with an input"):
+            version(indices)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [dynquant.QLSTM(3, 4), dynquant.QGRUCell(90, 4), dynquant.QMultiheadAttention(8, 2)],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_modules_that_cannot_be_scripted_say_what_can(layer: nn.Module) -> None:
+    words = f"{type(layer).__name__}: expected torch.export, torch.compile or torch.jit.trace"
+    for model in (layer, nn.Sequential(layer)):
+        with pytest.raises(RuntimeError, match=words):
+            torch.jit.script(model)
+
+
 def test_a_script_that_reads_a_weight_is_refused_by_name() -> None:
     class Reads(nn.Module):
         def __init__(self) -> None:

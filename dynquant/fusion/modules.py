@@ -85,7 +85,7 @@ def fuse_steps(model: nn.Module) -> Iterator[ActivationFusion | BlockFusion]:
             continue
         for kind, roles in block_patterns(parent):
             if kind.adopt(parent, roles):
-                yield BlockFusion(parent, names[id(parent)])
+                yield BlockFusion(parent, names[id(parent)], kind)
                 break
         if isinstance(parent, Block):
             inside |= {id(part) for part in parent.modules()}
@@ -186,9 +186,10 @@ class BlockFusion:
 
     layer: Any
     name: str
+    kind: type[Block]
 
     def __str__(self) -> str:
-        return f"{_PARTS[self.layer._kind]} of {self.name or 'the model'}"
+        return f"{_PARTS[self.kind]} of {self.name or 'the model'}"
 
     def undo(self) -> None:
         self.layer.restore()

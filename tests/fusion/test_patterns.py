@@ -132,7 +132,8 @@ def test_a_part_that_is_not_there_is_named() -> None:
         (
             (Block, ("fc", "relu")),
             TypeError,
-            "of type ActivationAfter or SharedInput or TransformerLayer or ResidualMLP, got .'fc', 'relu'.",
+            "of type ActivationAfter or SharedInput or TransformerLayer or ResidualMLP or EmbeddingStage, "
+            "got .'fc', 'relu'.",
         ),
         ((Block, SharedInput("qk")), TypeError, "expected names of parts in a tuple, got SharedInput"),
         ((Block, ActivationAfter("fc", None)), TypeError, "expected names of parts in a tuple, got Activ"),

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dynquant
 from dynquant import EncoderLayer, quantize_dynamic
-from dynquant.nn import block_call
+from dynquant.nn import block_call, encoder
 from dynquant.patterns import ActivationAfter, SharedInput, TransformerLayer, registry
 from dynquant.patterns.registry import patterns_of
 from tests.support.same_bits import assert_same_bits
@@ -685,3 +685,22 @@ def test_halves_of_one_layer_are_gate_and_up(bias: bool) -> None:
     config.intermediate_size = 40
     layer = quantize_dynamic(kind(config), fuse=True).layers[1]
     assert not isinstance(layer, EncoderLayer)
+
+
+class PickledBefore:
+    """An EncoderLayer in a pickle of versions in which this was the only kind of block."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        state = {name: value for name, value in vars(self.layer).items() if name != "_call"}
+        return encoder._new, (self.layer._base, self.layer._pattern), state
+
+
+def test_a_pickle_from_before_other_blocks() -> None:
+    layer, x = layer_and_input()
+    loaded = pickle.loads(pickle.dumps(PickledBefore(layer)))
+    assert isinstance(loaded, EncoderLayer)
+    assert loaded.why_parts() is None
+    assert_same_bits(run(loaded, {"hidden_states": x}), run(layer, {"hidden_states": x}))

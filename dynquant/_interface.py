@@ -6,9 +6,13 @@ import ast
 import hashlib
 from pathlib import Path
 
+FUNCTIONS = ("are_in_place", "available_isas", "isa", "run_below_autograd", "set_isa")
+"""Those of the extension that the Python files call (``csrc/torch/module.cpp``)."""
+
 
 def interface_of(package: Path) -> str | None:
-    """A hash of the schemas of the ops and of the code that encodes a layer's config.
+    """A hash of the schemas of the ops, of the code that encodes a layer's config and of the names of the
+    extension's functions.
 
     An extension in place (``build_ext --inplace``) stays as it is while the Python files change around it.
 
@@ -28,7 +32,7 @@ def interface_of(package: Path) -> str | None:
     constants = [argument.value for argument in arguments if isinstance(argument, ast.Constant)]
     schemas = [value for value in constants if isinstance(value, str) and "->" in value]
     code = [ast.dump(statement) for statement in config.body if not _is_text(statement)]
-    return hashlib.sha256("\n".join([*sorted(schemas), *code]).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join([*sorted(schemas), *code, *FUNCTIONS]).encode()).hexdigest()[:16]
 
 
 def _is_text(statement: ast.stmt) -> bool:

@@ -23,7 +23,11 @@ DYNQUANT_INLINE const int8_t* row_values(const Int8Table& table, int64_t index, 
 }
 
 DYNQUANT_INLINE void fetch_row(const Int8Table& table, int64_t index) {
-  if (table.panel == 1) fetch(table.data + index * table.row_bytes, table.k);
+  if (table.panel == 1) return fetch(table.data + index * table.row_bytes, table.k);
+  const int8_t* row = table.data + index / table.panel * table.panel * table.row_bytes;
+  const int64_t step = table.panel < 16 ? 64 / table.panel : 4;  // elements to a cache line
+  for (int64_t i = 0; i < table.k; i += step)
+    __builtin_prefetch(row + index % table.panel * 4 + i * table.panel);
 }
 
 // Columns [at, at + count) of one bag, positions [begin, end) of args.indices.
@@ -37,7 +41,10 @@ void reduce_columns(const EmbeddingBags& args, int64_t begin, int64_t end, int64
   int64_t rows = 0;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t index = args.indices[i];
-    if (at == 0 && i + kRowsAhead < args.count) fetch_row(args.table, args.indices[i + kRowsAhead]);
+    // The many lines of a packed row come at once only if asked for: the bytes between are put together in
+    // memory, whose loads wait for the stores.
+    const int64_t ahead = args.table.panel == 1 ? kRowsAhead : 0;
+    if (at == 0 && i + ahead < args.count) fetch_row(args.table, args.indices[i + ahead]);
     if (index == args.padding_index) continue;
     ++rows;
     int8_t buffer[kVectors * W] = {};

@@ -42,7 +42,8 @@ class State(nn.Module):
         if static:
             shapes["activation_scale"] = (1,), torch.float32
             shapes["activation_zero_point"] = (1,), torch.int32
-        for name, (shape, dtype) in shapes.items():
+        # Float ones first: some families' _init_weights take the dtype of the first parameter for buffers.
+        for name, (shape, dtype) in sorted(shapes.items(), key=lambda item: not item[1][1].is_floating_point):
             # A file may have a bias of any float dtype: fp32 holds its values.
             kept = torch.float32 if dtype.is_floating_point else dtype
             tensor = torch.empty(shape, dtype=kept, device="meta")

@@ -210,6 +210,20 @@ FAMILIES = {
     "vit": Family(
         "ViTForImageClassification", VISION, 13, {"Conv2d": NO_INT8_VERSION}, {"pixel_values": PIXELS}
     ),
+    "swinv2": Family(  # a buffer that no file holds has the dtype of a layer's first parameter
+        "Swinv2ForImageClassification",
+        {
+            "embed_dim": 16,
+            "depths": [1, 1],
+            "num_heads": [2, 2],
+            "window_size": 4,
+            "patch_size": 4,
+            "image_size": 32,
+        },
+        18,
+        {"Conv2d": NO_INT8_VERSION, "Swinv2SelfAttention": NO_INT8_VERSION},
+        {"pixel_values": PIXELS},
+    ),
     "clip": Family(
         "CLIPModel",
         {"text_config": ENCODER, "vision_config": VISION, "projection_dim": 16},

@@ -63,7 +63,15 @@ def test_the_versions_are_those_that_the_build_accepts() -> None:
         assert name in supported
 
 
-@pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "README.md",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+    ],
+)
 def test_prose_has_lines_of_120_columns(name: str) -> None:
     lines = (ROOT / name).read_text().splitlines()
     assert [line for line in lines if len(line) > 120 and not line.startswith("|")] == []

@@ -60,7 +60,8 @@ def load(model: nn.Module, path: Path) -> nn.Module:
     """Load a file of :func:`save` into a model, in place.
 
     Modules that are quantized in the file and float in the model are converted, fused and merged as the saved
-    ones were, without quantizing their float weights, which may be on meta. The file is checked first: its
+    ones were, without quantizing their float weights, which may be on meta (but buffers that are not
+    persistent may not, since no file has them). The file is checked first: its
     checksums, and keys, shapes, dtypes and values of all tensors. If anything does not fit, the model stays
     exactly as it was.
 
@@ -94,6 +95,7 @@ def _load(model: nn.Module, saved: SavedFile) -> nn.Module:
         _check_header(result, saved)
         state = saved.tensors(lambda key: _closest(devices, key))
         _load_state(result, state)
+        _check_buffers(result)
         for name in saved.contents["encoder_layers"]:
             layer = _get(result, name)
             if layer is None:
@@ -269,6 +271,16 @@ def _load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         raise ValueError(f"{key}: the file has no such entry")
     for key in keys.unexpected_keys:
         raise ValueError(f"{key}: the model has no such entry")
+
+
+def _check_buffers(model: nn.Module) -> None:
+    """No buffer was left on meta: torch's functions on the CPU read such a tensor as if it had memory."""
+    left = [name for name, buffer in model.named_buffers() if buffer.device.type == "meta"]
+    if left:
+        raise ValueError(
+            f"{', '.join(left)}: on meta in the model, and not in the file, since not persistent; expected "
+            "the model to have such buffers with their values"
+        )
 
 
 def _slots(model: nn.Module, before: Undo) -> Iterator[tuple[nn.Module, str, Tensor, Tensor]]:

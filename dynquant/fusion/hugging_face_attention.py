@@ -6,9 +6,12 @@ padding mask would arrive as None. Nothing here imports transformers.
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 import sys
 from collections.abc import Iterator
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -27,6 +30,7 @@ from ..nn.multihead_attention import QMultiheadAttention
 
 NAME = "dynquant"
 _NOT_IN_INT8 = ("softcap", "s_aux", "sliding_window_bias")
+_ASKS_FOR_SDPA = re.compile(r"""_attn_implementation\s*(?:[!=]=|(?:not )?in\b)[^\n]*["']sdpa["']""")
 
 
 def install() -> None:
@@ -62,7 +66,16 @@ def attention_forward(
 
     Returns:
         [B, S_q, H, D], a contiguous view, and None for the weights, which no step computes.
+
+    Raises:
+        ValueError: for a module of transformers whose attention is more than softmax over these masks.
     """
+    reason = _own_attention(type(module).__module__)
+    if reason is not None:
+        raise ValueError(
+            f"attn_implementation={NAME!r}: {type(module).__name__} has attention of its own, {reason}; "
+            "expected 'eager'"
+        )
     covered = dropout == 0.0 and all(kwargs.get(name) is None for name in _NOT_IN_INT8)
     if not covered or is_attention_float(module) or not has_int8_attention(query, key, value):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -102,7 +115,8 @@ def use_int8_attention(model: nn.Module) -> str | None:
     left: dict[str, str] = {}
     refused: set[str] = set()  # modules of classes; models within a model are in the same one
     for module in _pretrained_models(model):
-        if _uses_interface(type(module)):
+        reason = _why_not_by_name(type(module))
+        if reason is None:
             # Not by the property, which sets the configs of inner models that may not use the interface.
             module.config._attn_implementation_internal = NAME
             found = True
@@ -111,7 +125,7 @@ def use_int8_attention(model: nn.Module) -> str | None:
             and type(module).__module__ not in refused
         ):
             refused.add(type(module).__module__)
-            left[type(module).__name__] = "which does not use transformers' AttentionInterface"
+            left[type(module).__name__] = reason
     for module in model.modules():
         if isinstance(module, QMultiheadAttention) and id(module) not in inside:
             module.int8_attention = found = True
@@ -135,10 +149,49 @@ def _pretrained_models(model: nn.Module) -> Iterator[Any]:
         yield from (module for module in model.modules() if isinstance(module, base))
 
 
-def _uses_interface(kind: Any) -> bool:
-    """Whether a class of transformers models looks its attention up by name."""
+def _why_not_by_name(kind: Any) -> str | None:
+    """Why a class of transformers models cannot have int8 attention by name, as a clause; None if it can."""
     modeling_utils = sys.modules["transformers.modeling_utils"]
-    if not hasattr(modeling_utils, "AttentionInterface"):
-        return False
     can_set = getattr(kind, "_can_set_attn_implementation", None)
-    return bool(can_set() if can_set is not None else kind._supports_attention_backend)
+    if not hasattr(modeling_utils, "AttentionInterface") or not (
+        can_set() if can_set is not None else kind._supports_attention_backend
+    ):
+        return "which does not use transformers' AttentionInterface"
+    if not kind._supports_sdpa:
+        return _NOT_BY_SDPA
+    reasons = (_asks_for_sdpa(base.__module__) for base in kind.__mro__)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+_NOT_BY_SDPA = "which transformers does not run by 'sdpa' either"
+
+
+@cache
+def _own_attention(modeling: str) -> str | None:
+    """Why the attention modules of a Python module are not for a function of this interface, as a clause.
+
+    A model that does not support ``sdpa`` has sinks, caps or masks that only its own function applies, or
+    leaves out ``is_causal``; ``sdpa`` would be as wrong, and transformers refuses it.
+    """
+    base = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+    module = sys.modules.get(modeling)
+    if base is None or module is None:
+        return None
+    kinds = [kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, base)]
+    own: list[Any] = [kind for kind in kinds if kind.__module__ == modeling]
+    if own and not any(kind._supports_sdpa for kind in own):
+        return _NOT_BY_SDPA
+    return _asks_for_sdpa(modeling)
+
+
+@cache
+def _asks_for_sdpa(modeling: str) -> str | None:
+    """A clause for a Python module of transformers whose code compares the implementation's name with
+    "sdpa": what it does for that name, such as a sparse mask, it would leave out for another."""
+    if not modeling.startswith("transformers.models."):
+        return None
+    try:
+        source = inspect.getsource(sys.modules[modeling])
+    except (OSError, TypeError, KeyError):
+        return None
+    return "whose code asks whether it is 'sdpa'" if _ASKS_FOR_SDPA.search(source) else None

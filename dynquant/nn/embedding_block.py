@@ -41,8 +41,8 @@ class EmbeddingBlock(Block):
     and of this one: parts, parameters, hooks and ``state_dict()`` stay what they are, ``isinstance`` holds.
 
     A call runs the module's own forward wherever the op would do something else or leave something out: as
-    :class:`dynquant.EncoderLayer`'s do, and for ``inputs_embeds``, indices of other dtypes, tables of fp64 or
-    of several dtypes, and a buffer of token types that are not all 0.
+    :class:`dynquant.EncoderLayer`'s do, and for ``inputs_embeds``, indices of other dtypes, and tables of
+    fp64 or of several dtypes.
 
     :meth:`why_parts` gives the reason that lies in the module itself.
     """
@@ -72,27 +72,18 @@ class EmbeddingCall(BlockCall):
         super().__init__()
         self.pattern = pattern
         self.device = torch.device("cpu")
-        self.position_buffer: Any = None
+        self.buffers: dict[str, Tensor] = {}  # of indices that are not given
         self.count_tokens: Any = None
         self.zero: Any = None  # the index 0
-        self._buffers: list[tuple[Tensor, int]] = []
-        self._kinds: list[tuple[Tensor, torch.dtype, torch.device]] = []
-
-    def watch_values(self, buffer: Tensor) -> None:
-        """Have a change of a buffer's values end the call's validity."""
-        require(not buffer.is_inference(), "a buffer was made in inference mode: changes leave no trace")
-        self._buffers.append((buffer, buffer._version))
+        self._kinds: list[tuple[Tensor, tuple[Any, ...]]] = []
 
     def watch_kind(self, parameter: Tensor) -> None:
-        """Have a change of a parameter's dtype or device end the validity: ``to()`` keeps the object."""
-        self._kinds.append((parameter, parameter.dtype, parameter.device))
+        """Have a change of dtype, device or strides end the validity: ``to()`` and ``.data =`` keep the
+        object."""
+        self._kinds.append((parameter, _kind_of(parameter)))
 
     def is_current(self) -> bool:
-        return (
-            super().is_current()
-            and all(buffer._version == version for buffer, version in self._buffers)
-            and all(each.dtype == dtype and each.device == device for each, dtype, device in self._kinds)
-        )
+        return super().is_current() and all(_kind_of(each) == kind for each, kind in self._kinds)
 
     def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
         """The indices of each table."""
@@ -101,38 +92,48 @@ class EmbeddingCall(BlockCall):
             return None
         given = dict(zip(pattern.arguments, args, strict=False))
         given.update(kwargs)
-        first = given.get(pattern.indices[0])
-        if not isinstance(first, Tensor) or first.dim() == 0:
-            return None
+        indices = {name: given.pop(name, None) for name in pattern.indices}
+        first = indices[pattern.indices[0]]
         offset = given.pop(pattern.offset, 0)
-        if type(offset) is not int:
+        if not isinstance(first, Tensor) or first.dim() == 0 or type(offset) is not int:
             return None
-        indices = []
-        for name in pattern.indices:
-            index = given.pop(name, None)
-            if index is None:
-                index = self._default(name, first, offset)
+        if any(value is not None for value in given.values()):
+            return None
+        self._fill_in(indices, first, offset)
+        for index in indices.values():
             if type(index) is not Tensor or index.is_nested or index.dtype not in _INDEX_DTYPES:
                 return None
             if index.device != self.device:
                 return None
-            indices.append(index)
-        if any(value is not None for value in given.values()):
-            return None
-        return (indices,)
+        return (list(indices.values()),)
 
-    def _default(self, name: str, first: Tensor, offset: int) -> Tensor:
-        if name != self.pattern.positions:
-            zero: Tensor = self.zero
-            return zero
-        if self.count_tokens is not None:
-            counted: Tensor = self.count_tokens(first, offset)
-            return counted
-        positions: Tensor = self.position_buffer[:, offset : offset + first.shape[1]]
-        return positions
+    def _fill_in(self, indices: dict[str, Any], first: Tensor, offset: int) -> None:
+        """Indices in the place of those that are None."""
+        name, span = self.pattern.positions, slice(offset, offset + first.shape[-1])
+        positions = indices.get(name)
+        follows = self.pattern.follows_positions and (positions is not None or self.count_tokens is not None)
+        if name and positions is None:
+            counted = self.count_tokens
+            positions = self.buffers[name][:, span] if counted is None else counted(first, offset)
+            indices[name] = positions
+        for other, index in indices.items():
+            if index is not None:
+                continue
+            buffer = self.buffers.get(other)
+            if buffer is None:
+                indices[other] = self.zero
+            elif follows:
+                assert positions is not None
+                indices[other] = buffer.expand(positions.shape[0], -1).gather(1, positions)
+            else:
+                indices[other] = buffer[:, span]
 
     def run(self, *inputs: Any) -> Any:
         return _embedding_norm(inputs[0], *self.arguments)
+
+
+def _kind_of(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, tensor.device, tensor.stride()
 
 
 def _places(module: nn.Module, pattern: EmbeddingStage) -> Iterator[Place]:
@@ -165,12 +166,13 @@ def _fill(call: EmbeddingCall, module: Any, base: type[nn.Module]) -> None:
     require_one_device((*tables, *scales, *norm.tensors), call.device)
     for name in pattern.indices[1:]:
         buffer = module._buffers.get(name)
-        if name == pattern.positions:
-            _set_positions(call, module, base, buffer)
-        elif buffer is not None:
-            # Torch's own copies of modules are made on meta.
-            require(buffer.device == call.device and not buffer.any(), f"{name} are not all 0")
-            call.watch_values(buffer)
+        if buffer is not None:
+            require(buffer.dim() == 2 and buffer.device == call.device, f"{name} is on {buffer.device}")
+            call.buffers[name] = buffer
+    if pattern.counts_tokens:
+        call.count_tokens = _counting_function(module, base)
+    elif pattern.positions:
+        require(pattern.positions in call.buffers, f"it has no buffer {pattern.positions}")
     call.zero = torch.zeros(1, dtype=torch.int64, device=call.device)
     call.arguments = (tables, scales, k, norm.tensors, norm.eps, norm.kind, dtype)
     call.parameters = tuple(module.parameters())
@@ -178,17 +180,14 @@ def _fill(call: EmbeddingCall, module: Any, base: type[nn.Module]) -> None:
     require_kernels(call, ["embedding_norm"], call.device)
 
 
-def _set_positions(call: EmbeddingCall, module: Any, base: type[nn.Module], buffer: Tensor | None) -> None:
-    if not call.pattern.counts_tokens:
-        require(buffer is not None and buffer.dim() == 2, f"it has no buffer {call.pattern.positions}")
-        call.position_buffer = buffer
-        return
+def _counting_function(module: Any, base: type[nn.Module]) -> Any:
+    """(ids, offset) -> positions."""
     function: Any = getattr(base, _COUNT_TOKENS, None)
     if function is None:
         function = getattr(sys.modules[base.__module__], _COUNT_TOKENS, None)
     padding = getattr(module, "padding_idx", None)
     require(function is not None and type(padding) is int, f"it has no {_COUNT_TOKENS}")
-    call.count_tokens = lambda ids, offset: function(ids, padding, *((offset,) if offset else ()))
+    return lambda ids, offset: function(ids, padding, *((offset,) if offset else ()))
 
 
 def _tables(

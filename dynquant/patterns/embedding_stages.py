@@ -15,10 +15,13 @@ class EmbeddingStage(NamedTuple):
         arguments: names of forward's arguments in their order. Others than the indices and ``offset`` must be
             None in a call.
         positions: that of the indices which is a buffer's ``[:, offset : offset + S]`` where it is not given;
-            the buffer has the name of the argument. Other indices are 0 where they are not given.
+            the buffer has the name of the argument. Other indices that are not given are what a buffer of
+            their name has at these positions, or 0 if there is none.
         offset: name of the argument with the number of earlier tokens; empty if there is none.
         counts_tokens: whether positions that are not given count the tokens that are not padding: they come
             from ``create_position_ids_from_input_ids``, a function of the type or of its module.
+        follows_positions: whether other indices that are not given are taken at the positions; else at the
+            first S.
     """
 
     tables: tuple[str, ...] = ()
@@ -28,6 +31,7 @@ class EmbeddingStage(NamedTuple):
     positions: str = ""
     offset: str = ""
     counts_tokens: bool = False
+    follows_positions: bool = True
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -48,6 +52,7 @@ ALBERT = BERT._replace(arguments=BERT.arguments[:-1], offset="")
 CONVBERT = ALBERT._replace(
     tables=("word_embeddings", "position_embeddings", "token_type_embeddings"),
     indices=("input_ids", "position_ids", "token_type_ids"),
+    follows_positions=False,
 )
 ERNIE = BERT._replace(
     arguments=(

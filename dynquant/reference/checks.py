@@ -30,7 +30,9 @@ def check_memory(op: str, name: str, values: Tensor) -> None:
     """A tensor has its memory, which ``untyped_storage().resize_(0)`` takes; a read would end the process."""
     if type(values) not in (Tensor, torch.nn.Parameter) or values.device.type not in ("cpu", "cuda"):
         return
-    if values.numel() == 0 or torch._C._functorch.is_functorch_wrapped_tensor(values):
+    if values.numel() == 0 or torch.compiler.is_compiling():  # dynamo cannot ask the next either
+        return
+    if torch._C._functorch.is_functorch_wrapped_tensor(values):
         return
     last = values.storage_offset()
     last += sum((size - 1) * stride for size, stride in zip(values.shape, values.stride(), strict=True))

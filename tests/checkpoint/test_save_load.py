@@ -152,6 +152,27 @@ def test_what_was_saved_is_loaded(case: str, into: str, tmp_path: Path) -> None:
     assert load_file(again).keys() == load_file(path).keys()
 
 
+def test_a_buffer_that_no_file_has_is_not_left_on_meta(tmp_path: Path) -> None:
+    class WithBuffer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(8, 8)
+            self.register_buffer("places", torch.arange(8), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)[:, self.places]
+
+    path = tmp_path / "model.safetensors"
+    dynquant.save(dynquant.quantize_dynamic(WithBuffer()), path)
+    with torch.device("meta"):
+        target = WithBuffer()
+    with pytest.raises(ValueError, match="places: on meta in the model, and not in the file"):
+        dynquant.load(target, path)
+    assert type(target.layer) is torch.nn.Linear
+    target.places = torch.arange(8)
+    assert dynquant.load(target, path)(torch.randn(2, 8)).isfinite().all()
+
+
 @pytest.mark.parametrize("case", ["per_tensor", "rotated", "static", "dynamic"])
 @pytest.mark.parametrize("other", ["per_tensor", "rotated", "static", "dynamic"])
 def test_the_scheme_is_the_file_s(case: str, other: str, tmp_path: Path) -> None:

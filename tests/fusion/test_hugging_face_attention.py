@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
+import dynquant
 from dynquant._extension import extension, status
 from dynquant.nn.attention import has_int8_attention, scaled_dot_product_attention
+from tests.support.same_bits import assert_same_bits
 
 transformers = pytest.importorskip("transformers")
 SIZES = {
@@ -96,3 +100,96 @@ def test_masks_are_combined_with_and_without_int8(s: int) -> None:
     out = scaled_dot_product_attention(q, k, v, mask, is_causal=True)
     seen = mask & torch.ones(s, 70, dtype=torch.bool).tril()
     assert relative_error(out, torch.nn.functional.scaled_dot_product_attention(q, k, v, seen)) < 0.02
+
+
+BART_LIKE = {
+    "vocab_size": 50,
+    "d_model": 64,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+}
+VISION = {
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "image_size": 32,
+    "patch_size": 8,
+}
+OWN_ATTENTION: dict[str, tuple[str, dict[str, object], str]] = {
+    "sinks": (
+        "GptOss",
+        {**SIZES, "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 1, "num_experts_per_tok": 1},
+        "which transformers does not run by 'sdpa' either",
+    ),
+    "softcap": (
+        "Gemma2",
+        {**SIZES, "num_key_value_heads": 2, "head_dim": 16},
+        "which transformers does not run by 'sdpa' either",
+    ),
+    "an encoder without is_causal": (
+        "Splinter",
+        {**SIZES, "question_token_id": 4},
+        "which transformers does not run by 'sdpa' either",
+    ),
+    "a decoder whose is_causal is false": (
+        "PegasusX",
+        {**BART_LIKE, "block_size": 4, "num_global_tokens": 2},
+        "which transformers does not run by 'sdpa' either",
+    ),
+    "attention without the interface": (
+        "Git",
+        {**SIZES, "vision_config": VISION, "bos_token_id": 1, "eos_token_id": 2},
+        "which transformers does not run by 'sdpa' either",
+    ),
+    "a mask for sdpa alone": (
+        "AXK2",
+        {
+            **SIZES,
+            "moe_intermediate_size": 32,
+            "n_routed_experts": 2,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 2,
+            "kv_lora_rank": 16,
+            "q_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 16,
+            "index_topk": 3,
+            "index_head_dim": 16,
+            "index_n_heads": 2,
+        },
+        "whose code asks whether it is 'sdpa'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OWN_ATTENTION)
+def test_attention_that_is_more_than_softmax_over_masks_stays_float(case: str) -> None:
+    prefix, sizes, reason = OWN_ATTENTION[case]
+    kind = getattr(transformers, f"{prefix}Model", None)
+    if kind is None:
+        pytest.skip(f"this transformers has no {prefix}Model")
+    torch.manual_seed(0)
+    pads = {"pad_token_id": 0} if prefix in ("GptOss", "AXK2") else {}
+    model = kind(getattr(transformers, f"{prefix}Config")(**sizes, **pads)).eval()
+    inputs = {"input_ids": torch.randint(5, 50, (2, 12), generator=torch.Generator().manual_seed(0))}
+    if prefix == "PegasusX":
+        inputs["decoder_input_ids"] = inputs["input_ids"][:, :7]
+    with pytest.warns(UserWarning, match=f"attention stays float in {prefix}.*, {re.escape(reason)}"):
+        asked = dynquant.quantize_dynamic(copy.deepcopy(model), attention="int8")
+    plain = dynquant.quantize_dynamic(model)
+    with torch.no_grad():
+        assert_same_bits(asked(**inputs)[0], plain(**inputs)[0])
+        if prefix != "Git":  # whose attention does not ask for a function
+            for part in plain.modules():
+                if isinstance(part, transformers.PreTrainedModel):
+                    part.config._attn_implementation_internal = "dynquant"
+            with pytest.raises(ValueError, match=f"has attention of its own, {re.escape(reason)}"):
+                plain(**inputs)

@@ -203,3 +203,22 @@ def test_float_weights_are_loaded_as_nn_linear_loads_them(assign: bool, expected
         layer.load_state_dict(float_state, assign=assign)
         assert layer.weight.dtype == layer.bias.dtype == expected
     assert layer(torch.randn(3, 24)).shape == (3, 7)
+
+
+@pytest.mark.parametrize("rotation", [None, "hadamard"])
+def test_a_tied_embedding_compiles_whole(rotation: str | None) -> None:
+    class Tied(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = torch.nn.Embedding(50, 64)
+            self.head = torch.nn.Linear(64, 50, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.head(self.embedding(ids))
+            return out
+
+    model = dynquant.quantize_dynamic(Tied(), embeddings=True, rotation=rotation)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    ids = torch.arange(5)
+    torch.testing.assert_close(compiled(ids), model(ids))

@@ -106,6 +106,7 @@ def test_breakdown_counts_the_products_of_each_layer() -> None:
         "linear_dynamic": 2,
         "attention": 2,
         "linear_mlp": 2,
+        "embedding_norm": 1,
     }
 
 

@@ -493,6 +493,10 @@ def opcheck_cases() -> dict[str, tuple[object, ...]]:
             *(torch.tensor([1, 9, 3]), torch.tensor([0, 1]), q, weight_scale, torch.rand(3)),
             *(24, 0, False, -1, torch.float32),
         ),
+        "embedding_norm": (
+            *([torch.tensor([[1, 9], [0, 3]]), torch.tensor([[2, 0]])], [torch.randn(10, 24), q]),
+            *([None, weight_scale], 24, norm, 1e-12, 0, torch.float32),
+        ),
         "attention": (*(random_x(2, 4, 5, 8, seed=s) for s in range(3)), torch.rand(5, 5) < 0.5, True, 0.3),
     }
 

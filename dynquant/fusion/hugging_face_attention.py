@@ -10,8 +10,8 @@ import inspect
 import math
 import re
 import sys
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator
+from functools import cache, wraps
 from types import ModuleType
 from typing import Any
 
@@ -48,7 +48,20 @@ def _register_function(modeling_utils: ModuleType) -> None:
 def _register_mask(masking_utils: ModuleType) -> None:
     interface = getattr(masking_utils, "AttentionMaskInterface", None)
     if interface is not None:
-        interface.register(NAME, masking_utils.sdpa_mask)
+        interface.register(NAME, _refusing(masking_utils.sdpa_mask))
+
+
+def _refusing(mask: Callable[..., Any]) -> Callable[..., Any]:
+    """The mask function, but for models that add what it makes to their scores by themselves."""
+
+    @wraps(mask)
+    def refusing(*args: Any, **kwargs: Any) -> Any:
+        config = type(kwargs.get("config"))
+        modeling = config.__module__.replace(".configuration_", ".modeling_")
+        _refuse_own_attention(modeling, config.__name__.removesuffix("Config"))
+        return mask(*args, **kwargs)
+
+    return refusing
 
 
 def attention_forward(
@@ -70,12 +83,7 @@ def attention_forward(
     Raises:
         ValueError: for a module of transformers whose attention is more than softmax over these masks.
     """
-    reason = _own_attention(type(module).__module__)
-    if reason is not None:
-        raise ValueError(
-            f"attn_implementation={NAME!r}: {type(module).__name__} has attention of its own, {reason}; "
-            "expected 'eager'"
-        )
+    _refuse_own_attention(type(module).__module__, type(module).__name__)
     covered = dropout == 0.0 and all(kwargs.get(name) is None for name in _NOT_IN_INT8)
     if not covered or is_attention_float(module) or not has_int8_attention(query, key, value):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -164,6 +172,19 @@ def _why_not_by_name(kind: Any) -> str | None:
 
 
 _NOT_BY_SDPA = "which transformers does not run by 'sdpa' either"
+
+
+def _refuse_own_attention(modeling: str, name: str) -> None:
+    reason = _own_attention(modeling)
+    if reason is not None:
+        raise ValueError(
+            f"attn_implementation={NAME!r}: {name} has attention of its own, {reason}; expected 'eager'"
+        )
+
+
+# What torch.compiler.assume_constant_result does, which imports all of dynamo: dynamo cannot trace the look at
+# the source, and need not.
+vars(_refuse_own_attention)["_dynamo_marked_constant"] = True
 
 
 @cache

@@ -187,9 +187,22 @@ def test_attention_that_is_more_than_softmax_over_masks_stays_float(case: str) -
     plain = dynquant.quantize_dynamic(model)
     with torch.no_grad():
         assert_same_bits(asked(**inputs)[0], plain(**inputs)[0])
-        if prefix != "Git":  # whose attention does not ask for a function
-            for part in plain.modules():
-                if isinstance(part, transformers.PreTrainedModel):
-                    part.config._attn_implementation_internal = "dynquant"
-            with pytest.raises(ValueError, match=f"has attention of its own, {re.escape(reason)}"):
-                plain(**inputs)
+        for part in plain.modules():
+            if isinstance(part, transformers.PreTrainedModel):
+                part.config._attn_implementation_internal = "dynquant"
+        with pytest.raises(ValueError, match=f"has attention of its own, {re.escape(reason)}"):
+            plain(**inputs)
+
+
+@with_kernels
+def test_a_decoder_compiles_whole() -> None:
+    config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2)
+    torch.manual_seed(0)
+    model = dynquant.quantize_dynamic(transformers.LlamaModel(config).eval(), attention="int8")
+    ids = torch.randint(0, 50, (1, 20))
+    with torch.no_grad():
+        expected = model(ids, use_cache=False)[0]
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        assert_same_bits(compiled(ids, use_cache=False)[0], expected)
+        exported = torch.export.export(model, (ids,), {"use_cache": False}, strict=False)
+        assert_same_bits(exported.module()(ids, use_cache=False)[0], expected)

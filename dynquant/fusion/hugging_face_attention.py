@@ -182,7 +182,7 @@ def _refuse_own_attention(modeling: str, name: str) -> None:
         )
 
 
-# What torch.compiler.assume_constant_result does, which imports all of dynamo: dynamo cannot trace the look at
+# What torch.compiler.assume_constant_result does, which imports all of dynamo: it cannot trace the look at
 # the source, and need not.
 vars(_refuse_own_attention)["_dynamo_marked_constant"] = True
 

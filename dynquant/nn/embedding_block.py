@@ -111,7 +111,6 @@ class EmbeddingCall(BlockCall):
         """Indices in the place of those that are None."""
         name, span = self.pattern.positions, slice(offset, offset + first.shape[-1])
         positions = indices.get(name)
-        follows = self.pattern.follows_positions and (positions is not None or self.count_tokens is not None)
         if name and positions is None:
             counted = self.count_tokens
             positions = self.buffers[name][:, span] if counted is None else counted(first, offset)
@@ -122,8 +121,7 @@ class EmbeddingCall(BlockCall):
             buffer = self.buffers.get(other)
             if buffer is None:
                 indices[other] = self.zero
-            elif follows:
-                assert positions is not None
+            elif self.pattern.follows_positions and positions is not None:
                 indices[other] = buffer.expand(positions.shape[0], -1).gather(1, positions)
             else:
                 indices[other] = buffer[:, span]
@@ -167,7 +165,8 @@ def _fill(call: EmbeddingCall, module: Any, base: type[nn.Module]) -> None:
     for name in pattern.indices[1:]:
         buffer = module._buffers.get(name)
         if buffer is not None:
-            require(buffer.dim() == 2 and buffer.device == call.device, f"{name} is on {buffer.device}")
+            require(buffer.dim() == 2, f"its buffer {name} has {buffer.dim()} dimensions")
+            require(buffer.device == call.device, f"its buffer {name} is on {buffer.device}")
             call.buffers[name] = buffer
     if pattern.counts_tokens:
         call.count_tokens = _counting_function(module, base)
